@@ -1,0 +1,1 @@
+"""sparsecast: lossless sparse weight sync for online RL."""

@@ -1,0 +1,72 @@
+"""The one codec: control and rollouts in msgpack, metrics in JSON.
+
+Whatever is not one of our messages is a RemoteProtocolError that names the subject.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from .control import Lease, LogEntry, TrainerMessage, WorkerMessage
+from .errors import RemoteProtocolError
+from .metrics import Metric
+from .rollouts import RolloutMessage
+
+Message = TrainerMessage | WorkerMessage
+
+_encoder = msgspec.msgpack.Encoder()
+_control = msgspec.msgpack.Decoder(Message)
+_rollouts = msgspec.msgpack.Decoder(RolloutMessage)
+_leases = msgspec.msgpack.Decoder(Lease)
+_entries = msgspec.msgpack.Decoder(LogEntry)
+_json_encoder = msgspec.json.Encoder()
+_metrics = msgspec.json.Decoder(Metric)
+
+
+def _decode(decoder: Any, data: bytes, subject: str) -> Any:
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as exc:
+        raise RemoteProtocolError(f"undecodable message of {len(data)} bytes: {exc}", subject=subject) from exc
+
+
+def encode(message: Message | RolloutMessage | Lease | LogEntry) -> bytes:
+    """Encode a control or rollout message, a lease or a log entry as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, *, subject: str = "") -> Message:
+    """Decode a control message; RemoteProtocolError if it is none."""
+    message: Message = _decode(_control, data, subject)
+    return message
+
+
+def decode_rollout(data: bytes, *, subject: str = "") -> RolloutMessage:
+    """Decode a generation request or its answer; RemoteProtocolError if it is none."""
+    message: RolloutMessage = _decode(_rollouts, data, subject)
+    return message
+
+
+def decode_lease(data: bytes, *, subject: str = "") -> Lease:
+    """Decode a lease; RemoteProtocolError if it is none."""
+    lease: Lease = _decode(_leases, data, subject)
+    return lease
+
+
+def decode_entry(data: bytes, *, subject: str = "") -> LogEntry:
+    """Decode a log entry; RemoteProtocolError if it is none."""
+    entry: LogEntry = _decode(_entries, data, subject)
+    return entry
+
+
+def encode_metric(metric: Metric) -> bytes:
+    """Encode a metric or event as JSON."""
+    return _json_encoder.encode(metric)
+
+
+def decode_metric(data: bytes, *, subject: str = "") -> Metric:
+    """Decode a metric or event; RemoteProtocolError if it is none."""
+    metric: Metric = _decode(_metrics, data, subject)
+    return metric

@@ -1,0 +1,302 @@
+"""Control messages: the small talk of a round. Encoded in msgpack by `codec`.
+
+Each docstring says who sends the message, who receives it, and what its absence means.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .manifest import Manifest
+
+WindowKind = Literal["nccl", "gloo", "bus"]
+Tags = dict[str, str | int | float | bool]
+
+
+class Stamp(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Which attempt of which round in which window: ordered, a higher one supersedes a lower.
+
+    `window` 0 is "no window" (the log alone); `attempt` 0 is the opening of the window itself.
+    """
+
+    epoch: int
+    window: int
+    attempt: int = 0
+    version: int = 0
+
+
+class Sender(msgspec.Struct, frozen=True, array_like=True):
+    """Who speaks: a name, and which life of it (new with every start of the process)."""
+
+    name: str
+    incarnation: str
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What every control message carries."""
+
+    sender: Sender
+
+
+# ---- trainer → journal → members (republished, in the order of the stream)
+
+
+class Claim(Control, frozen=True, kw_only=True):
+    """A trainer opens an epoch: from here on, only its word counts.
+
+    `version` is where the epoch starts, an anchor with this digest; versions of earlier epochs
+    above it are void. Absent: the run has no trainer yet.
+    """
+
+    epoch: int
+    version: int
+    digest: int
+    manifest: Manifest
+    nonce: str
+    heartbeat_s: float
+
+
+class Announce(Control, frozen=True, kw_only=True):
+    """One update is on its way: bytes and checksum are fixed from here on.
+
+    Members of the window in the stamp answer Ready or NotReady; others take it from the log.
+    Absent: nothing new.
+    """
+
+    stamp: Stamp
+    base_version: int
+    manifest_hash: str
+    nbytes: int
+    checksum: int
+    digest: int
+    changed: int
+    encoding: str
+    dense_nbytes: int
+    step: int | None = None
+    tags: Tags | None = None
+
+    @property
+    def version(self) -> int:
+        return self.stamp.version
+
+
+# ---- trainer → members
+
+
+class Welcome(Control, frozen=True, kw_only=True):
+    """The trainer knows this member. Absent: the member says Join again with each heartbeat."""
+
+    to: Sender
+    epoch: int
+    version: int
+
+
+class Opening(Control, frozen=True, kw_only=True):
+    """A window is to be opened with these members; rank 0 is the trainer, members[i] rank i + 1.
+
+    `enters_at` is the version J: the log up to J, rounds of this window from J + 1.
+    Each member answers Ready (attempt 0) or NotReady. Absent: no window, the log alone.
+    """
+
+    stamp: Stamp
+    kind: WindowKind
+    members: tuple[Sender, ...]
+    enters_at: int
+
+
+class Call(Control, frozen=True, kw_only=True):
+    """Another attempt of an announced round: answer Ready or NotReady for this stamp."""
+
+    stamp: Stamp
+
+
+class Go(Control, frozen=True, kw_only=True):
+    """All have committed: enter the collective of this stamp now (attempt 0: open the window).
+
+    Absent: the commitment expires on the member's own clock and go after that is refused.
+    """
+
+    stamp: Stamp
+
+
+class Abort(Control, frozen=True, kw_only=True):
+    """The window of this stamp is dead: leave it, wherever you are in it."""
+
+    stamp: Stamp
+    reason: str
+
+
+class Stored(Control, frozen=True, kw_only=True):
+    """The log now reaches this version. Absent: members that are behind ask the log themselves."""
+
+    epoch: int
+    version: int
+
+
+class Probe(Control, frozen=True, kw_only=True):
+    """Does this life of this name still live? Answered by Heartbeat; silence gives the name away."""
+
+    to: Sender
+
+
+class Refuse(Control, frozen=True, kw_only=True):
+    """The trainer will not have this member: its name is in use, or its model is another one."""
+
+    to: Sender
+    code: Literal["name-in-use", "manifest", "window"]
+    reason: str
+
+
+class Resync(Control, frozen=True, kw_only=True):
+    """The trainer found this member's digest wrong: start again from an anchor."""
+
+    to: Sender
+    reason: str
+
+
+class Beat(Control, frozen=True, kw_only=True):
+    """The trainer lives, at this head. Absent for offline_s: members may refuse to generate."""
+
+    epoch: int
+    version: int
+
+
+class Bye(Control, frozen=True, kw_only=True):
+    """The trainer leaves the run in order; workers go on serving what they hold."""
+
+    epoch: int
+
+
+# ---- member → trainer
+
+
+class Join(Control, frozen=True, kw_only=True):
+    """A member wants in: its model (by manifest hash), what it offers, what it holds.
+
+    `version` is None until the digest has shown which version the weights are.
+    """
+
+    epoch: int
+    manifest_hash: str
+    offers: tuple[WindowKind, ...]
+    device: str
+    host: str
+    pid: int
+    version: int | None = None
+
+
+class Ready(Control, frozen=True, kw_only=True):
+    """Committed to this stamp for `expires_s` from now: staging is allocated, go may come."""
+
+    stamp: Stamp
+    expires_s: float
+
+
+class NotReady(Control, frozen=True, kw_only=True):
+    """Not this round, and why; the member takes the version from the log."""
+
+    stamp: Stamp
+    reason: str
+
+
+class Opened(Control, frozen=True, kw_only=True):
+    """The window of this stamp is open here, or failed to open (`error`)."""
+
+    stamp: Stamp
+    error: str | None = None
+
+
+class Received(Control, frozen=True, kw_only=True):
+    """The payload of this stamp is in staging and checked, or was refused (`error`)."""
+
+    stamp: Stamp
+    error: str | None = None
+
+
+class Applied(Control, frozen=True, kw_only=True):
+    """The weights hold this version. Times in µs on the member's clock."""
+
+    epoch: int
+    version: int
+    staged_us: int = 0
+    apply_us: int = 0
+    source: Literal["window", "log", "held"] = "window"
+
+
+class Verified(Control, frozen=True, kw_only=True):
+    """The digest of the whole state at this version; `ok` if it is the announced one."""
+
+    epoch: int
+    version: int
+    digest: int
+    ok: bool
+    verify_us: int = 0
+
+
+class Refused(Control, frozen=True, kw_only=True):
+    """A member refused something from the trainer: which, and why. Nothing was changed."""
+
+    epoch: int
+    version: int
+    reason: str
+
+
+class Heartbeat(Control, frozen=True, kw_only=True):
+    """Alive, and at these versions: counts as acknowledgement of both.
+
+    Absent for silence_s: the member is put out of the membership.
+    """
+
+    epoch: int
+    version: int | None
+    verified: int | None
+    lagging: str | None = None
+
+
+class Leave(Control, frozen=True, kw_only=True):
+    """The member leaves in order."""
+
+    epoch: int
+    reason: str
+
+
+TrainerMessage = (
+    Claim | Announce | Welcome | Opening | Call | Go | Abort | Stored | Probe | Refuse | Resync
+    | Beat | Bye
+)
+WorkerMessage = (
+    Join | Ready | NotReady | Opened | Received | Applied | Verified | Refused | Heartbeat | Leave
+)
+
+
+# ---- beside the conversation
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """Who holds a run; stored with a time to live, renewed by compare-and-set (trainer)."""
+
+    holder: Sender
+    host: str
+    pid: int
+    lease_s: float
+
+
+class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One stored patch or anchor, written after its chunks: if the entry is there, they are.
+
+    A patch carries weights at any version v with base_version ≤ v < version to `version`; an
+    anchor (`base_version` None) is a full copy. `name` names its chunks.
+    """
+
+    name: str
+    epoch: int
+    base_version: int | None
+    version: int
+    nbytes: int
+    checksum: int
+    digest: int
+    manifest_hash: str
+    chunks: int
+    step: int | None = None

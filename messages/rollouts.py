@@ -1,0 +1,78 @@
+"""Generation over the bus: requests to the workers' service and the samples that come back (msgpack)."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens [start, stop) of a completion were sampled from weights at `version`."""
+
+    start: int
+    stop: int
+    version: int
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One completion: what it says, with which probability, and which versions said it.
+
+    `tokens` are the ids of the completion alone; `logprobs[i]` is the natural logarithm of the
+    probability with which tokens[i] was drawn (temperature and nucleus included); `spans` cover
+    the tokens in order, without a gap.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    spans: tuple[Span, ...]
+    worker: str
+    finish: str
+    index: int = 0
+    text: str | None = None
+    step: int | None = None
+
+    @property
+    def version(self) -> int:
+        """The newest version that sampled a token of this completion."""
+        return max((span.version for span in self.spans), default=-1)
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """Prompts for one worker. A prompt is text (the worker's tokenizer reads it) or token ids.
+
+    `min_version`: the worker waits for it, up to timeout_s, before it samples. Each prompt is
+    answered `samples` times. Absent answer: the client asks another worker.
+    """
+
+    request: str
+    prompts: tuple[str | tuple[int, ...], ...]
+    samples: int = 1
+    max_tokens: int = 32
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] | None = None
+    min_version: int | None = None
+    timeout_s: float = 30.0
+    seed: int | None = None
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True, tag="generated"):
+    """The samples of one request, in the order of the prompts, `samples` for each."""
+
+    request: str
+    worker: str
+    version: int
+    samples: tuple[Sample, ...]
+    generate_us: int
+
+
+class GenerateFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """This worker cannot answer, and why; `retry` if another worker may."""
+
+    request: str
+    worker: str
+    reason: str
+    retry: bool
+
+
+RolloutMessage = Generate | Generated | GenerateFailed
