@@ -29,7 +29,9 @@ def _decode(decoder: Any, data: bytes, subject: str) -> Any:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as exc:
-        raise RemoteProtocolError(f"undecodable message of {len(data)} bytes: {exc}", subject=subject) from exc
+        raise RemoteProtocolError(
+            f"undecodable message of {len(data)} bytes: {exc}", subject=subject
+        ) from exc
 
 
 def encode(message: Message | RolloutMessage | Lease | LogEntry) -> bytes:

@@ -89,8 +89,20 @@ class WorkerMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
 
 
 EventKind = Literal[
-    "claim", "join", "leave", "evict", "window-open", "window-abort", "log-only", "refused",
-    "resync", "mismatch", "lagging", "log-failed", "fenced", "bye",
+    "claim",
+    "join",
+    "leave",
+    "evict",
+    "window-open",
+    "window-abort",
+    "log-only",
+    "refused",
+    "resync",
+    "mismatch",
+    "lagging",
+    "log-failed",
+    "fenced",
+    "bye",
 ]
 
 

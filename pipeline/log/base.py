@@ -44,7 +44,9 @@ class Streams(Protocol):
 class Log(Protocol):
     """A tier of the log."""
 
-    async def store(self, entry: LogEntry, payload: bytes | memoryview, *, timeout_s: float) -> None:
+    async def store(
+        self, entry: LogEntry, payload: bytes | memoryview, *, timeout_s: float
+    ) -> None:
         """Store an entry, whole or not at all (LogError). Storing the same name again replaces
         nothing and is no error."""
 
@@ -58,7 +60,9 @@ class Log(Protocol):
         """Drop every entry that is not in `keep`."""
 
 
-def way(entries: Sequence[LogEntry], *, epoch: int, held: int | None, target: int) -> list[LogEntry]:
+def way(
+    entries: Sequence[LogEntry], *, epoch: int, held: int | None, target: int
+) -> list[LogEntry]:
     """The entries, in the order to apply, that bring weights from `held` to at least `target`.
 
     A patch carries any version in [base_version, version) to `version`. `held` None means that the
@@ -75,7 +79,8 @@ def way(entries: Sequence[LogEntry], *, epoch: int, held: int | None, target: in
             start = 0
         else:
             reachable = [
-                paid for version, (paid, _) in cost.items()
+                paid
+                for version, (paid, _) in cost.items()
                 if entry.base_version <= version < entry.version
             ]
             if not reachable:
@@ -102,7 +107,8 @@ def way(entries: Sequence[LogEntry], *, epoch: int, held: int | None, target: in
         rest = paid - last.nbytes
         base = last.base_version
         end = next(
-            version for version, (spent, _) in cost.items()
+            version
+            for version, (spent, _) in cost.items()
             if base <= version < last.version and spent == rest
         )
     return found[::-1]
