@@ -149,6 +149,12 @@ class Refuse(Control, frozen=True, kw_only=True):
     reason: str
 
 
+class Rejoin(Control, frozen=True, kw_only=True):
+    """The trainer does not know this member (any more): say Join again."""
+
+    to: Sender
+
+
 class Resync(Control, frozen=True, kw_only=True):
     """The trainer found this member's digest wrong: start again from an anchor."""
 
@@ -263,8 +269,20 @@ class Leave(Control, frozen=True, kw_only=True):
 
 
 TrainerMessage = (
-    Claim | Announce | Welcome | Opening | Call | Go | Abort | Stored | Probe | Refuse | Resync
-    | Beat | Bye
+    Claim
+    | Announce
+    | Welcome
+    | Opening
+    | Call
+    | Go
+    | Abort
+    | Stored
+    | Probe
+    | Refuse
+    | Rejoin
+    | Resync
+    | Beat
+    | Bye
 )
 WorkerMessage = (
     Join | Ready | NotReady | Opened | Received | Applied | Verified | Refused | Heartbeat | Leave

@@ -1,0 +1,271 @@
+"""What a core asks of its driver. Each command ends in at most one event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...messages.control import (
+    Announce,
+    Claim,
+    Sender,
+    Stamp,
+    Tags,
+    TrainerMessage,
+    WindowKind,
+    WorkerMessage,
+)
+from ...messages.errors import SparsecastError
+from ...messages.metrics import EventKind
+
+# ---- both sides
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWindow:
+    """Open this window and keep it. Ends in WindowOpened or WindowFailed."""
+
+    stamp: Stamp
+    kind: WindowKind
+    rank: int
+    size: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AbortWindow:
+    """Break the window off; what is in it ends by its own event, or by none."""
+
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseWindow:
+    """Leave the idle window in order."""
+
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Put an event on the bus for operators."""
+
+    kind: EventKind
+    member: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """It is over: every wait of the user ends with this error."""
+
+    error: SparsecastError
+
+
+# ---- the trainer's side
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Send a message to the members."""
+
+    message: TrainerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Take the pending patch, merged onto those of `unsafe` versions. Ends in Sealed."""
+
+    unsafe: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Store the announcement in the journal. Ends in Announced or AnnounceFailed."""
+
+    announce: Announce
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Broadcast the payload of stamp.version. Ends in Sent."""
+
+    stamp: Stamp
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Store these versions in the log, merged into one entry. Ends in LogStored or LogFailed."""
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """The bus has forgotten the run: make its streams anew at `epoch`, with anchor and claim.
+
+    The claim stands at the newest published version; what was pending is in its anchor.
+    Ends in Claimed, AnnounceFailed (tried again by the core) or LeaseLost.
+    """
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A round is over for everyone: tell its metrics."""
+
+    record: RoundRecord
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """What happened to one announced version. Times on the driver's clock in seconds, 0 for never."""
+
+    base_version: int
+    version: int
+    published_at: float
+    nbytes: int
+    dense_nbytes: int
+    changed: int
+    numel: int
+    encoding: str
+    digest: int
+    diff_us: int
+    encode_us: int
+    step: int | None
+    tags: Tags | None
+    announced_at: float = 0.0
+    went_at: float = 0.0
+    received_at: float = 0.0
+    window: int = 0
+    transport: str = "log"
+    attempt: int = 0
+    members: tuple[Sender, ...] = ()
+    #: Members that have staged it through the window.
+    received: tuple[Sender, ...] = ()
+    #: When each member had applied and verified it, by the driver's clock.
+    applied: dict[str, float] = field(default_factory=dict)
+    verified: dict[str, float] = field(default_factory=dict)
+
+
+# ---- the replica's side
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Send a message to the trainer."""
+
+    message: WorkerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Prove:
+    """Compare our model with the claim's manifest and compute our digest.
+
+    Ends in Proved or Unfit.
+    """
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Receive the payload into staging and check it. Ends in Staged or ReceiveFailed.
+
+    `scratch`: this version is here already; take part, check, and drop it.
+    """
+
+    stamp: Stamp
+    announce: Announce
+    scratch: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Apply these staged versions, in order, in one hold of the guard.
+
+    Ends in AppliedHere (of the last) or ApplyFailed.
+    """
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Compute the digest of the whole state, as a reader. Ends in Digested or DigestFailed."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Stage what the log has from `held` (None: from an anchor) on. Ends in Fetched/FetchFailed."""
+
+    epoch: int
+    held: int | None
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """These staged versions are not needed any more (None: all)."""
+
+    versions: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """The weights are proven to be at `version` as they stand: serve them as such."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """The weights are wrong: serve nothing until the next apply is through."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A version's digest was compared with the announced one: tell its metrics."""
+
+    version: int
+    ok: bool
+    verify_us: int
+
+
+TrainerCommand = (
+    OpenWindow
+    | AbortWindow
+    | CloseWindow
+    | Tell
+    | Fail
+    | Say
+    | Take
+    | Append
+    | Send
+    | Store
+    | Reclaim
+    | Settled
+)
+ReplicaCommand = (
+    OpenWindow
+    | AbortWindow
+    | CloseWindow
+    | Tell
+    | Fail
+    | Report
+    | Prove
+    | Receive
+    | Apply
+    | Digest
+    | Fetch
+    | Drop
+    | Hold
+    | Quarantine
+    | Compared
+)

@@ -1,0 +1,97 @@
+"""Every deadline and bound of the protocol, in one frozen object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Deadlines in seconds, sizes in bytes. The defaults suit one machine or one rack."""
+
+    window: Literal["auto", "nccl", "gloo", "bus"] = "auto"
+    """Which kind of window to open; "auto" takes the best that every member offers."""
+
+    lease_s: int = 10
+    """How long the run stays held after its trainer has died. Whole seconds."""
+
+    heartbeat_s: float = 0.5
+    """How often trainer and members say that they live."""
+
+    silence_s: float = 4.0
+    """A member unheard for so long is put out of the membership."""
+
+    offline_s: float = 10.0
+    """A trainer unheard for so long counts as away, to its members."""
+
+    ready_s: float = 2.0
+    """From asking for commitments until whoever has not committed is left out."""
+
+    commit_s: float = 5.0
+    """How long a member keeps a commitment open. More than ready_s."""
+
+    open_s: float = 5.0
+    """From go until a window is open on every rank."""
+
+    send_s: float = 5.0
+    """From go until a payload is staged on every member, beside `send_rate`."""
+
+    send_rate: float = 50e6
+    """Bytes a second that the slowest link is trusted with: adds nbytes / send_rate to send_s."""
+
+    guard_s: float = 5.0
+    """How long an apply waits for readers before the member counts as lagging."""
+
+    settle_s: float = 10.0
+    """From the last receipt until a round's metrics are told, whoever has not verified."""
+
+    probe_s: float = 1.0
+    """How long the holder of a name has to answer when a newcomer wants it."""
+
+    attempts: int = 3
+    """How often a round, or the opening of a window, is tried before the log alone carries it."""
+
+    backoff_s: float = 1.0
+    """How long a member that was put out of a window stays out; doubles each time."""
+
+    backoff_max_s: float = 30.0
+    """The longest that a member stays out of windows."""
+
+    retry_s: float = 0.25
+    """Between two tries of something that failed on the bus or in the log."""
+
+    bus_s: float = 5.0
+    """The deadline of one exchange with the broker."""
+
+    store_s: float = 60.0
+    """The deadline of one entry's way into or out of the log."""
+
+    join_lag: int = 1
+    """A member at most so many versions behind the head may enter a window."""
+
+    anchor_every: int = 100
+    """Versions between two anchors in the log."""
+
+    staging_nbytes: int = 1 << 30
+    """How many bytes of patches a member holds before it leaves rounds to the log."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value <= 0 and field.name != "join_lag":
+                raise ValueError(f"Policy.{field.name} must be above 0, not {value}")
+        if self.commit_s <= self.ready_s:
+            raise ValueError(
+                f"Policy.commit_s ({self.commit_s}) must be above ready_s ({self.ready_s}): "
+                "a commitment has to outlive the wait for the others"
+            )
+        if self.silence_s <= 2 * self.heartbeat_s:
+            raise ValueError(
+                f"Policy.silence_s ({self.silence_s}) must be above two heartbeats "
+                f"(heartbeat_s is {self.heartbeat_s})"
+            )
+
+    def send_deadline_s(self, nbytes: int) -> float:
+        """From go until a payload of `nbytes` must be staged everywhere."""
+        return self.send_s + nbytes / self.send_rate
