@@ -1,0 +1,3 @@
+"""Fixtures and hooks of every test."""
+
+pytest_plugins = ("harness",)
