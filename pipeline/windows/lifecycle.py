@@ -1,0 +1,214 @@
+"""What every window does alike: open once, one operation at a time, end once.
+
+    new ── open ──▶ opening ──▶ open ◀──▶ busy
+                       │          │         │ error
+                       ▼          ▼         ▼
+                 abort or close ─▶ ended ◀─ dead
+
+A kind of window fills in `_meet`, `_send`, `_receive`, `_break` and `_leave`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from ...messages.errors import (
+    LocalProtocolError,
+    SparsecastError,
+    WindowAborted,
+    WindowError,
+    WindowTimeout,
+)
+from .base import Courier, WindowSpec
+
+if TYPE_CHECKING:
+    import torch
+
+#: How long an operation that was broken off, or ran past its deadline, may take to end.
+GRACE_S = 5.0
+
+
+class Deadline:
+    """A point on the monotonic clock, `timeout_s` from now."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._at_s = time.monotonic() + timeout_s
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds left; 0 when it has passed."""
+        return max(0.0, self._at_s - time.monotonic())
+
+    @property
+    def passed(self) -> bool:
+        """Whether no time is left."""
+        return time.monotonic() >= self._at_s
+
+
+class Lifecycle(ABC):
+    """The states of a window; see base.Window for what each method promises."""
+
+    def __init__(self, spec: WindowSpec, courier: Courier) -> None:
+        if not (spec.size >= 2 and 0 <= spec.rank < spec.size):
+            raise LocalProtocolError(
+                f"window {spec.label} cannot have rank {spec.rank} of {spec.size} ranks"
+            )
+        self._spec = spec
+        self._courier = courier
+        self._opening: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._aborted = False
+        self._dead: str | None = None
+
+    @property
+    def spec(self) -> WindowSpec:
+        """Which window this is, and which rank in it."""
+        return self._spec
+
+    # ---- what a kind of window fills in
+
+    @abstractmethod
+    async def _meet(self, deadline: Deadline) -> None:
+        """Open. On an error `_break` follows."""
+
+    @abstractmethod
+    async def _send(self, payload: torch.Tensor, attempt: int, deadline: Deadline) -> None: ...
+
+    @abstractmethod
+    async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None: ...
+
+    @abstractmethod
+    async def _break(self) -> None:
+        """Make whatever runs end, by an error, and give up what the window holds."""
+
+    @abstractmethod
+    async def _leave(self) -> None:
+        """Give up what an idle window holds."""
+
+    # ---- the contract
+
+    async def open(self, timeout_s: float) -> None:
+        """Meet the other ranks; a second call waits for the first."""
+        self._check_alive()
+        if self._opening is None:
+            self._opening = self._start(self._meet(Deadline(timeout_s)), timeout_s, "open")
+        await asyncio.shield(self._opening)
+
+    async def send(self, payload: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
+        """Rank 0: send `payload` to all other ranks."""
+        self._check_operation(payload, is_root=True)
+        await self._operate(self._send(payload, attempt, Deadline(timeout_s)), timeout_s, "send")
+
+    async def receive(self, staging: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
+        """Other ranks: fill `staging`."""
+        self._check_operation(staging, is_root=False)
+        await self._operate(
+            self._receive(staging, attempt, Deadline(timeout_s)), timeout_s, "receive"
+        )
+
+    async def abort(self) -> None:
+        """Break the window off."""
+        if self._ending is None:
+            self._aborted = True
+            self._ending = asyncio.ensure_future(self._end_by_force())
+        await asyncio.shield(self._ending)
+
+    async def close(self) -> None:
+        """Leave; a window that is not idle and whole is broken off instead."""
+        if self._ending is None:
+            idle = self._opening is None or self._opening.done()
+            if self._dead is not None or not idle or self._running is not None:
+                return await self.abort()
+            self._ending = asyncio.ensure_future(self._leave())
+        await asyncio.shield(self._ending)
+
+    # ---- inside
+
+    def _error(self, reason: str) -> WindowError:
+        return WindowError(self._spec.label, reason)
+
+    def _check_alive(self) -> None:
+        if self._aborted:
+            raise WindowAborted(self._spec.label, "aborted before")
+        if self._ending is not None:
+            raise self._error("closed before")
+        if self._dead is not None:
+            raise self._error(f"dead: {self._dead}; abort it and open a new one")
+
+    def _check_operation(self, tensor: torch.Tensor, *, is_root: bool) -> None:
+        self._check_alive()
+        if (self._spec.rank == 0) is not is_root:
+            raise LocalProtocolError("rank 0 sends, the other ranks receive")
+        if self._opening is None or not self._opening.done():
+            raise self._error("not open yet")
+        if self._running is not None:
+            raise LocalProtocolError(f"window {self._spec.label} is busy: one round at a time")
+        # Strided memory sent as if it were contiguous arrives as other bytes, without an error.
+        if str(tensor.dtype) != "torch.uint8" or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise LocalProtocolError(
+                "a window carries 1-d contiguous uint8 tensors, "
+                f"not {tensor.dtype} of shape {list(tensor.shape)}"
+            )
+
+    async def _operate(self, work: Coroutine[Any, Any, None], timeout_s: float, what: str) -> None:
+        self._running = self._start(work, timeout_s, what)
+        try:
+            await asyncio.shield(self._running)
+        except asyncio.CancelledError:
+            # The operation runs on and holds the memory: nothing may follow it but abort().
+            self._dead = self._dead or f"the caller of {what} was cancelled"
+            raise
+
+    def _start(
+        self, work: Coroutine[Any, Any, None], timeout_s: float, what: str
+    ) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(self._guard(work, timeout_s, what))
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        if task is self._running and self._dead is None:
+            self._running = None
+        if not task.cancelled():
+            task.exception()  # marked as seen: a cancelled caller does not fetch it
+
+    async def _guard(self, work: Coroutine[Any, Any, None], timeout_s: float, what: str) -> None:
+        """Run `work`, name its errors by the window's, and let none outlive abort()."""
+        label = self._spec.label
+        try:
+            async with asyncio.timeout(timeout_s + GRACE_S):
+                await work
+            if self._aborted:
+                raise WindowAborted(label, f"aborted during {what}")
+        except WindowAborted:
+            self._dead = "aborted"
+            raise
+        except (
+            TimeoutError,
+            asyncio.CancelledError,
+            SparsecastError,
+            RuntimeError,
+            OSError,
+        ) as exc:
+            if self._aborted:
+                self._dead = "aborted"
+                raise WindowAborted(label, f"aborted during {what}") from exc
+            self._dead = f"{what} failed: {exc}"
+            if isinstance(exc, WindowError | asyncio.CancelledError | LocalProtocolError):
+                raise
+            if isinstance(exc, TimeoutError):
+                raise WindowTimeout(label, f"{what} not within {timeout_s:g} s") from exc
+            raise WindowError(label, f"{what} failed: {exc}") from exc
+
+    async def _end_by_force(self) -> None:
+        await self._break()
+        running = [task for task in (self._opening, self._running) if task and not task.done()]
+        if running:
+            await asyncio.wait(running, timeout=GRACE_S)
+        self._dead = self._dead or "aborted"
