@@ -39,9 +39,12 @@ class Engine(Protocol):
     def guard(self) -> Guard:
         """The one guard of these weights: the same object in every call."""
 
-    def pause(self, mode: PauseMode) -> None:
-        """Stop generating, in this manner; returns when no forward runs (keep, abort) or when the
-        running requests are done (wait). Any thread but a generating one. Idempotent."""
+    def pause(self, mode: PauseMode, *, timeout_s: float = 30.0) -> None:
+        """Stop generating, in this manner; requests that come meanwhile start after resume().
+
+        Returns when no forward runs (keep) or no request (abort, wait), or raises WaitTimeout and
+        stays paused. Any thread but a generating one, never inside the guard. Idempotent.
+        """
 
     def resume(self) -> None:
         """Generate again. Any thread. Idempotent."""
@@ -63,9 +66,10 @@ class Generator(Protocol):
 
         Blocks; called on one generation thread, one request at a time. Enters the guard by itself,
         for as short as it can, and records the version of every token in the samples' spans
-        (-1: the weights' version was not known). Asks `cancelled` between tokens and, once true,
-        ends soon, with finish "aborted". `worker` and `step` of the samples are the caller's to
-        fill. EngineError for a request that this engine cannot answer.
+        (-1: the weights' version was not known). Asks `cancelled` between tokens and whenever it
+        waits; once true, it ends soon, with finish "aborted" ("stop" and "length" are the others).
+        `worker` and `step` of the samples are the caller's to fill. EngineError for a request that
+        this engine cannot answer, ReplicaTorn or WaitTimeout if the guard does not let it in.
         """
 
 
@@ -75,19 +79,31 @@ class ModuleEngine:
     pause() and resume() have nothing to stop here: the owner's own reading() blocks do that.
     """
 
-    def __init__(self, model: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        rename: Callable[[str], str] | Mapping[str, str] | None = None,
+    ) -> None:
         self._model = model
+        self._include = include
+        self._exclude = exclude
+        self._rename = rename
         self._guard = Guard()
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The model's tensors by name, looked up anew."""
-        return named_tensors(self._model)
+        return named_tensors(
+            self._model, include=self._include, exclude=self._exclude, rename=self._rename
+        )
 
     def guard(self) -> Guard:
         """The guard that the owner's forwards run in."""
         return self._guard
 
-    def pause(self, mode: PauseMode) -> None:
+    def pause(self, mode: PauseMode, *, timeout_s: float = 30.0) -> None:
         """Nothing runs here by itself."""
 
     def resume(self) -> None:

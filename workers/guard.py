@@ -95,6 +95,17 @@ class Guard:
         with self._changed:
             return self._oldest_reader_s()
 
+    def declare(self, version: int) -> None:
+        """The weights, as they stand, are proven to be this version. Does not heal a torn guard."""
+        with self._changed:
+            self._version = version
+
+    def tear(self, reason: str) -> None:
+        """The weights are found to be wrong: serve them to no new reader until the next commit."""
+        with self._changed:
+            self._torn = reason
+            self._changed.notify_all()
+
     # ---- readers
 
     @contextmanager

@@ -1,0 +1,112 @@
+"""The real ports of a driver: NATS, its JetStream log, gloo and bus windows, one torch thread."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from ..messages.errors import Closed
+from ..pipeline.bus.nats import connect as connect_nats
+from ..pipeline.log.jetstream import JetStreamLog
+from ..pipeline.windows import available_kinds, open_window
+from .driver import Ports
+
+T = TypeVar("T")
+
+
+async def connect(
+    url: str, *, run: str, name: str, device: str = "cpu", timeout_s: float = 5.0
+) -> Ports:
+    """Connect to the broker, twice: control, and bulk for the log. BusUnavailable at the deadline.
+
+    A second connection keeps an anchor's chunks from delaying a round's messages.
+    """
+    bus = await connect_nats(url, name=name, timeout_s=timeout_s)
+    try:
+        bulk = await connect_nats(url, name=f"{name}-bulk", timeout_s=timeout_s)
+    except BaseException:
+        await bus.close()
+        raise
+    # One thread: torch work of one replica or publisher never overlaps, and keeps its order.
+    executor = ThreadPoolExecutor(1, thread_name_prefix=f"sparsecast-{name}")
+
+    async def run_blocking(function: Callable[..., T], *args: Any) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(executor, functools.partial(function, *args))
+
+    async def close() -> None:
+        await asyncio.gather(bus.close(), bulk.close())
+        executor.shutdown(wait=False, cancel_futures=True)
+
+    return Ports(
+        bus=bus,
+        log=JetStreamLog(bulk, run),
+        windows=open_window,
+        kinds=available_kinds(device),
+        clock=time.monotonic,
+        wall=time.time,
+        run=run_blocking,
+        token=lambda: uuid.uuid4().hex[:16],
+        close=close,
+    )
+
+
+class LoopThread:
+    """An event loop (uvloop's where there is one) on a thread of its own, for synchronous faces."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = _new_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop; only call_soon_threadsafe is for other threads."""
+        return self._loop
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine there."""
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise Closed("its event loop has ended")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for it; the coroutine bounds the wait."""
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the loop. Idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # uvloop has no build for this platform
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop

@@ -1,0 +1,192 @@
+"""What a replica has received and not yet applied, and the work on its weights.
+
+All of it runs on the driver's torch thread, one call at a time; `staged` is shared with nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..messages.control import Announce, Claim, LogEntry
+from ..messages.errors import (
+    CorruptPatch,
+    ManifestMismatch,
+    PatchError,
+    ReplicaTorn,
+    SparsecastError,
+    WaitTimeout,
+)
+from ..messages.manifest import Manifest
+from ..pipeline.core import events as ev
+from ..pipeline.delta import (
+    Checked,
+    Patch,
+    apply_checked,
+    check,
+    checksum,
+    digest,
+    manifest_of,
+)
+from .engine import Engine
+
+
+@dataclass(slots=True)
+class Staged:
+    """A checked patch in staging. Times in seconds of the driver's clock, or µs."""
+
+    checked: Checked
+    base_version: int | None
+    version: int
+    nbytes: int
+    staged_at: float
+    receive_us: int
+    check_us: int
+    transport: str
+    window: int = 0
+    attempt: int = 0
+    step: int | None = None
+    apply_us: int = 0
+    staged_us: int = 0
+
+
+class Incoming:
+    """Staging, and the way from there into the weights of one engine."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], float], guard_s: float) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._guard_s = guard_s
+        self._manifest: Manifest | None = None
+        self._staged: dict[int, Staged] = {}
+        #: What was applied last, for its metrics.
+        self.last: Staged | None = None
+
+    # ---- proof
+
+    def prove(self, claim: Claim) -> ev.Proved | ev.Unfit:
+        """Compare the engine's tensors with the claim's manifest, and digest them as a reader."""
+        try:
+            mine = manifest_of(self._engine.tensors())
+            claim.manifest.require_same(mine)
+        except SparsecastError as exc:
+            reason = exc.difference if isinstance(exc, ManifestMismatch) else str(exc)
+            return ev.Unfit(claim.epoch, reason)
+        self._manifest = claim.manifest
+        try:
+            with self._engine.guard().reading(timeout_s=self._guard_s):
+                found = digest(self._engine.tensors())
+        except (ReplicaTorn, WaitTimeout):
+            found = -1  # no state has this digest: the anchor decides
+        return ev.Proved(claim.epoch, claim.manifest.hash, found)
+
+    def hold(self, version: int) -> None:
+        """Serve the weights, as they stand, as `version`."""
+        self._engine.guard().declare(version)
+
+    def quarantine(self, reason: str) -> None:
+        """Serve nothing until the next apply has committed."""
+        self._engine.guard().tear(reason)
+
+    # ---- staging
+
+    def stage(
+        self,
+        buffer: torch.Tensor,
+        announce: Announce | LogEntry,
+        *,
+        receive_us: int,
+        transport: str,
+        window: int = 0,
+        attempt: int = 0,
+        scratch: bool = False,
+    ) -> None:
+        """Check a payload (uint8, 1-d) against what was announced of it, and keep it.
+
+        `scratch`: check and drop it. CorruptPatch or ManifestMismatch: nothing was kept.
+        """
+        began = self._clock()
+        manifest = self._manifest
+        if manifest is None or announce.manifest_hash != manifest.hash:
+            raise ManifestMismatch(f"version {announce.version} is of another manifest")
+        if buffer.numel() != announce.nbytes:
+            raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
+        found = checksum(buffer)
+        if found != announce.checksum:
+            raise CorruptPatch(f"checksum {found:016x}, announced was {announce.checksum:016x}")
+        patch = Patch.from_buffer(buffer)
+        if (patch.base_version, patch.version) != (announce.base_version, announce.version):
+            raise CorruptPatch(
+                f"it says {patch.base_version} → {patch.version}, announced was "
+                f"{announce.base_version} → {announce.version}"
+            )
+        checked = check(patch, manifest)
+        now = self._clock()
+        if scratch:
+            return
+        self._staged[patch.version] = Staged(
+            checked=checked,
+            base_version=patch.base_version,
+            version=patch.version,
+            nbytes=patch.nbytes,
+            staged_at=now,
+            receive_us=receive_us,
+            check_us=round((now - began) * 1e6),
+            transport=transport,
+            window=window,
+            attempt=attempt,
+            step=announce.step,
+        )
+
+    def drop(self, versions: tuple[int, ...] | None) -> None:
+        """Forget staged patches (None: all)."""
+        for version in list(self._staged) if versions is None else versions:
+            self._staged.pop(version, None)
+
+    # ---- into the weights
+
+    def apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
+        """Apply staged versions in order, in one hold of the guard; the version flips last."""
+        patches = [self._staged[version] for version in versions if version in self._staged]
+        if len(patches) != len(versions):
+            return ev.ApplyFailed("a resync has dropped what was staged", torn=False)
+        guard = self._engine.guard()
+        try:
+            with guard.writing(self._guard_s) as writer:
+                began = self._clock()
+                # Looked up inside the guard: the engine may have moved their storage.
+                tensors = self._engine.tensors()
+                names: set[str] = set()
+                for patch in patches:
+                    names.update(apply_checked(patch.checked, tensors, begin=writer.begin_write))
+                last = patches[-1]
+                self._engine.after_apply(last.version, sorted(names))
+                writer.commit(last.version)
+        except WaitTimeout as exc:
+            return ev.ApplyFailed(str(exc), torn=False, waiting=True)
+        except PatchError as exc:
+            return ev.ApplyFailed(str(exc), torn=guard.torn is not None)
+        except Exception as exc:
+            return ev.ApplyFailed(f"{type(exc).__name__}: {exc}", torn=guard.torn is not None)
+        now = self._clock()
+        last.apply_us = round((now - began) * 1e6)
+        last.staged_us = round((now - last.staged_at) * 1e6)
+        self.last = last
+        self.drop(versions)
+        return ev.AppliedHere(last.version, last.staged_us, last.apply_us)
+
+    def digest(self, version: int) -> ev.Digested | ev.DigestFailed:
+        """Digest the whole state, as a reader, if it still is `version`."""
+        began = time.perf_counter()
+        try:
+            with self._engine.guard().holding(version, timeout_s=self._guard_s) as holds:
+                if not holds:
+                    return ev.DigestFailed(version, "the weights are another version by now")
+                found = digest(self._engine.tensors())
+        except Exception as exc:
+            return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
+        return ev.Digested(version, found, round((time.perf_counter() - began) * 1e6))
+

@@ -1,0 +1,452 @@
+"""The worker's face: Replica keeps an engine's weights at the newest version of a run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self, TypeVar
+
+import torch
+
+from ..messages import codec
+from ..messages.control import Announce, Claim, Sender, TrainerMessage, WindowKind
+from ..messages.errors import (
+    BusError,
+    Closed,
+    LogError,
+    PatchError,
+    RemoteProtocolError,
+    ReplicaLagging,
+    WindowError,
+)
+from ..messages.metrics import Event, EventKind, WorkerMetrics
+from ..messages.subjects import Subjects, check_token
+from ..pipeline.bus.base import Message, Subscription
+from ..pipeline.bus.journal import Journal
+from ..pipeline.core import commands as cmd
+from ..pipeline.core import events as ev
+from ..pipeline.core.policy import Policy
+from ..pipeline.core.replica import ReplicaCore
+from ..pipeline.log.base import way
+from .connect import LoopThread, connect
+from .driver import Changes, Driver, Outbox, Ports, Windows
+from .engine import Engine, ModuleEngine
+from .incoming import Incoming
+
+log = logging.getLogger("sparsecast.replica")
+
+T = TypeVar("T")
+
+
+class Replica:
+    """One worker's weights, patched in place as the trainer publishes.
+
+    `model` is a Module, a mapping of names to tensors, or an `Engine`. Use `async with replica`
+    on an event loop, or start() / stop() from synchronous code (its loop then runs on a thread of
+    its own). Entering connects and subscribes (BusUnavailable); it does not wait for a trainer.
+    `windows` narrows the kinds of window that this worker offers. `max_lag` versions, or a trainer
+    unheard for `offline_s`, make `refusal()` say so.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Mapping[str, torch.Tensor] | Engine,
+        *,
+        run: str,
+        bus: str,
+        name: str,
+        device: str = "cpu",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        rename: Callable[[str], str] | Mapping[str, str] | None = None,
+        windows: Sequence[WindowKind] | None = None,
+        max_lag: int | None = None,
+        offline_s: float | None = None,
+        policy: Policy | None = None,
+        ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
+    ) -> None:
+        self.run = run
+        self.name = check_token("worker", name)
+        self.policy = policy or Policy()
+        self._subjects = Subjects(run)
+        self._bus_url = bus
+        self._device = device
+        self._offers = tuple(windows) if windows is not None else None
+        self._max_lag = max_lag
+        self._offline_s = offline_s
+        self._open_ports = ports
+        if isinstance(model, torch.nn.Module | Mapping):
+            self.engine: Engine = ModuleEngine(
+                model, include=include, exclude=exclude, rename=rename
+            )
+        else:
+            self.engine = model
+        self._error: Exception | None = None
+        self._core: ReplicaCore | None = None
+        self._closed = False
+        self._thread: LoopThread | None = None
+
+    # ---- life
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def start(self) -> None:
+        """Enter from synchronous code."""
+        if self._thread is None:
+            self._thread = LoopThread(f"sparsecast-{self.name}")
+            try:
+                self._thread.call(self.__aenter__())
+            except BaseException:
+                self._thread.stop()
+                self._thread = None
+                raise
+
+    def stop(self) -> None:
+        """Leave from synchronous code. Idempotent."""
+        if self._thread is not None:
+            thread, self._thread = self._thread, None
+            try:
+                thread.call(self.close())
+            finally:
+                thread.stop()
+
+    async def _start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._changes = Changes()
+        self._subscription: Subscription | None = None
+        self._follower: Subscription | None = None
+        if self._open_ports is not None:
+            ports = await self._open_ports()
+        else:
+            ports = await connect(
+                self._bus_url,
+                run=self.run,
+                name=self.name,
+                device=self._device,
+                timeout_s=self.policy.bus_s,
+            )
+        self._ports = ports
+        self._me = Sender(self.name, ports.token())
+        offers = ports.kinds if self._offers is None else self._offers
+        self._incoming = Incoming(self.engine, clock=ports.clock, guard_s=self.policy.guard_s)
+        self._core = ReplicaCore(
+            run=self.run,
+            me=self._me,
+            kinds=tuple(kind for kind in offers if kind in ports.kinds),
+            device=self._device,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            policy=self.policy,
+            started=ports.clock(),
+        )
+        self._driver: Driver[ev.ReplicaEvent, cmd.ReplicaCommand] = Driver(
+            self._core,
+            self._perform,
+            tick=ev.Tick(),
+            clock=ports.clock,
+            on_change=self._changes.notify,
+            on_error=self._broke,
+        )
+        self._outbox = Outbox(ports.bus)
+        self._windows = Windows(ports, self._subjects, self._device)
+        # Control first: what the trainer says between the journal's reading and a later
+        # subscription would be lost.
+        self._subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
+        self._follower = await Journal(ports.bus, self.run).follow(
+            self._announced, timeout_s=self.policy.bus_s
+        )
+        self._driver.post(ev.Tick())
+
+    async def close(self) -> None:
+        """Leave the run in order; the weights stay as they are. Idempotent."""
+        if not self._closed and hasattr(self, "_driver"):
+            self._driver.post(ev.Close("the worker left"))
+        await self._stop()
+
+    async def _stop(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if hasattr(self, "_driver"):
+            await self._windows.abort_all()
+            await self._driver.stop()
+            await self._outbox.close(1.0)
+        if hasattr(self, "_ports"):
+            for subscription in (self._subscription, self._follower):
+                if subscription is not None:
+                    await subscription.unsubscribe()
+            await self._ports.close()
+        if hasattr(self, "_changes"):
+            self._changes.notify()
+
+    # ---- the user's face
+
+    @property
+    def version(self) -> int | None:
+        """The version that the weights hold and readers see; None before the first proof."""
+        return self.engine.guard().version
+
+    @property
+    def verified(self) -> int | None:
+        """The newest version whose digest was found to be the trainer's."""
+        return self._core.verified if self._core is not None else None
+
+    @property
+    def head(self) -> int | None:
+        """The newest version that the trainer has announced."""
+        return self._core.head if self._core is not None else None
+
+    @property
+    def mismatches(self) -> int:
+        """How many digests were not the announced ones."""
+        return self._core.mismatches if self._core is not None else 0
+
+    @property
+    def status(self) -> str:
+        """Where this replica stands, in words."""
+        if self._core is None:
+            return "not started"
+        return self._core.why()
+
+    def reading(self, *, timeout_s: float = 60.0) -> AbstractContextManager[int | None]:
+        """The guard: inside, the weights stand still; yields their version. See `Guard.reading`."""
+        return self.engine.guard().reading(timeout_s=timeout_s)
+
+    async def wait_version(self, version: int, timeout_s: float = 30.0) -> int:
+        """Wait until the weights hold `version` or a newer one; WaitTimeout says why they do not.
+
+        May be awaited on any event loop.
+        """
+        waiting = self._wait_version(version, timeout_s)
+        if self._thread is not None and asyncio.get_running_loop() is not self._thread.loop:
+            return await asyncio.wrap_future(self._thread.submit(waiting))
+        return await waiting
+
+    async def _wait_version(self, version: int, timeout_s: float) -> int:
+        def reached() -> int | None:
+            self._check()
+            held = self.version
+            if held is not None and held >= version and self.engine.guard().torn is None:
+                return held
+            return None
+
+        return await self._changes.until(
+            reached, timeout_s, what=f"version {version}", why=lambda: self.status
+        )
+
+    def refusal(self) -> str | None:
+        """Why this worker must not generate now (torn, behind, offline, over), or None."""
+        core = self._core
+        if self._error is not None:
+            return str(self._error)
+        if core is None or self._closed:
+            return "the replica is not running"
+        if self.engine.guard().torn is not None:
+            return f"the weights are being resynced: {self.engine.guard().torn}"
+        if self._offline_s is not None:
+            away = core.trainer_away_s(self._ports.clock())
+            if away is not None and away > self._offline_s:
+                return f"the trainer is unheard for {away:.1f} s (offline_s is {self._offline_s:g})"
+        if self._max_lag is not None and core.head is not None:
+            lag = core.head - (self.version if self.version is not None else -1)
+            if lag > self._max_lag:
+                return f"{lag} versions behind the trainer (max_lag is {self._max_lag})"
+        return None
+
+    def require_current(self) -> None:
+        """ReplicaLagging if `refusal()` has a reason."""
+        reason = self.refusal()
+        if reason is not None:
+            raise ReplicaLagging(f"worker {self.name!r} refuses: {reason}")
+
+    async def failed(self) -> Exception:
+        """Wait until the replica is refused or broken, and return why. Unbounded: cancel it."""
+        while True:
+            if self._error is not None:
+                return self._error
+            try:
+                await self._changes.until(
+                    lambda: self._error, 3600.0, what="a failure", why=lambda: self.status
+                )
+            except TimeoutError:
+                continue
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._core is None or self._closed:
+            raise Closed(f"replica {self.name!r} is not running")
+
+    # ---- what comes from the bus
+
+    def _heard(self, message: Message) -> None:
+        try:
+            decoded = codec.decode(message.data, subject=message.subject)
+        except RemoteProtocolError as exc:
+            log.warning("ignored: %s", exc)
+            return
+        if not isinstance(decoded, TrainerMessage) or isinstance(decoded, Claim | Announce):
+            log.warning("ignored: a %s on %s", type(decoded).__name__, message.subject)
+            return
+        self._driver.post(ev.FromTrainer(decoded))
+
+    def _announced(self, message: Claim | Announce, sequence: int) -> None:
+        self._driver.post(ev.FromTrainer(message))
+
+    def _broke(self, exc: Exception) -> None:
+        self._error = self._error or exc
+
+    # ---- what the core asks for
+
+    def _perform(
+        self, command: cmd.ReplicaCommand
+    ) -> Coroutine[Any, Any, ev.ReplicaEvent | None] | None:
+        incoming = self._incoming
+        match command:
+            case cmd.Report(message):
+                self._outbox.put(self._subjects.worker_control(self.name), codec.encode(message))
+            case cmd.Tell(kind, member, reason):
+                self._tell(kind, member, reason)
+            case cmd.Fail(error):
+                self._error = error
+            case cmd.Compared():
+                self._compared(command)
+            case cmd.OpenWindow():
+                return self._windows.open(command)
+            case cmd.AbortWindow(window):
+                return self._windows.abort(window)
+            case cmd.CloseWindow(window):
+                return self._windows.close(window)
+            case cmd.Receive():
+                return self._receive(command)
+            case cmd.Prove(claim):
+                return self._work(incoming.prove, claim)
+            case cmd.Apply(versions):
+                return self._work(incoming.apply, versions)
+            case cmd.Digest(version):
+                return self._work(incoming.digest, version)
+            case cmd.Hold(version):
+                return self._work(incoming.hold, version)
+            case cmd.Quarantine(reason):
+                return self._work(incoming.quarantine, reason)
+            case cmd.Drop(versions):
+                return self._work(incoming.drop, versions)
+            case cmd.Fetch():
+                return self._fetch(command)
+        return None
+
+    async def _work(self, function: Callable[..., T], *args: Any) -> T:
+        result: T = await self._ports.run(function, *args)
+        self._changes.notify()
+        return result
+
+    async def _receive(self, command: cmd.Receive) -> ev.Staged | ev.ReceiveFailed:
+        stamp, announce = command.stamp, command.announce
+        identity = (stamp.epoch, stamp.window, stamp.attempt)
+        window = self._windows[stamp.window]
+        if window is None:
+            return ev.ReceiveFailed(*identity, stamp.version, "the window is gone", corrupt=False)
+        began = self._ports.clock()
+        # Fresh memory for each attempt: what an aborted one still writes to is nobody's staging.
+        buffer = torch.empty(announce.nbytes, dtype=torch.uint8)
+        try:
+            await window.receive(buffer, attempt=stamp.attempt, timeout_s=command.timeout_s)
+        except WindowError as exc:
+            return ev.ReceiveFailed(*identity, stamp.version, exc.reason, corrupt=False)
+        receive_us = round((self._ports.clock() - began) * 1e6)
+        try:
+            await self._ports.run(
+                lambda: self._incoming.stage(
+                    buffer,
+                    announce,
+                    receive_us=receive_us,
+                    transport=window.spec.kind,
+                    window=stamp.window,
+                    attempt=stamp.attempt,
+                    scratch=command.scratch,
+                )
+            )
+        except PatchError as exc:
+            return ev.ReceiveFailed(*identity, stamp.version, str(exc), corrupt=True)
+        return ev.Staged(*identity, announce.base_version, stamp.version, announce.nbytes)
+
+    async def _fetch(self, command: cmd.Fetch) -> ev.Fetched | ev.FetchFailed:
+        """Stage the way from the log, as far as staging reaches."""
+        timeout_s = self.policy.store_s
+        items: list[ev.LogItem] = []
+        try:
+            entries = await self._ports.log.entries(timeout_s=timeout_s)
+            found = way(entries, epoch=command.epoch, held=command.held, target=command.target)
+            nbytes = 0
+            for entry in found:
+                nbytes += entry.nbytes
+                if items and nbytes > self.policy.staging_nbytes:
+                    break
+                began = self._ports.clock()
+                data = await self._ports.log.load(entry, timeout_s=timeout_s)
+                receive_us = round((self._ports.clock() - began) * 1e6)
+                buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                await self._ports.run(
+                    lambda buffer=buffer, entry=entry, us=receive_us: self._incoming.stage(
+                        buffer, entry, receive_us=us, transport="log"
+                    )
+                )
+                items.append(
+                    ev.LogItem(entry.base_version, entry.version, entry.digest, entry.nbytes)
+                )
+        except (LogError, BusError, PatchError) as exc:
+            if not items:
+                log.debug("the log gives nothing yet: %s", exc)
+                return ev.FetchFailed(command.epoch, str(exc))
+        return ev.Fetched(command.epoch, tuple(items))
+
+    # ---- metrics
+
+    def _tell(self, kind: EventKind, member: str, reason: str) -> None:
+        event = Event(
+            time_s=self._ports.wall(), run=self.run, kind=kind, member=member, reason=reason
+        )
+        log.info("%s %s: %s", kind, member, reason)
+        self._outbox.put(self._subjects.events, codec.encode_metric(event))
+
+    def _compared(self, command: cmd.Compared) -> None:
+        core, last = self._core, self._incoming.last
+        assert core is not None
+        if last is None or last.version != command.version:
+            return
+        metrics = WorkerMetrics(
+            time_s=self._ports.wall(),
+            run=self.run,
+            worker=self.name,
+            epoch=core.epoch,
+            version=last.version,
+            base_version=-1 if last.base_version is None else last.base_version,
+            lag=max((core.head or 0) - last.version, 0),
+            nbytes=last.nbytes,
+            source="log" if last.transport == "log" else "window",
+            window=last.window,
+            transport=last.transport,
+            attempt=last.attempt,
+            receive_us=last.receive_us,
+            check_us=last.check_us,
+            staged_us=last.staged_us,
+            apply_us=last.apply_us,
+            verify_us=command.verify_us,
+            verified=command.ok,
+            mismatches=core.mismatches,
+            step=last.step,
+        )
+        self._outbox.put(self._subjects.metrics(self.name), codec.encode_metric(metrics))
