@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.areas import (
+from .areas import (
     ROOT,
     Area,
     AreasError,
