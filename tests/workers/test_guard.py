@@ -1,4 +1,4 @@
-"""The guard: readers share, a writer excludes and goes first, half written weights are not served."""
+"""The guard: readers share, a writer goes first and alone, half written weights are not served."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from sparsecast.messages.errors import LocalProtocolError, ReplicaTorn, WaitTimeout
 from sparsecast.workers.guard import Guard
 
@@ -37,6 +38,15 @@ def reader_elsewhere(guard: Guard) -> Iterator[Callable[[], None]]:
     finally:
         leave.set()
         thread.join(SOON_S)
+
+
+def fail_inside(guard: Guard, error: Exception, *, commit: int | None = None) -> None:
+    """An apply that raises after its first write, before its commit or after it."""
+    with guard.writing(1.0) as writer:
+        writer.begin_write()
+        if commit is not None:
+            writer.commit(commit)
+        raise error
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -91,7 +101,7 @@ def test_oldest_reader_is_told_by_the_clock_given() -> None:
 
 
 def test_readers_behind_a_writer_that_gave_up_go_on() -> None:
-    """A reader queues behind a waiting writer; the writer times out; the reader must not sleep on."""
+    """A reader queues behind a waiting writer, which times out: the reader must not sleep on."""
     guard = Guard(1)
     entered = threading.Event()
 
@@ -141,9 +151,8 @@ def test_an_apply_that_stops_half_way_tears_the_replica(how: str) -> None:
     """After begin_write() only commit() saves the weights; a later commit heals them."""
     guard = Guard(4)
     if how == "raise":
-        with pytest.raises(OSError, match="cable"), guard.writing(1.0) as writer:
-            writer.begin_write()
-            raise OSError("the cable")
+        with pytest.raises(OSError, match="cable"):
+            fail_inside(guard, OSError("the cable"))
     else:
         with guard.writing(1.0) as writer:
             writer.begin_write()
@@ -169,10 +178,8 @@ def test_failing_before_the_first_write_or_after_the_commit_tears_nothing() -> N
         raise ValueError("early")
     with guard.reading() as version:
         assert version == 4
-    with pytest.raises(ValueError, match="late"), guard.writing(1.0) as writer:
-        writer.begin_write()
-        writer.commit(5)
-        raise ValueError("late")
+    with pytest.raises(ValueError, match="late"):
+        fail_inside(guard, ValueError("late"), commit=5)
     with guard.reading() as version:
         assert version == 5
 
