@@ -1,1 +1,138 @@
-"""sparsecast: lossless sparse weight sync for online RL."""
+"""sparsecast: lossless sparse weight sync for online RL.
+
+The trainer publishes after each optimizer step, workers follow, every version on every worker is
+proven bit-exact. Names are imported on first use, so that a command line without tensors does not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .messages.errors import (
+    BusError,
+    BusUnavailable,
+    Closed,
+    CorruptPatch,
+    EngineError,
+    Fenced,
+    GenerationFailed,
+    InvalidName,
+    LocalProtocolError,
+    LogError,
+    LogHole,
+    ManifestMismatch,
+    NameInUse,
+    PatchError,
+    PayloadTooLarge,
+    PermissionDenied,
+    ProtocolError,
+    PublisherBusy,
+    RemoteProtocolError,
+    ReplicaLagging,
+    ReplicaRefused,
+    ReplicaTorn,
+    RunBusy,
+    SequenceConflict,
+    SparsecastError,
+    StreamMissing,
+    UnsupportedTensor,
+    WaitTimeout,
+    WindowAborted,
+    WindowError,
+    WindowTimeout,
+    WindowUnavailable,
+    WrongBase,
+)
+
+if TYPE_CHECKING:
+    from .pipeline.bus.broker import Broker
+    from .pipeline.core.policy import Policy
+    from .pipeline.delta import Patch, apply, diff, digest, merge
+    from .workers.engine import Engine
+    from .workers.publisher import AsyncPublisher, Publisher, Report
+    from .workers.replica import Replica
+    from .workers.rollouts import AsyncRollouts, Rollouts
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Broker": ".pipeline.bus.broker",
+    "Policy": ".pipeline.core.policy",
+    "Patch": ".pipeline.delta",
+    "apply": ".pipeline.delta",
+    "diff": ".pipeline.delta",
+    "digest": ".pipeline.delta",
+    "merge": ".pipeline.delta",
+    "Engine": ".workers.engine",
+    "AsyncPublisher": ".workers.publisher",
+    "Publisher": ".workers.publisher",
+    "Report": ".workers.publisher",
+    "Replica": ".workers.replica",
+    "AsyncRollouts": ".workers.rollouts",
+    "Rollouts": ".workers.rollouts",
+}
+
+__all__ = [
+    "AsyncPublisher",
+    "AsyncRollouts",
+    "Broker",
+    "BusError",
+    "BusUnavailable",
+    "Closed",
+    "CorruptPatch",
+    "Engine",
+    "EngineError",
+    "Fenced",
+    "GenerationFailed",
+    "InvalidName",
+    "LocalProtocolError",
+    "LogError",
+    "LogHole",
+    "ManifestMismatch",
+    "NameInUse",
+    "Patch",
+    "PatchError",
+    "PayloadTooLarge",
+    "PermissionDenied",
+    "Policy",
+    "ProtocolError",
+    "Publisher",
+    "PublisherBusy",
+    "RemoteProtocolError",
+    "Replica",
+    "ReplicaLagging",
+    "ReplicaRefused",
+    "ReplicaTorn",
+    "Report",
+    "Rollouts",
+    "RunBusy",
+    "SequenceConflict",
+    "SparsecastError",
+    "StreamMissing",
+    "UnsupportedTensor",
+    "WaitTimeout",
+    "WindowAborted",
+    "WindowError",
+    "WindowTimeout",
+    "WindowUnavailable",
+    "WrongBase",
+    "apply",
+    "diff",
+    "digest",
+    "merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -195,6 +195,12 @@ class Replica:
     # ---- the user's face
 
     @property
+    def ports(self) -> Ports:
+        """What this replica is connected through, while it runs."""
+        self._check()
+        return self._ports
+
+    @property
     def version(self) -> int | None:
         """The version that the weights hold and readers see; None before the first proof."""
         return self.engine.guard().version

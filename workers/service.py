@@ -1,0 +1,165 @@
+"""The worker service: a language model that follows a run and answers generation requests.
+
+One process, three threads of work beside the event loop: generation, the replica's apply and
+digest lane, and the window's own. It says on stderr where it stands, and drains on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ..messages.control import WindowKind
+from ..pipeline.core.policy import Policy
+from .generation import GenerationService, register_service
+from .huggingface import HuggingFaceEngine
+from .replica import Replica
+
+log = logging.getLogger("sparsecast.service")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """What `sparsecast worker` is told."""
+
+    run: str
+    bus: str
+    name: str
+    #: A local directory with a Hugging Face causal LM, or a name that its hub's loader knows.
+    model: str
+    #: "cpu", or "cuda:0".
+    device: str = "cpu"
+    #: The one kind of window to offer, or "auto" for all that work here.
+    window: str = "auto"
+    #: Refuse to generate when further behind, or when the trainer is unheard for longer.
+    max_lag: int | None = None
+    offline_s: float | None = None
+    #: Torch threads on a CPU. Two workers that share cores and use more than one each made
+    #: generation nine times slower.
+    threads: int = 1
+    #: How long a drain lets running requests finish.
+    drain_s: float = 10.0
+    policy: Policy = field(default_factory=Policy)
+
+
+async def serve(options: WorkerOptions) -> int:
+    """Run a worker until SIGTERM or SIGINT; the exit status.
+
+    NameInUse, ReplicaRefused, BusUnavailable and EngineError pass through to the caller.
+    """
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+    began = time.monotonic()
+    _say(f"loading {options.model} on {options.device}")
+    engine = await asyncio.to_thread(
+        HuggingFaceEngine.load, options.model, device=options.device
+    )
+    _say(f"model loaded, {time.monotonic() - began:.1f} s")
+    windows: tuple[WindowKind, ...] | None = None
+    if options.window != "auto":
+        windows = _kinds(options.window)
+    replica = Replica(
+        engine,
+        run=options.run,
+        bus=options.bus,
+        name=options.name,
+        device=options.device,
+        windows=windows,
+        max_lag=options.max_lag,
+        offline_s=options.offline_s,
+        policy=options.policy,
+    )
+    with _stop_signals() as stop:
+        async with replica:
+            bus = replica.ports.bus
+            generation = GenerationService(
+                bus,
+                run=options.run,
+                name=options.name,
+                generator=engine,
+                version=lambda: replica.version,
+                wait_version=replica.wait_version,
+                refuse=replica.refusal,
+            )
+            await generation.start()
+            service = await register_service(
+                bus,
+                generation,
+                metadata={
+                    "run": options.run,
+                    "worker": options.name,
+                    "device": options.device,
+                    "model": options.model,
+                },
+            )
+            narrator = asyncio.create_task(_narrate(replica))
+            failure = asyncio.create_task(replica.failed())
+            stopped = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait({failure, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if failure.done():
+                    raise failure.result()
+                _say("draining")
+                await generation.drain(options.drain_s)
+            finally:
+                tasks = (narrator, failure, stopped)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await service.stop()
+                await generation.close()
+    _say(f"left at version {replica.version}, {replica.mismatches} mismatches")
+    return 0
+
+
+def _kinds(window: str) -> tuple[WindowKind, ...]:
+    known: tuple[WindowKind, ...] = ("nccl", "gloo", "bus")
+    return tuple(kind for kind in known if kind == window)
+
+
+async def _narrate(replica: Replica) -> None:
+    """Say where the replica stands: each new state once, and a waiting one every 5 s."""
+    last, said_at = "", 0.0
+    while True:
+        now = time.monotonic()
+        refusal = replica.refusal()
+        if replica.verified is None:
+            # What the worker waits for, without the seconds that change with every look.
+            state, text = replica.status.split(" yet, ")[0], replica.status
+        elif refusal is not None:
+            state, text = "refusing", f"refusing to generate: {refusal}"
+        else:
+            state = f"following run {replica.run}"
+            text = f"{state}, at version {replica.version}"
+        waiting = replica.verified is None or refusal is not None
+        if state != last or (waiting and now - said_at >= 5.0):
+            _say(text)
+            last, said_at = state, now
+        await asyncio.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _say(text: str) -> None:
+    print(f"worker: {text}", file=sys.stderr, flush=True)
