@@ -112,7 +112,7 @@ class Bus(Protocol):
         """
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> bytes:
-        """Ask and return the first answer; BusUnavailable if nobody listens or none comes in time."""
+        """Return the first answer; BusUnavailable if nobody listens or none comes in time."""
 
     async def close(self, timeout_s: float = 2.0) -> None:
         """Drain and close, within `timeout_s`. Idempotent."""
