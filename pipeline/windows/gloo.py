@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import struct
-import threading
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.distributed import ProcessGroupGloo
+import torch.distributed
 
 from ...messages.errors import WindowAborted, WindowTimeout, WindowUnavailable
 from .base import Courier, WindowSpec
+from .lane import Lane
 from .lifecycle import GRACE_S, Deadline, Lifecycle
-from .rendezvous import BusStore, Rendezvous
+from .rendezvous import Rendezvous
 from .sockets import (
     Endpoint,
     broker_address,
@@ -31,6 +29,7 @@ from .sockets import (
     route_address,
     sever,
 )
+from .store import BusStore
 
 #: Names the network interface to use, before any other choice.
 INTERFACE_VARIABLE = "SPARSECAST_GLOO_INTERFACE"
@@ -39,7 +38,8 @@ INTERFACE_VARIABLE = "SPARSECAST_GLOO_INTERFACE"
 _HEADER = struct.Struct("<8sQQQQ")
 _MAGIC = b"spcast-1"
 
-_T = TypeVar("_T")
+#: Its stubs know little of it.
+_Group: Any = torch.distributed.ProcessGroupGloo
 
 
 @runtime_checkable
@@ -72,9 +72,9 @@ class GlooWindow(Lifecycle):
         self._interface = os.environ.get(INTERFACE_VARIABLE) or interface
         self._address = address
         self._rendezvous = Rendezvous(spec, courier)
-        self._lane = _Lane(f"sparsecast-{spec.label}")
+        self._lane = Lane(f"sparsecast-{spec.label}")
         self._store: BusStore | None = None
-        self._group: ProcessGroupGloo | None = None
+        self._group: Any = None
         self._endpoint: Endpoint | None = None
         self._deadline = Deadline(0.0)
         self._host = torch.empty(0, dtype=torch.uint8)
@@ -102,17 +102,17 @@ class GlooWindow(Lifecycle):
         await self._lane.run(lambda: self._connect(store, address, deadline))
 
     def _connect(self, store: BusStore, address: str, deadline: Deadline) -> None:
-        options = ProcessGroupGloo._Options()
+        options = _Group._Options()
         options._timeout = _delta(deadline)
         options._threads = 1
         try:
-            options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+            options._devices = [_Group.create_device(hostname=address)]
         except RuntimeError as exc:
             raise WindowUnavailable(
                 self._spec.label, f"gloo cannot listen on {address}: {exc}"
             ) from exc
         try:
-            self._group = ProcessGroupGloo(store, self._spec.rank, self._spec.size, options)
+            self._group = _Group(store, self._spec.rank, self._spec.size, options)
         except RuntimeError as exc:
             if deadline.passed:
                 raise WindowTimeout(
@@ -191,7 +191,10 @@ class GlooWindow(Lifecycle):
     def _broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Any:
         if self._group is None or self._aborted:
             raise WindowAborted(self._spec.label, "aborted before the broadcast")
-        return self._group.broadcast(tensor, 0, _delta(deadline, GRACE_S))
+        options = torch.distributed.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = _delta(deadline, GRACE_S)
+        return self._group.broadcast([tensor], options)
 
     def _finish(self, work: Any, deadline: Deadline) -> None:
         """Wait for `work`; when this returns or raises, gloo uses its tensor no more."""
@@ -227,8 +230,9 @@ class GlooWindow(Lifecycle):
         if magic != _MAGIC:
             raise self._error(f"rank 0 sent another kind of header: {found[:8]!r}")
         raise self._error(
-            f"rank 0 sends attempt {its_attempt} of {epoch}.{window}, {its_nbytes} bytes; this rank "
-            f"expects attempt {attempt} of {self._spec.epoch}.{self._spec.window}, {nbytes} bytes"
+            f"rank 0 sends attempt {its_attempt} of {epoch}.{window}, {its_nbytes} bytes; this "
+            f"rank expects attempt {attempt} of {self._spec.epoch}.{self._spec.window}, "
+            f"{nbytes} bytes"
         )
 
     def _host_buffer(self, nbytes: int) -> torch.Tensor:
@@ -271,61 +275,6 @@ class GlooWindow(Lifecycle):
         }
         mine = {self._endpoint} if self._endpoint is not None else set()
         return sever(mine, peers - mine)
-
-
-class _Lane:
-    """A daemon thread that runs one thing after the other; started with the first."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    async def run(self, job: Callable[[], _T]) -> _T:
-        """Run `job` on the thread. If the caller is cancelled, `job` runs on."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
-        return await self._submit(job, last=False)
-
-    async def stop(self, job: Callable[[], None], timeout_s: float) -> None:
-        """Run `job` after what runs now, then end the thread; waits for it up to `timeout_s`."""
-        if self._thread is None:
-            return
-        await asyncio.wait({self._submit(job, last=True)}, timeout=timeout_s)
-
-    def _submit(self, job: Callable[[], _T], *, last: bool) -> asyncio.Future[_T]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[_T] = loop.create_future()
-
-        def settle(result: _T | None, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-                future.exception()  # marked as seen: nobody may be waiting any more
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
-
-        def run() -> bool:
-            result: _T | None = None
-            error: Exception | None = None
-            try:
-                result = job()
-            except Exception as exc:
-                error = exc
-            try:
-                loop.call_soon_threadsafe(settle, result, error)
-            except RuntimeError:
-                return False  # the loop was closed: nobody is left to work for
-            return not last
-
-        self._jobs.put(run)
-        return future
-
-    def _work(self) -> None:
-        while self._jobs.get()():
-            pass
 
 
 def _delta(deadline: Deadline, more_s: float = 0.0) -> timedelta:

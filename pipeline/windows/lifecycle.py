@@ -207,6 +207,8 @@ class Lifecycle(ABC):
             raise WindowError(label, f"{what} failed: {exc}") from exc
 
     async def _end_by_force(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()  # nobody's memory is in it: it may be left behind
         await self._break()
         running = [task for task in (self._opening, self._running) if task and not task.done()]
         if running:

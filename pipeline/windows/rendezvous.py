@@ -1,19 +1,17 @@
 """How the ranks of a collective find each other: a dictionary at rank 0, asked over the bus.
 
-First all ranks meet (`Rendezvous.meet`: nobody enters the collective library before everyone is
-there), then `BusStore` hands the dictionary to it as a torch.distributed.Store.
+First all ranks meet (`Rendezvous.meet`: nobody enters a collective library before everyone is
+there), then they exchange what the library needs; `store.BusStore` is that library's view of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-from collections.abc import Callable, Coroutine, Sequence
-from datetime import timedelta
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
-from torch.distributed import Store
 
 from ...messages.errors import (
     BusUnavailable,
@@ -24,8 +22,6 @@ from ...messages.errors import (
 )
 from .base import Courier, Received, Subscription, WindowSpec
 from .lifecycle import GRACE_S, Deadline
-
-_T = TypeVar("_T")
 
 #: A question is asked anew after this long: the broker may have forgotten it.
 _ASK_AGAIN_S = 1.0
@@ -85,6 +81,11 @@ class Rendezvous:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._over: str | None = None
 
+    @property
+    def label(self) -> str:
+        """How errors name the window."""
+        return self._spec.label
+
     async def start(self) -> None:
         """Rank 0: begin to answer."""
         if self._spec.rank == 0:
@@ -122,10 +123,9 @@ class Rendezvous:
             deliver(_Failed(reason=reason))
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
-            try:
+            # An error here: the connection is gone, and the subscription with it.
+            with contextlib.suppress(SparsecastError, TimeoutError):
                 await asyncio.wait_for(subscription.unsubscribe(), GRACE_S)
-            except (SparsecastError, TimeoutError):
-                pass  # the connection is gone, and the subscription with it
 
     # ---- asking
 
@@ -149,7 +149,8 @@ class Rendezvous:
             return answer
         raise WindowTimeout(
             self._spec.label,
-            f"rank 0 did not let rank {self._spec.rank} in within {deadline.timeout_s:g} s: {trouble}",
+            f"no answer of rank 0 for rank {self._spec.rank} within {deadline.timeout_s:g} s: "
+            f"{trouble}",
         )
 
     async def _ask_self(self, ask: _Ask, deadline: Deadline) -> _Answer:
@@ -233,64 +234,3 @@ class Rendezvous:
 
     def _error(self, reason: str) -> WindowError:
         return WindowError(self._spec.label, reason)
-
-
-class BusStore(Store):
-    """The dictionary as torch's collectives want it: called on their threads, where it may block.
-
-    `annotate` may add entries to what this rank sets; `entries` is all that is known here. Every
-    call ends by the deadline, or at once after abort().
-    """
-
-    def __init__(
-        self,
-        rendezvous: Rendezvous,
-        deadline: Deadline,
-        loop: asyncio.AbstractEventLoop,
-        annotate: Callable[[str, bytes], dict[str, bytes]],
-    ) -> None:
-        super().__init__()
-        self._rendezvous = rendezvous
-        self._deadline = deadline
-        self._loop = loop
-        self._annotate = annotate
-        self._calls: set[concurrent.futures.Future[Any]] = set()
-        self._aborted = False
-        self.entries: dict[str, bytes] = {}
-
-    def abort(self) -> None:
-        """Make the pending and all later calls raise WindowAborted. From any thread."""
-        self._aborted = True
-        for call in list(self._calls):
-            call.cancel()
-
-    def set(self, key: str, value: bytes | str) -> None:
-        """Set a key for all ranks."""
-        data = value.encode() if isinstance(value, str) else bytes(value)
-        mine = {key: data, **self._annotate(key, data)}
-        self.entries.update(self._call(self._rendezvous.put(mine, self._deadline)))
-
-    def get(self, key: str) -> bytes:
-        """The value of a key, once a rank has set it."""
-        self.wait([key])
-        return self.entries[key]
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
-        """Return once all keys are set."""
-        if not all(key in self.entries for key in keys):
-            self.entries.update(self._call(self._rendezvous.want(keys, self._deadline)))
-
-    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
-        call = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._calls.add(call)
-        try:
-            if self._aborted:
-                call.cancel()
-            # The work keeps the deadline itself; this bound is for a loop that stands still.
-            return call.result(self._deadline.remaining_s + GRACE_S)
-        except concurrent.futures.CancelledError:
-            raise WindowAborted(
-                self._rendezvous._spec.label, "aborted while the ranks met"
-            ) from None
-        finally:
-            self._calls.discard(call)

@@ -1,0 +1,66 @@
+"""A thread for what blocks: one thing after the other, and never the event loop's own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+class Lane:
+    """A daemon thread that runs one thing after the other; started with the first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    async def run(self, job: Callable[[], _T]) -> _T:
+        """Run `job` on the thread. If the caller is cancelled, `job` runs on."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        return await self._submit(job, last=False)
+
+    async def stop(self, job: Callable[[], None], timeout_s: float) -> None:
+        """Run `job` after what runs now, then end the thread; waits for it up to `timeout_s`."""
+        if self._thread is None:
+            return
+        await asyncio.wait({self._submit(job, last=True)}, timeout=timeout_s)
+
+    def _submit(self, job: Callable[[], _T], *, last: bool) -> asyncio.Future[_T]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+
+        def settle(result: _T | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+                future.exception()  # marked as seen: nobody may be waiting any more
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def run() -> bool:
+            result: _T | None = None
+            error: Exception | None = None
+            try:
+                result = job()
+            except Exception as exc:
+                error = exc
+            try:
+                loop.call_soon_threadsafe(settle, result, error)
+            except RuntimeError:
+                return False  # the loop was closed: nobody is left to work for
+            return not last
+
+        self._jobs.put(run)
+        return future
+
+    def _work(self) -> None:
+        while self._jobs.get()():
+            pass
