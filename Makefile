@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+PIP := $(INSTALL) --constraint constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .PHONY: help demo test lint bench
@@ -30,7 +31,7 @@ bench: .venv/.runtime
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "sparsecast needs Python 3.11 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." >&2; \
 		echo "Install one and name it: make PYTHON=python3.12 …" >&2; exit 1; }
-	@$(PYTHON) -m venv --clear .venv || { \
+	@$(PYTHON) -m venv .venv || { \
 		echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu it needs the package python3-venv." >&2; exit 1; }
 	@touch $@
 
@@ -40,10 +41,12 @@ bench: .venv/.runtime
 .venv/.runtime: pyproject.toml constraints.txt .venv/.made
 	@$(PIP) setuptools wheel
 	@if [ "$$(uname -s)" = Linux ] && [ ! -e /dev/nvidia0 ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
-		$(PIP) "$(TORCH)+cpu" 2>.venv/torch.err || { \
-			grep -q "No matching distribution" .venv/torch.err || { cat .venv/torch.err >&2; exit 1; }; \
+		$(INSTALL) --no-deps "$(TORCH)+cpu" 2>.venv/torch.err || { \
+			if grep -q "versions: none" .venv/torch.err || \
+				! grep -q "No matching distribution" .venv/torch.err; then \
+				cat .venv/torch.err >&2; exit 1; fi; \
 			echo "No CPU build of $(TORCH) is offered here: installing the default build, which may bring CUDA."; \
-			echo "To avoid that, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels and run make again."; \
+			echo "To avoid that, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, remove .venv and run make again."; \
 			$(PIP) "$(TORCH)"; }; \
 	else \
 		$(PIP) "$(TORCH)"; \

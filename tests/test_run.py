@@ -3,13 +3,14 @@
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from . import run as runner
-from .areas import Area, AreasError, Outcome, files, load, matches
+from .areas import Area, AreasError, Outcome, files, load, matches, read_outcomes
 
 
 def area(**fields: object) -> Area:
@@ -283,3 +284,56 @@ def test_what_tools_leave_behind_is_no_file_of_the_project(tmp_path: Path) -> No
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert files(tmp_path) == [".ci/run", ".gitignore", "a.py", "tests/test_a.py"]
+
+
+STORIES = """
+import pytest, torch
+
+@pytest.fixture
+def broken():
+    yield
+    raise OSError("teardown")
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "window", ["gloo", pytest.param("b", marks=pytest.mark.matrix(window="bus"))]
+)
+def test_bound(window, dtype): pass
+
+@pytest.mark.gpu(99)
+def test_gpu(): raise AssertionError("ran without its GPUs")
+
+def test_torn_down(broken): pass
+"""
+
+
+@pytest.mark.parametrize("require", [False, True])
+def test_outcomes_say_what_ran_and_with_what(tmp_path: Path, require: bool) -> None:
+    """A file of tests with parameters, a marker, a missing GPU and a failing teardown is run, and
+    the outcomes have each test's binding and its last word."""
+    stories = tmp_path / "test_stories.py"
+    stories.write_text(STORIES)
+    report = tmp_path / "outcomes"
+    command = [sys.executable, "-m", "pytest", "-qq", "-p", "harness", f"--outcomes={report}"]
+    command += ["--rootdir", str(tmp_path), "-c", os.devnull, str(stories)]
+    env = os.environ | {"PYTHONPATH": str(runner.ROOT / "tests")}
+    done = subprocess.run(
+        command + ["--require-gpu"] * require,
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        timeout=90,
+    )
+    assert done.returncode == 1, done.stderr
+    last = {o.test.partition("::")[2]: o for o in read_outcomes(report)}
+    bindings = [o.binding for o in last.values() if "test_bound" in o.test]
+    assert bindings == [
+        {"window": "gloo", "dtype": "bfloat16"},
+        {"window": "gloo", "dtype": "float32"},
+        {"window": "bus", "dtype": "bfloat16"},
+        {"window": "bus", "dtype": "float32"},
+    ]
+    assert last["test_gpu"].result == ("failed" if require else "skipped")
+    if not require:
+        assert "needs 99 NVIDIA GPU(s)" in last["test_gpu"].reason
+    assert last["test_torn_down"].result == "failed"
