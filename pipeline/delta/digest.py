@@ -1,0 +1,200 @@
+"""The digest of a whole state, and the checksum of a payload.
+
+digest = Σ mod 2⁶⁴ over all tensors and elements of bits(name, i) · h(name, i), where bits is the
+element as an unsigned integer, i its index in C order of the whole tensor, and
+
+    h(name, i) = G(name, i >> 16) · A[(i >> 8) & 255] · B[i & 255]   mod 2⁶⁴, all three odd
+    A[k] = splitmix64(A_SEED + k) | 1        B[k] = splitmix64(B_SEED + k) | 1
+    G(name, b) = splitmix64(seed(name) + b · 0x9E3779B97F4A7C15) | 1
+    seed(name) = the first 8 bytes of SHA-256 of the name in UTF-8, little-endian
+
+splitmix64(x) is the output step of Steele, Lea and Flood's generator (OOPSLA 2014), gamma added
+first. h is odd, so one changed element always changes the sum; partial sums of shards add up.
+Sums live in int64, which wraps; shapes: R rows of 256 elements, K blocks of 65,536.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...messages.manifest import Manifest
+from .tensors import BLOCK, Source, manifest_of, quiet, require_manifest, unsigned
+
+GAMMA = 0x9E3779B97F4A7C15
+A_SEED = 0x5350415253454341  # "SPARSECA", big-endian
+B_SEED = 0x5354444947455354  # "STDIGEST", big-endian
+LENGTH_FACTOR = 0xD6E8FEB86659FD93
+PAYLOAD = "payload"
+_MASK = (1 << 64) - 1
+_CHUNK = 1 << 20  # elements; 8 MiB of int64
+
+
+def splitmix64(x: int) -> int:
+    """One step of splitmix64 from state `x`, as an unsigned 64-bit integer."""
+    x = (x + GAMMA) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    x &= _MASK
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _splitmix64_tensor(x: Tensor) -> Tensor:
+    x = x + _signed(GAMMA)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@lru_cache(maxsize=64)
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A (256), B (256) and A ⊗ B (65,536), int64 on `device`."""
+    with quiet():
+        a_K = [_signed(splitmix64(A_SEED + k) | 1) for k in range(256)]
+        b_K = [_signed(splitmix64(B_SEED + k) | 1) for k in range(256)]
+        a = torch.tensor(a_K, dtype=torch.int64, device=device)
+        b = torch.tensor(b_K, dtype=torch.int64, device=device)
+        return a, b, (a[:, None] * b[None, :]).reshape(-1)
+
+
+@lru_cache(maxsize=1 << 16)
+def _seed(name: str) -> int:
+    hashed = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(hashed[:8], "little")
+
+
+def block_factors(name: str, first: int, count: int, device: torch.device) -> Tensor:
+    """G(name, b) for the blocks b = first … first + count - 1: int64 [count] on `device`."""
+    seed = _seed(name)
+    if count <= 4:
+        return torch.tensor(
+            [_signed(splitmix64(seed + b * GAMMA) | 1) for b in range(first, first + count)],
+            dtype=torch.int64,
+            device=device,
+        )
+    b_K = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    return _splitmix64_tensor(b_K * _signed(GAMMA) + _signed(seed)) | 1
+
+
+def dense_sum(bits_N: Tensor, name: str, start: int) -> Tensor:
+    """Σ bits · h over `bits_N`, elements start … start + N - 1 of tensor `name`.
+
+    `bits_N` is 1-D; int64 is taken as it is (differences, mod 2⁶⁴), narrower ones as unsigned.
+    Returns a 0-d int64 tensor on its device, without waiting for the device.
+    """
+    device = bits_N.device
+    a, b, _ = _tables(device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    source = bits_N if bits_N.dtype == torch.int64 else unsigned(bits_N)
+    end = start + source.numel()
+    at = start
+    work = torch.empty(
+        min(_CHUNK, ((end + 255) & ~255) - (start & ~255)), dtype=torch.int64, device=device
+    )
+    while at < end:
+        low = at & ~255
+        stop = min(low + _CHUNK, end)
+        rows = (stop - low + 255) >> 8
+        work_R256 = work[: rows << 8].view(rows, 256)
+        flat = work_R256.view(-1)
+        part = source[at - start : stop - start]
+        if at == low and stop - low == rows << 8:
+            if part.dtype == torch.int64 and part.is_contiguous():
+                torch.mul(part.view(rows, 256), b, out=work_R256)
+            else:
+                work_R256.copy_(part.view(rows, 256)).mul_(b)
+        else:
+            flat[: at - low].zero_()
+            flat[stop - low :].zero_()
+            flat[at - low : stop - low].copy_(part)
+            work_R256.mul_(b)
+        sums_R = work_R256.sum(1)
+        first_row = low >> 8
+        blocks = ((first_row + rows - 1) >> 8) - (first_row >> 8) + 1
+        g_K = block_factors(name, first_row >> 8, blocks, device)
+        lead = first_row & 255
+        factors_R = (g_K[:, None] * a[None, :]).view(-1)[lead : lead + rows]
+        total += (sums_R * factors_R).sum()
+        at = stop
+    return total
+
+
+def sparse_sum(delta_N: Tensor, idx_N: Tensor, g_K: Tensor) -> Tensor:
+    """Σ delta · h at elements idx_N, counted from the block whose factor is g_K[0]; all int64.
+
+    Returns a 0-d int64 tensor on their device.
+    """
+    _, _, table = _tables(delta_N.device)
+    if g_K.numel() == 1:
+        return (table[idx_N] * delta_N).sum() * g_K[0]
+    terms = table[idx_N & (BLOCK - 1)] * delta_N
+    return (terms * g_K[idx_N >> 16]).sum()
+
+
+def partial(bits: Tensor, name: str, start: int = 0) -> int:
+    """The digest's share of elements start … start + N - 1 of tensor `name`, in C order.
+
+    `bits`: 1-D, any dtype of 1, 2, 4 or 8 bytes. Shares of shards add up, mod 2⁶⁴.
+    """
+    with quiet():
+        flat = Source(name, bits).whole()
+        return int(dense_sum(flat, name, start).item()) & _MASK
+
+
+def partial_at(bits: Tensor, name: str, index: Tensor) -> int:
+    """The digest's share of the elements `index` (int64 [N], C order) whose bits are `bits` [N]."""
+    with quiet():
+        flat = unsigned(Source(name, bits).whole()).to(torch.int64)
+        idx_N = index.reshape(-1).to(torch.int64)
+        if not flat.numel():
+            return 0
+        base = int(idx_N.min().item()) >> 16
+        blocks = (int(idx_N.max().item()) >> 16) - base + 1
+        g_K = block_factors(name, base, blocks, flat.device)
+        return int(sparse_sum(flat, idx_N - (base << 16), g_K).item()) & _MASK
+
+
+def digest(tensors: Mapping[str, Tensor], *, manifest: Manifest | None = None) -> int:
+    """The 64-bit digest of a state; 0 ≤ digest < 2⁶⁴. Order of the mapping does not matter.
+
+    With a manifest the tensors must be those of it (ManifestMismatch). Temporaries stay within a
+    chunk of 8 MiB, and one tensor's size for a tensor that is not contiguous.
+    """
+    with quiet():
+        if manifest is not None:
+            require_manifest(tensors, manifest)
+        else:
+            manifest_of(tensors)
+        sums: dict[torch.device, Tensor] = {}
+        for name, tensor in tensors.items():
+            part = dense_sum(Source(name, tensor).whole(), name, 0)
+            sums[part.device] = sums[part.device] + part if part.device in sums else part
+        return sum(int(value.item()) for value in sums.values()) & _MASK
+
+
+def checksum(buffer: Tensor) -> int:
+    """The 64-bit checksum of a payload: uint8, 1-D, contiguous.
+
+    The digest of its little-endian 64-bit words (zero-padded) under the name "payload", plus its
+    length times an odd constant.
+    """
+    with quiet():
+        nbytes = buffer.numel()
+        device = buffer.device
+        if buffer.data_ptr() % 8 or (buffer.storage_offset() % 8):
+            buffer = buffer.clone()
+        whole = nbytes & ~7
+        total = dense_sum(buffer[:whole].view(torch.int64), PAYLOAD, 0)
+        if whole != nbytes:
+            tail = torch.zeros(8, dtype=torch.uint8, device=device)
+            tail[: nbytes - whole].copy_(buffer[whole:])
+            total = total + dense_sum(tail.view(torch.int64), PAYLOAD, whole >> 3)
+        return (int(total.item()) + nbytes * LENGTH_FACTOR) & _MASK

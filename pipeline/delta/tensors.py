@@ -1,0 +1,339 @@
+"""Which tensors there are, and their bits: the ground that diff, apply and digest stand on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from ...messages.errors import ManifestMismatch, UnsupportedTensor
+from ...messages.manifest import ITEMSIZE, Manifest, TensorSpec
+
+BLOCK = 65_536
+Rename = Callable[[str], str] | Mapping[str, str]
+Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
+_DTYPES = {name: getattr(torch, name) for name in ITEMSIZE if hasattr(torch, name)}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No autograd, and no inference mode: what is made inside can be written to anywhere."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+# ---- bits
+
+
+def bits_dtype(itemsize: int) -> torch.dtype:
+    """The integer dtype in which elements of 1, 2, 4 or 8 bytes are compared and moved."""
+    return _BITS[itemsize]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the same size: NaN payloads and -0.0 are just bits."""
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def unsigned(bits_N: Tensor) -> Tensor:
+    """The same bits as unsigned integers (8 bytes stay int64: sums wrap mod 2⁶⁴ either way)."""
+    view = _UNSIGNED.get(bits_N.dtype)
+    return bits_N if view is None else bits_N.view(view)
+
+
+class Source:
+    """One tensor to be read in flat pieces, cast on the way if `dtype` is given.
+
+    Temporaries: none for contiguous tensors, a piece where it casts, a copy of this one tensor
+    where it is not contiguous.
+    """
+
+    __slots__ = ("_dtype", "_flat", "_tensor", "name", "numel")
+
+    def __init__(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.name = name
+        self.numel = tensor.numel()
+        self._tensor = tensor.detach()
+        self._dtype = None if dtype == tensor.dtype else dtype
+        self._flat: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._tensor.device
+
+    @property
+    def casts(self) -> bool:
+        """Whether every piece is a fresh tensor."""
+        return self._dtype is not None
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        """The bits of elements start … stop - 1 in C order: 1-D, contiguous, to be read only."""
+        if self._flat is None:
+            flat = self._tensor.reshape(-1)
+            self._flat = flat if self._dtype is not None else bits(flat)
+        part = self._flat if stop - start == self.numel else self._flat[start:stop]
+        return part if self._dtype is None else bits(part.to(self._dtype))
+
+    def whole(self) -> Tensor:
+        """All of it, as piece() gives it."""
+        return self.piece(0, self.numel)
+
+
+# ---- manifests
+
+
+def dtype_of(spec: TensorSpec) -> torch.dtype:
+    """The torch dtype of a manifest entry; UnsupportedTensor if this torch lacks it."""
+    found: torch.dtype | None = _DTYPES.get(spec.dtype)
+    if found is None:
+        raise UnsupportedTensor(spec.name, f"this torch ({torch.__version__}) has no {spec.dtype}")
+    return found
+
+
+def cast_to(name: str, tensor: Tensor, dtype: Dtypes) -> torch.dtype:
+    """The dtype in which a tensor is published; only floating ones are cast."""
+    wanted = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+    if wanted is None or not tensor.is_floating_point():
+        return tensor.dtype
+    if not wanted.is_floating_point:
+        raise UnsupportedTensor(
+            name, f"cannot be published as {wanted}: weights are cast to floating dtypes only"
+        )
+    return wanted
+
+
+def manifest_of(tensors: Mapping[str, Tensor], *, dtype: Dtypes = None) -> Manifest:
+    """The manifest of these tensors as they are published; UnsupportedTensor names a bad one."""
+    if isinstance(dtype, Mapping):
+        for name in dtype:
+            if name not in tensors:
+                raise UnsupportedTensor(name, "is in the dtype map, and no tensor is called so")
+    specs = []
+    for name, tensor in tensors.items():
+        _require_plain(name, tensor)
+        published = cast_to(name, tensor, dtype)
+        spelled = _NAMES.get(published)
+        if spelled is None:
+            raise UnsupportedTensor(
+                name, f"has dtype {published}; elements of 1, 2, 4 or 8 bytes can be published"
+            )
+        specs.append(TensorSpec(name, spelled, tuple(tensor.shape)))
+    return Manifest(tensors=tuple(specs))
+
+
+def require_manifest(
+    tensors: Mapping[str, Tensor], manifest: Manifest, *, dtype: Dtypes = None
+) -> None:
+    """ManifestMismatch naming the first tensor that is not as the manifest says."""
+    found = manifest_of(tensors, dtype=dtype)
+    if found.tensors != manifest.tensors:
+        manifest.require_same(found)
+
+
+def require_hash(manifest_hash: str, manifest: Manifest, what: str) -> None:
+    """ManifestMismatch unless `manifest_hash` names `manifest`."""
+    if manifest_hash != manifest.hash:
+        raise ManifestMismatch(
+            f"{what} is for manifest {manifest_hash}, the weights are {manifest.hash}: another "
+            "tensor name, order, dtype or shape"
+        )
+
+
+# ---- choosing
+
+
+def named_tensors(
+    source: nn.Module | Mapping[str, Tensor],
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    rename: Rename | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a model by name, as they are now: look them up anew at every use.
+
+    A Module means its state_dict: parameters and persistent buffers, "_orig_mod." stripped from
+    names; tensors that are tied (one memory) come once, under the first name. `include` and
+    `exclude` are glob patterns on names, `rename` a function or a mapping applied last. The result
+    shares memory with the model and is detached. UnsupportedTensor names what cannot be published:
+    meta, sparse or quantised tensors, DTensors, tensors that overlap in memory, a PEFT model unless
+    `include` picks adapters only.
+    """
+    if isinstance(source, nn.Module):
+        given: Mapping[str, object] = {
+            name.replace("_orig_mod.", ""): value
+            for name, value in source.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor) or not name.endswith("_extra_state")
+        }
+    else:
+        given = {name.replace("_orig_mod.", ""): value for name, value in source.items()}
+        if len(given) != len(source):
+            raise UnsupportedTensor(
+                _first_repeated(name.replace("_orig_mod.", "") for name in source),
+                'stands for two tensors once "_orig_mod." is stripped',
+            )
+    chosen = {
+        name: value
+        for name, value in given.items()
+        if (include is None or _matches(name, include))
+        and not (exclude is not None and _matches(name, exclude))
+    }
+    _refuse_peft(source, given, chosen)
+    tensors: dict[str, Tensor] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for name, value in chosen.items():
+        tensor = _require_plain(name, value)
+        if tensor.numel():
+            place = (
+                tensor.untyped_storage().data_ptr(),
+                tensor.storage_offset(),
+                tensor.dtype,
+                tensor.shape,
+                tensor.stride(),
+            )
+            if seen.setdefault(place, name) != name:
+                continue
+        tensors[name] = tensor
+    _refuse_overlaps(tensors)
+    if rename is None:
+        return tensors
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
+        if new in renamed:
+            raise UnsupportedTensor(name, f"is renamed to {new!r}, which another tensor is called")
+        renamed[new] = tensor
+    return renamed
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _first_repeated(names: Iterator[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or ".modules_to_save." in name
+
+
+def _refuse_peft(
+    source: object, given: Mapping[str, object], chosen: Mapping[str, object]
+) -> None:
+    marked = [name for name in given if _is_adapter(name) or ".base_layer." in name]
+    if not marked and not hasattr(source, "peft_config"):
+        return
+    base = next((name for name in chosen if not _is_adapter(name)), None)
+    if base is not None:
+        raise UnsupportedTensor(
+            base,
+            "belongs to a PEFT model, whose base and adapters are separate: choose the adapters "
+            'with include=["*lora_*"], or publish model.merge_and_unload()',
+        )
+
+
+def _require_plain(name: str, value: object) -> Tensor:
+    """`value` as a plain detached strided tensor over its own memory, or UnsupportedTensor."""
+    if not isinstance(value, Tensor):
+        raise UnsupportedTensor(name, f"is a {type(value).__name__}, not a tensor")
+    if type(value) not in (Tensor, nn.Parameter):
+        with torch._C.DisableTorchFunctionSubclass():
+            if hasattr(type(value), "__tensor_flatten__") or (
+                type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+            ):
+                raise UnsupportedTensor(
+                    name,
+                    f"is a {type(value).__name__} without plain memory of its own: give its local "
+                    "or full tensor (DTensor: to_local() or full_tensor())",
+                )
+            value = value.detach().as_subclass(Tensor)
+    if value.device.type == "meta":
+        raise UnsupportedTensor(name, "is on the meta device and has no data: materialise it first")
+    if value.layout != torch.strided:
+        raise UnsupportedTensor(name, f"has layout {value.layout}: make it dense with to_dense()")
+    if value.is_quantized:
+        raise UnsupportedTensor(name, "is quantised: give its int_repr() and scales as tensors")
+    if value.is_conj() or value.is_neg():
+        raise UnsupportedTensor(
+            name, "is a lazy conjugate or negation: call resolve_conj() or resolve_neg() first"
+        )
+    return value.detach()
+
+
+# ---- memory
+
+
+def span_nbytes(tensor: Tensor) -> tuple[int, int]:
+    """First byte of the tensor in its storage, and the byte after its last."""
+    size = tensor.element_size()
+    low = int(tensor.storage_offset()) * size
+    reach = sum((int(n) - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return low, low + (reach + 1) * size
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory (expanded, or overlapping windows)."""
+    reach = 0
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dim for dim in dims if dim[1] > 1):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def _refuse_overlaps(tensors: Mapping[str, Tensor]) -> None:
+    storages: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            key = (tensor.device, tensor.untyped_storage().data_ptr())
+            storages.setdefault(key, []).append((*span_nbytes(tensor), name))
+    for spans in storages.values():
+        active: list[tuple[int, int, str]] = []
+        for span in sorted(spans):
+            active = [other for other in active if other[1] > span[0]]
+            for other in active:
+                if not _interleaved(tensors[other[2]], tensors[span[2]]):
+                    raise UnsupportedTensor(
+                        span[2],
+                        f"shares part of its memory with {other[2]!r}: publish only one of them, "
+                        "or their common base",
+                    )
+            active.append(span)
+
+
+def _interleaved(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage keep apart although their spans cross (say, columns).
+
+    True if for some pitch each keeps within its own part of every row of that pitch.
+    """
+    pitches = {
+        stride * tensor.element_size()
+        for tensor in (one, other)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1 and stride > 0
+    }
+    for pitch in pitches:
+        parts = []
+        for tensor in (one, other):
+            size = tensor.element_size()
+            low = tensor.storage_offset() * size % pitch
+            inner = sum(
+                (n - 1) * stride * size
+                for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+                if stride * size % pitch
+            )
+            parts.append((low, low + inner + size))
+        (low1, high1), (low2, high2) = parts
+        if max(high1, high2) <= pitch and (high1 <= low2 or high2 <= low1):
+            return True
+    return False
