@@ -36,8 +36,11 @@ TRACE = 64
 class Core(Protocol[E, C]):
     """What the driver asks of a state machine."""
 
-    def handle(self, event: E, now: float) -> list[C]: ...
-    def next_deadline(self) -> float | None: ...
+    def handle(self, event: E, now: float) -> list[C]:
+        """Take one event; what is to be done, in order."""
+
+    def next_deadline(self) -> float | None:
+        """When the next Tick is due, on the clock of `now`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -189,4 +189,3 @@ class Incoming:
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
         return ev.Digested(version, found, round((time.perf_counter() - began) * 1e6))
-

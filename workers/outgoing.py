@@ -1,4 +1,4 @@
-"""What a trainer has published and not yet given away: the shadow, the pending patch, the kept ones.
+"""What a trainer has published and not yet given away: shadow, pending patch, kept patches.
 
 Thread-safe. publish() runs on the caller's thread, all else on the driver's torch thread.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -369,10 +370,8 @@ class AsyncPublisher:
                 return True if applied and not missing else None
             return True if len(applied) >= at_least else None
 
-        try:
+        with contextlib.suppress(TimeoutError):
             await self._changes.until(done, timeout_s, what="applied", why=str)
-        except TimeoutError:
-            pass
         applied, missing = core.progress(version)
         return Report(version, applied, missing)
 

@@ -59,9 +59,7 @@ async def serve(options: WorkerOptions) -> int:
         torch.set_num_threads(options.threads)
     began = time.monotonic()
     _say(f"loading {options.model} on {options.device}")
-    engine = await asyncio.to_thread(
-        HuggingFaceEngine.load, options.model, device=options.device
-    )
+    engine = await asyncio.to_thread(HuggingFaceEngine.load, options.model, device=options.device)
     _say(f"model loaded, {time.monotonic() - began:.1f} s")
     windows: tuple[WindowKind, ...] | None = None
     if options.window != "auto":
