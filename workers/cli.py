@@ -1,0 +1,410 @@
+"""The command line: demo, worker, ask, broker, top.
+
+Nothing heavy is imported before a command needs it: `--help` and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ..messages import errors
+from ..messages.subjects import check_token
+from . import settings
+
+T = TypeVar("T")
+
+EPILOG = (
+    "Settings come from flags, then SPARSECAST_… variables (SPARSECAST_RUN for --run), then a TOML "
+    "file (--config or SPARSECAST_CONFIG: keys at the top level for every command, a table for one "
+    "command). Exit codes: 0 done, 1 failed, 2 usage or settings, 3 the bus is not available, "
+    "4 refused (name in use, run held by another trainer, another model), "
+    "5 nothing came within the deadline, 130 interrupted."
+)
+
+app = typer.Typer(
+    name="sparsecast",
+    help="Lossless sparse weight sync for online RL, every version proven bit-exact.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Exit(enum.IntEnum):
+    """What a command's exit code says."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    BUS = 3
+    REFUSED = 4
+    TIMEOUT = 5
+    INTERRUPTED = 130
+
+
+_CODES: tuple[tuple[type[errors.SparsecastError], Exit], ...] = (
+    (errors.InvalidName, Exit.USAGE),
+    (errors.SettingsError, Exit.USAGE),
+    (errors.BusUnavailable, Exit.BUS),
+    (errors.NameInUse, Exit.REFUSED),
+    (errors.RunBusy, Exit.REFUSED),
+    (errors.Fenced, Exit.REFUSED),
+    (errors.ReplicaRefused, Exit.REFUSED),
+    (errors.ManifestMismatch, Exit.REFUSED),
+    (errors.PermissionDenied, Exit.REFUSED),
+    (errors.WaitTimeout, Exit.TIMEOUT),
+)
+
+
+def exit_code(error: errors.SparsecastError) -> Exit:
+    """The exit code that stands for an error."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), Exit.FAILED)
+
+
+class WindowChoice(enum.StrEnum):
+    """What --window takes."""
+
+    AUTO = "auto"
+    GLOO = "gloo"
+    BUS = "bus"
+
+
+# ---- options that several commands share
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    if path is not None and not context.resilient_parsing:
+        group = context.parent.command if context.parent else context.command
+        known = {
+            name: frozenset(
+                str(parameter.name).replace("_", "-")
+                for parameter in command.params
+                if parameter.name not in ("config", "help", "prompt", "once", "json", "json_")
+            )
+            for name, command in group.commands.items()  # type: ignore[attr-defined]
+        }
+        context.default_map = settings.from_file(path, str(context.info_name), known)
+    return path
+
+
+def _check(kind: str) -> Any:
+    def check(value: str | None) -> str | None:
+        return None if value is None else check_token(kind, value)
+
+    return check
+
+
+def _check_bus(context: typer.Context, url: str | None) -> str | None:
+    source = context.get_parameter_source("bus")
+    if url is not None and source is not None and source.name == "COMMANDLINE":
+        settings.refuse_credentials(url)
+    return url
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        envvar="SPARSECAST_CONFIG",
+        is_eager=True,
+        callback=_read_config,
+        help="A TOML file with settings.",
+    ),
+]
+Bus = Annotated[
+    str | None,
+    typer.Option(
+        "--bus",
+        envvar="SPARSECAST_BUS",
+        callback=_check_bus,
+        help="URL of the NATS server. Not given: the live broker of this user. A URL with "
+        "credentials only in the variable or the file.",
+    ),
+]
+Run = Annotated[
+    str,
+    typer.Option("--run", envvar="SPARSECAST_RUN", callback=_check("run"), help="Name of the run."),
+]
+
+
+def _bus(url: str | None) -> settings.BusChoice:
+    choice = settings.find_bus(url)
+    if url is None:
+        typer.echo(f"bus: {choice.label}", err=True)
+    return choice
+
+
+def _asyncio_run(coroutine: Coroutine[Any, Any, T]) -> T:
+    try:
+        import uvloop
+    except ImportError:  # no build for this platform
+        return asyncio.run(coroutine)
+    return uvloop.run(coroutine)
+
+
+# ---- commands
+
+
+@app.command()
+def demo(
+    updates: Annotated[
+        int, typer.Option(envvar="SPARSECAST_UPDATES", min=1, help="RL updates.")
+    ] = 400,
+    warmup: Annotated[
+        int, typer.Option(envvar="SPARSECAST_WARMUP", min=0, help="Supervised updates before.")
+    ] = 240,
+    workers: Annotated[
+        int, typer.Option(envvar="SPARSECAST_WORKERS", min=1, max=16, help="Inference workers.")
+    ] = 2,
+    window: Annotated[
+        WindowChoice,
+        typer.Option(envvar="SPARSECAST_WINDOW", help="The road of the updates."),
+    ] = WindowChoice.AUTO,
+    seed: Annotated[
+        int, typer.Option(envvar="SPARSECAST_SEED", min=0, help="Weights, prompts, samples.")
+    ] = 0,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the outcome to this file as JSON.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Lines instead of a live view (as when piped).")
+    ] = False,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run", envvar="SPARSECAST_RUN", callback=_check("run"), help="Default: demo-…"
+        ),
+    ] = None,
+    bus: Annotated[
+        str | None,
+        typer.Option(
+            "--bus",
+            envvar="SPARSECAST_BUS",
+            callback=_check_bus,
+            help="URL of a NATS server with JetStream. Not given: an embedded one.",
+        ),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Online RL on a small transformer, here and now: one trainer, real workers, every version
+    of the weights proven bit-exact.
+
+    Exit code 0 only if every version that a worker applied was verified there and is the
+    trainer's. Keys of the JSON: run, updates, rl_updates, window, workers {name: {applied,
+    verified, mismatches, version}}, density {warmup_p50, rl_p50}, nbytes {total, dense_total},
+    round_ms {p50, p99}, reward {first, last}.
+    """
+    from .demo.run import DemoOptions, run_demo
+
+    options = DemoOptions(
+        updates=updates, warmup=warmup, workers=workers, window=window.value, seed=seed,
+        json=json, plain=plain, run=run, bus=bus,
+    )  # fmt: skip
+    raise typer.Exit(run_demo(options))
+
+
+@app.command()
+def worker(
+    run: Run,
+    model: Annotated[
+        str,
+        typer.Option(envvar="SPARSECAST_MODEL", help="Directory of a Hugging Face causal LM."),
+    ],
+    name: Annotated[
+        str,
+        typer.Option(
+            envvar="SPARSECAST_NAME", callback=_check("worker"), help="Unique within the run."
+        ),
+    ] = "worker-0",
+    bus: Bus = None,
+    device: Annotated[
+        str, typer.Option(envvar="SPARSECAST_DEVICE", help="cpu, cuda or cuda:N.")
+    ] = "cpu",
+    window: Annotated[
+        WindowChoice,
+        typer.Option(envvar="SPARSECAST_WINDOW", help="The road that this worker offers."),
+    ] = WindowChoice.AUTO,
+    max_lag: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SPARSECAST_MAX_LAG", min=0,
+            help="Refuse to generate when more versions behind the trainer than this.",
+        ),
+    ] = None,
+    offline_s: Annotated[
+        float | None,
+        typer.Option(
+            envvar="SPARSECAST_OFFLINE_S", min=0.1,
+            help="Refuse to generate when the trainer was not heard for so many seconds.",
+        ),
+    ] = None,
+    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
+    config: Config = None,
+) -> None:  # fmt: skip
+    """Serve a model on the bus and follow a run: generate on request, apply every update.
+
+    Ends in order on SIGTERM or Ctrl-C: finishes what it generates, and leaves the run.
+    """
+    from .service import WorkerOptions, serve
+
+    options = WorkerOptions(
+        run=run, bus=_bus(bus).url, name=name, model=model, device=device, window=window.value,
+        max_lag=max_lag, offline_s=offline_s,
+    )  # fmt: skip
+    if until_stdin_closes:
+        _end_with_stdin()
+    raise typer.Exit(_asyncio_run(serve(options)))
+
+
+def _end_with_stdin(grace_s: float = 15.0) -> None:
+    """End this process when stdin closes: its starter holds the other end, even to a SIGKILL."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace_s)
+        os._exit(Exit.FAILED)
+
+    threading.Thread(target=watch, name="sparsecast-stdin", daemon=True).start()
+
+
+@app.command()
+def ask(
+    prompt: Annotated[str, typer.Argument(help="Text, as the workers' tokenizer reads it.")],
+    run: Run,
+    bus: Bus = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SPARSECAST_WORKER", callback=_check("worker"), help="Ask this one, not any."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(envvar="SPARSECAST_MAX_TOKENS", min=1)] = 64,
+    temperature: Annotated[
+        float, typer.Option(envvar="SPARSECAST_TEMPERATURE", min=0.0, help="0: the likeliest.")
+    ] = 0.0,
+    timeout_s: Annotated[float, typer.Option(envvar="SPARSECAST_TIMEOUT_S", min=0.1)] = 30.0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    config: Config = None,
+) -> None:
+    """Ask the workers of a run one thing; says which weights answered.
+
+    Keys of the JSON: text, tokens, logprobs, spans [[start, stop, version], …], worker, version,
+    finish.
+    """
+    from .ask import ask_once
+
+    choice = _bus(bus)
+    ask_once(
+        prompt, run=run, bus=choice.url, worker=worker, max_tokens=max_tokens,
+        temperature=temperature, timeout_s=timeout_s, as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def broker() -> None:
+    """Run an embedded NATS server with JetStream until Ctrl-C or SIGTERM.
+
+    Commands of this user on this machine find it by themselves. What it stores ends with it.
+    """
+    from ..pipeline.bus.broker import Broker
+
+    with _until_signalled() as wait, Broker() as url:
+        typer.echo(f"broker: {url}")
+        typer.echo(f"watch a run with: sparsecast top --bus {url} --run RUN")
+        typer.echo("end with Ctrl-C")
+        wait()
+
+
+@contextlib.contextmanager
+def _until_signalled() -> Any:
+    """Yields a function that returns at SIGINT or SIGTERM, even at one that came before it."""
+    read, write = os.pipe()
+    before = {
+        number: signal.signal(number, lambda *_: os.write(write, b"."))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield lambda: os.read(read, 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(read)
+        os.close(write)
+
+
+@app.command()
+def top(
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run", envvar="SPARSECAST_RUN", callback=_check("run"),
+            help="Name of the run. Not given: the only one that is heard.",
+        ),
+    ] = None,
+    bus: Bus = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Listen, print the table, and end (as when piped).")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="With --once: one JSON object on stdout.")
+    ] = False,
+    wait_s: Annotated[
+        float,
+        typer.Option(envvar="SPARSECAST_WAIT_S", min=0.1, help="With --once: listen so long."),
+    ] = 4.0,
+    config: Config = None,
+) -> None:  # fmt: skip
+    """A live table of a run: every member's version, lag, round times, bytes, mismatches.
+
+    --once listens until the trainer and at least one member have spoken and nobody new does, for
+    --wait-s at the longest; exit code 5 if nobody spoke. Keys of the JSON: run, trainer {state,
+    epoch, version, step, heard_s, rounds, round_p50_ms, round_p99_ms, nbytes, dense_nbytes,
+    density, encoding, transport, window, members}, members [{name, state, note, version,
+    verified, lag, heard_s, rounds, round_p50_ms, round_p99_ms, nbytes, density, mismatches,
+    source}], events [...]. Times of rounds are known from the rounds heard while it listens.
+    """
+    from .top import show
+
+    if json and not once:
+        raise errors.SettingsError("--json needs --once: a live table is for people")
+    choice = _bus(bus)
+    _asyncio_run(
+        show(choice.url, run=run, once=once or not sys.stdout.isatty(), as_json=json, wait_s=wait_s)
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script: an error of ours is one line on stderr and an exit code.
+
+    SPARSECAST_DEBUG=1 shows tracebacks.
+    """
+    try:
+        app(args=arguments, prog_name="sparsecast")
+    except errors.SparsecastError as error:
+        if os.environ.get("SPARSECAST_DEBUG"):
+            raise
+        typer.echo(f"sparsecast: {error}", err=True)
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
