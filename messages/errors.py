@@ -60,6 +60,10 @@ class InvalidName(SparsecastError, ValueError):
         self.name = name
 
 
+class SettingsError(SparsecastError, ValueError):
+    """A setting that is missing, unknown or cannot be used: flag, environment or file."""
+
+
 # ---- who holds what
 
 
