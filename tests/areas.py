@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -34,11 +34,13 @@ class Area:
     about: str
     """What is promised when the area passes, in one line."""
     tests: tuple[str, ...] = ()
-    """Globs of test files; a file belongs to exactly one area."""
+    """Globs of test files, `!` before those to leave out; a file belongs to exactly one area."""
     sources: tuple[str, ...] = ()
-    """Globs of the files whose change calls for this area; the areas it uses add theirs."""
+    """Globs of the files whose change calls for this area, `!` before those to leave out."""
     uses: tuple[str, ...] = ()
-    """Areas whose own sources this area depends on as well, and theirs in turn."""
+    """Areas whose sources this area depends on as well, and so on in turn."""
+    inherited: tuple[tuple[str, ...], ...] = ()
+    """The sources of those areas and what counts everywhere, one tuple of globs each."""
     commands: tuple[tuple[str, ...], ...] = ()
     """Programs of the virtual environment that must end with 0; each counts as one test."""
     gpus: int = 0
@@ -49,6 +51,10 @@ class Area:
     """Environment variables set for the area's processes."""
     timeout_s: float = 300.0
     """The area's processes are killed after this long."""
+
+    def depends_on(self, path: str) -> bool:
+        """Whether a change of this file calls for the area."""
+        return any(matches(path, globs) for globs in (self.tests, self.sources, *self.inherited))
 
     def entries(self) -> list[Entry]:
         """Every entry of the matrix; none for an area without one."""
@@ -73,7 +79,7 @@ def load(path: Path = MANIFEST) -> dict[str, Area]:
             if used not in areas:
                 raise AreasError(f"area {area.name!r} uses {used!r}, which is no area")
     return {
-        name: _with_sources(area, everywhere + _closure(areas, name))
+        name: replace(area, inherited=(everywhere, *_inherited(areas, area)))
         for name, area in areas.items()
     }
 
@@ -101,8 +107,17 @@ def is_test(path: str) -> bool:
 
 
 def matches(path: str, globs: Iterable[str]) -> bool:
-    """Whether one of the globs names the path: `*` stays in a folder, `**` crosses them."""
-    return any(_pattern(glob).fullmatch(path) for glob in globs)
+    """Whether one of the globs names the path and none with a leading `!` does.
+
+    `*` stays in a folder, `**` crosses them.
+    """
+    named = False
+    for glob in globs:
+        if _pattern(glob.removeprefix("!")).fullmatch(path):
+            if glob.startswith("!"):
+                return False
+            named = True
+    return named
 
 
 def describe(entry: Entry) -> str:
@@ -179,14 +194,10 @@ def _words(table: dict[str, object], key: str) -> tuple[str, ...]:
     return tuple(map(str, value))
 
 
-def _closure(areas: Mapping[str, Area], name: str) -> tuple[str, ...]:
-    seen, todo = [], [name]
+def _inherited(areas: Mapping[str, Area], area: Area) -> list[tuple[str, ...]]:
+    seen, todo = [], list(area.uses)
     while todo:
         if (current := todo.pop(0)) not in seen:
             seen.append(current)
             todo += areas[current].uses
-    return tuple(glob for current in seen for glob in areas[current].sources)
-
-
-def _with_sources(area: Area, sources: tuple[str, ...]) -> Area:
-    return Area(**{**vars(area), "sources": sources})
+    return [areas[name].sources for name in seen]

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,9 +97,7 @@ def choose(areas: dict[str, Area], names: Sequence[str], revision: str | None) -
     if revision is None:
         return chosen
     changed = changed_files(revision)
-    return [
-        area for area in chosen if any(matches(path, area.tests + area.sources) for path in changed)
-    ]
+    return [area for area in chosen if any(area.depends_on(path) for path in changed)]
 
 
 def changed_files(revision: str) -> list[str]:
@@ -182,7 +181,8 @@ def count(result: Result, outcomes: Sequence[Outcome], code: int | None) -> None
 def spawn(command: Sequence[str], env: dict[str, str], deadline: float) -> int | None:
     """Run a program at the root; its exit status, or None if the deadline killed it.
 
-    It leads a process group of its own, which is killed whole: a test's children die with it.
+    It leads a process group of its own, which is killed whole at the end, whatever that was: what
+    its tests started and left behind dies with it.
     """
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     try:
@@ -190,9 +190,9 @@ def spawn(command: Sequence[str], env: dict[str, str], deadline: float) -> int |
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError, PermissionError):  # nobody is left: the usual end
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def count_gpus() -> int:

@@ -24,7 +24,7 @@ def outcome(test: str, result: str, **binding: str) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("glob", "path", "expected"),
+    ("globs", "path", "expected"),
     [
         ("a/*.py", "a/b.py", True),
         ("a/*.py", "a/b/c.py", False),
@@ -35,11 +35,15 @@ def outcome(test: str, result: str, **binding: str) -> Outcome:
         ("a/**", "ab/c", False),
         ("a.py", "axpy", False),
         ("**/*.py", "x.py", True),
+        ("a/*.py !a/b*.py", "a/c.py", True),
+        ("a/*.py !a/b*.py", "a/b1.py", False),
+        ("!a/b*.py a/*.py", "a/b1.py", False),
+        ("!a/b*.py", "a/c.py", False),
     ],
 )
-def test_globs_name_what_they_say(glob: str, path: str, expected: bool) -> None:
-    """A star stays within a folder, two stars cross folders, a dot is a dot."""
-    assert matches(path, [glob]) is expected
+def test_globs_name_what_they_say(globs: str, path: str, expected: bool) -> None:
+    """A star stays within a folder, two stars cross folders, a dot is a dot, a ! leaves out."""
+    assert matches(path, globs.split()) is expected
 
 
 @pytest.mark.parametrize(
@@ -63,18 +67,21 @@ def test_a_wrong_manifest_is_refused_by_name(tmp_path: Path, text: str, told: st
 
 
 def test_an_area_depends_on_what_the_areas_it_uses_depend_on(tmp_path: Path) -> None:
-    """c uses b, b uses a: a change of a's sources, or of what counts everywhere, calls for c."""
+    """c uses b, b uses a: a change of a's sources, or of what counts everywhere, calls for c; what
+    a leaves out is left out there only."""
     manifest = tmp_path / "areas.toml"
     manifest.write_text(
         'everywhere = ["pins"]\n'
-        '[area.a]\nabout = "x"\ntests = ["ta"]\nsources = ["a/**"]\n'
+        '[area.a]\nabout = "x"\ntests = ["ta"]\nsources = ["a/**", "!a/b"]\n'
         '[area.b]\nabout = "x"\ntests = ["tb"]\nsources = ["b/**"]\nuses = ["a"]\n'
-        '[area.c]\nabout = "x"\ntests = ["tc"]\nsources = ["c/**"]\nuses = ["b"]\n'
+        '[area.c]\nabout = "x"\ntests = ["tc"]\nsources = ["a/b"]\nuses = ["b"]\n'
     )
-    assert {n: set(a.sources) for n, a in load(manifest).items()} == {
-        "a": {"pins", "a/**"},
-        "b": {"pins", "a/**", "b/**"},
-        "c": {"pins", "a/**", "b/**", "c/**"},
+    paths = ["pins", "a/a", "a/b", "b/b", "ta", "tb", "tc"]
+    chosen = {n: [p for p in paths if a.depends_on(p)] for n, a in load(manifest).items()}
+    assert chosen == {
+        "a": ["pins", "a/a", "ta"],
+        "b": ["pins", "a/a", "b/b", "tb"],
+        "c": ["pins", "a/a", "a/b", "b/b", "tc"],
     }
 
 
@@ -167,12 +174,13 @@ def test_an_area_without_a_test_file_fails() -> None:
     assert result.notes == ["no test file matches tests/nowhere/test_*.py"]
 
 
-def test_a_deadline_kills_the_whole_group(tmp_path: Path) -> None:
-    """A test hangs with a child of its own: at the deadline both are gone."""
+@pytest.mark.parametrize(("end", "code"), [("wait", None), ("exit 7", 7)])
+def test_no_child_outlives_its_area(tmp_path: Path, end: str, code: int | None) -> None:
+    """A test hangs until the deadline, or ends and leaves a child behind: the child is gone."""
     pid_file = tmp_path / "pid"
-    script = f"sleep 600 & echo $! > {pid_file}; wait"
+    script = f"sleep 600 & echo $! > {pid_file}; {end}"
     started = time.monotonic()
-    assert runner.spawn(["sh", "-c", script], dict(os.environ), started + 1.0) is None
+    assert runner.spawn(["sh", "-c", script], dict(os.environ), started + 1.0) == code
     assert time.monotonic() - started < 10
     child = int(pid_file.read_text())
     for _ in range(100):
