@@ -79,6 +79,7 @@ class Announce(Control, frozen=True, kw_only=True):
 
     @property
     def version(self) -> int:
+        """The version that the update makes."""
         return self.stamp.version
 
 
@@ -136,7 +137,7 @@ class Stored(Control, frozen=True, kw_only=True):
 
 
 class Probe(Control, frozen=True, kw_only=True):
-    """Does this life of this name still live? Answered by Heartbeat; silence gives the name away."""
+    """Is this life of this name still there? Answered by Heartbeat; silence gives it away."""
 
     to: Sender
 

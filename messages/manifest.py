@@ -1,4 +1,4 @@
-"""The manifest: the ordered tensors of a model, named by the hash of their names, dtypes, shapes."""
+"""The manifest: a model's tensors in order, named by the hash of names, dtypes and shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Metrics and events, in JSON: a person can read them with `nats sub`. docs/metrics.md is the reference.
+"""Metrics and events, in JSON: a person can read them with `nats sub`.
+
+docs/metrics.md is the reference.
 
 All times are whole microseconds (`_us`), all sizes bytes (`nbytes`).
 """
@@ -13,7 +15,7 @@ from .control import Tags
 
 
 class TrainerMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="trainer"):
-    """One a round, from the trainer, once every member has applied and verified or its time is over."""
+    """One a round, from the trainer, once every member has verified or its time is over."""
 
     #: Unix time at which the message was made, in seconds.
     time_s: float
