@@ -22,7 +22,6 @@ from ..messages.errors import (
     LogError,
     PublisherBusy,
     RemoteProtocolError,
-    RunBusy,
     SequenceConflict,
     SparsecastError,
     StreamMissing,
@@ -520,7 +519,7 @@ class AsyncPublisher:
             await self._ports.log.prune(keep, timeout_s=self.policy.store_s)
 
     async def _claim(self, epoch: int, version: int, digest: int, expected_sequence: int) -> None:
-        self._epoch = epoch
+        self._epoch = self._lease.epoch = epoch
         claim = Claim(
             sender=self._me,
             epoch=epoch,
@@ -563,20 +562,13 @@ class AsyncPublisher:
             await asyncio.sleep(self.policy.lease_s / 4)
             try:
                 await self._lease.renew(timeout_s=self.policy.bus_s)
-            except Fenced:
-                # It ran out while this process was stopped or cut off; if nobody has taken the
-                # run since, it is still ours, and the journal's fence would tell.
-                try:
-                    await self._lease.acquire(timeout_s=self.policy.bus_s)
-                except RunBusy as exc:
-                    return ev.LeaseLost(str(exc))
-                except BusError as exc:
-                    log.warning("the lease was not taken again: %s", exc)
+            except Fenced as exc:
+                return ev.LeaseLost(exc.reason)
             except StreamMissing as exc:
                 self._driver.post(ev.AnnounceFailed(self.version, "lost", str(exc)))
             except BusError as exc:
-                # The lease may run out meanwhile; then a successor may take the run, and the
-                # journal's fence decides.
+                # It may run out meanwhile and a successor may take the run: the journal's
+                # compare-and-set decides.
                 log.warning("the lease was not renewed: %s", exc)
 
     # ---- metrics
