@@ -151,7 +151,8 @@ def _load(file: str, module: str, name: str, args: bytes) -> tuple[Callable[...,
     """Find the target by its file: under pytest's importlib mode no other process can import it."""
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, file)
-        assert spec is not None and spec.loader is not None, file
+        assert spec is not None, file
+        assert spec.loader is not None, file
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
     return getattr(sys.modules[module], name), pickle.loads(args)

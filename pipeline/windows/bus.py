@@ -80,7 +80,7 @@ class BusWindow(Lifecycle):
         host = payload
         if payload.device.type != "cpu":
             host = await self._lane.run(lambda: payload.to("cpu"))
-        data = memoryview(host.numpy())
+        data = host.numpy().data
         nbytes = len(data)
         step = min(CHUNK_NBYTES, self._courier.max_payload - _HEADER.size)
         subject = f"{self._spec.prefix}.chunk"
@@ -127,7 +127,7 @@ class BusWindow(Lifecycle):
     async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
         self._round += 1
         host = staging if staging.device.type == "cpu" else torch.empty_like(staging, device="cpu")
-        room = memoryview(host.numpy())
+        room = host.numpy().data
         filled, acked = -1, 0  # -1: even an empty payload has one chunk
         while filled < len(room):
             chunk = await self._next_chunk(max(filled, 0), len(room), deadline)

@@ -97,20 +97,21 @@ class Lifecycle(ABC):
         """Meet the other ranks; a second call waits for the first."""
         self._check_alive()
         if self._opening is None:
-            self._opening = self._start(self._meet(Deadline(timeout_s)), timeout_s, "open")
+            deadline = Deadline(timeout_s)
+            self._opening = self._start(self._meet(deadline), deadline, "open")
         await asyncio.shield(self._opening)
 
     async def send(self, payload: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
         """Rank 0: send `payload` to all other ranks."""
         self._check_operation(payload, is_root=True)
-        await self._operate(self._send(payload, attempt, Deadline(timeout_s)), timeout_s, "send")
+        deadline = Deadline(timeout_s)
+        await self._operate(self._send(payload, attempt, deadline), deadline, "send")
 
     async def receive(self, staging: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
         """Other ranks: fill `staging`."""
         self._check_operation(staging, is_root=False)
-        await self._operate(
-            self._receive(staging, attempt, Deadline(timeout_s)), timeout_s, "receive"
-        )
+        deadline = Deadline(timeout_s)
+        await self._operate(self._receive(staging, attempt, deadline), deadline, "receive")
 
     async def abort(self) -> None:
         """Break the window off."""
@@ -156,8 +157,10 @@ class Lifecycle(ABC):
                 f"not {tensor.dtype} of shape {list(tensor.shape)}"
             )
 
-    async def _operate(self, work: Coroutine[Any, Any, None], timeout_s: float, what: str) -> None:
-        self._running = self._start(work, timeout_s, what)
+    async def _operate(
+        self, work: Coroutine[Any, Any, None], deadline: Deadline, what: str
+    ) -> None:
+        self._running = self._start(work, deadline, what)
         try:
             await asyncio.shield(self._running)
         except asyncio.CancelledError:
@@ -166,9 +169,9 @@ class Lifecycle(ABC):
             raise
 
     def _start(
-        self, work: Coroutine[Any, Any, None], timeout_s: float, what: str
+        self, work: Coroutine[Any, Any, None], deadline: Deadline, what: str
     ) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(self._guard(work, timeout_s, what))
+        task = asyncio.ensure_future(self._guard(work, deadline, what))
         task.add_done_callback(self._finished)
         return task
 
@@ -178,17 +181,15 @@ class Lifecycle(ABC):
         if not task.cancelled():
             task.exception()  # marked as seen: a cancelled caller does not fetch it
 
-    async def _guard(self, work: Coroutine[Any, Any, None], timeout_s: float, what: str) -> None:
+    async def _guard(self, work: Coroutine[Any, Any, None], deadline: Deadline, what: str) -> None:
         """Run `work`, name its errors by the window's, and let none outlive abort()."""
         label = self._spec.label
         try:
-            async with asyncio.timeout(timeout_s + GRACE_S):
+            # A backstop: every kind of window keeps the deadline itself.
+            async with asyncio.timeout(deadline.timeout_s + 2 * GRACE_S):
                 await work
             if self._aborted:
                 raise WindowAborted(label, f"aborted during {what}")
-        except WindowAborted:
-            self._dead = "aborted"
-            raise
         except (
             TimeoutError,
             asyncio.CancelledError,
@@ -199,12 +200,18 @@ class Lifecycle(ABC):
             if self._aborted:
                 self._dead = "aborted"
                 raise WindowAborted(label, f"aborted during {what}") from exc
-            self._dead = f"{what} failed: {exc}"
+            error: BaseException = exc
             if isinstance(exc, WindowError | asyncio.CancelledError | LocalProtocolError):
+                pass
+            elif isinstance(exc, TimeoutError) or deadline.passed:
+                reason = f"{what} not within {deadline.timeout_s:g} s: {exc}".rstrip(": ")
+                error = WindowTimeout(label, reason)
+            else:
+                error = WindowError(label, f"{what} failed: {exc}")
+            self._dead = str(getattr(error, "reason", error))
+            if error is exc:
                 raise
-            if isinstance(exc, TimeoutError):
-                raise WindowTimeout(label, f"{what} not within {timeout_s:g} s") from exc
-            raise WindowError(label, f"{what} failed: {exc}") from exc
+            raise error from exc
 
     async def _end_by_force(self) -> None:
         if self._opening is not None:

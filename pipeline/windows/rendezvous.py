@@ -23,7 +23,7 @@ from ...messages.errors import (
 from .base import Courier, Received, Subscription, WindowSpec
 from .lifecycle import GRACE_S, Deadline
 
-#: A question is asked anew after this long: the broker may have forgotten it.
+#: A question is asked again after this long: the broker may have lost it, or the answer.
 _ASK_AGAIN_S = 1.0
 _PAUSE_S, _PAUSE_MAX_S = 0.002, 0.05
 
@@ -130,28 +130,46 @@ class Rendezvous:
     # ---- asking
 
     async def _ask_root(self, ask: _Ask, deadline: Deadline) -> _Answer:
-        pause_s, trouble = _PAUSE_S, "no answer yet"
         data = _encode(ask)
-        while not deadline.passed:
-            timeout_s = min(deadline.remaining_s, _ASK_AGAIN_S)
-            try:
-                reply = await self._courier.request(self._subject, data, timeout_s=timeout_s)
-            except BusUnavailable as exc:
-                # Rank 0 does not listen yet, or the question was lost: it may be asked twice.
-                trouble = exc.reason
-                await asyncio.sleep(min(pause_s, deadline.remaining_s))
-                pause_s = min(2 * pause_s, _PAUSE_MAX_S)
-                continue
-            try:
-                answer: _Answer = _answers.decode(reply)
-            except msgspec.DecodeError as exc:
-                raise self._error(f"undecodable answer of rank 0: {exc}") from exc
-            return answer
+        pause_s, trouble = _PAUSE_S, "it does not answer"
+        asked: set[asyncio.Task[bytes]] = set()
+        try:
+            while not deadline.passed:
+                asked.add(asyncio.ensure_future(self._request(data, deadline)))
+                # Asked again, not instead: the answer to an earlier question may be under way, and
+                # rank 0 may have gone on and away when the next one comes.
+                done, asked = await asyncio.wait(
+                    asked,
+                    timeout=min(deadline.remaining_s, _ASK_AGAIN_S),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for task in done:
+                    try:
+                        return self._read(task.result())
+                    except BusUnavailable as exc:
+                        trouble = exc.reason
+                if done:  # rank 0 does not listen yet, or the connection broke
+                    await asyncio.sleep(min(pause_s, deadline.remaining_s))
+                    pause_s = min(2 * pause_s, _PAUSE_MAX_S)
+        finally:
+            for task in asked:
+                task.cancel()
+                task.add_done_callback(_seen)
         raise WindowTimeout(
             self._spec.label,
             f"no answer of rank 0 for rank {self._spec.rank} within {deadline.timeout_s:g} s: "
             f"{trouble}",
         )
+
+    async def _request(self, data: bytes, deadline: Deadline) -> bytes:
+        return await self._courier.request(self._subject, data, timeout_s=deadline.remaining_s)
+
+    def _read(self, reply: bytes) -> _Answer:
+        try:
+            answer: _Answer = _answers.decode(reply)
+        except msgspec.DecodeError as exc:
+            raise self._error(f"undecodable answer of rank 0: {exc}") from exc
+        return answer
 
     async def _ask_self(self, ask: _Ask, deadline: Deadline) -> _Answer:
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
@@ -180,14 +198,10 @@ class Rendezvous:
             if reply:
                 task = asyncio.ensure_future(self._courier.publish(reply, _encode(answer)))
                 self._tasks.add(task)
-                task.add_done_callback(self._replied)
+                task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(_seen)
 
         return deliver
-
-    def _replied(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # a lost answer is asked for again
 
     def _take(self, ask: _Ask, deliver: Callable[[_Answer], None]) -> None:
         if self._over is not None:
@@ -234,3 +248,9 @@ class Rendezvous:
 
     def _error(self, reason: str) -> WindowError:
         return WindowError(self._spec.label, reason)
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """Take note of a task's error: a lost answer is asked for again."""
+    if not task.cancelled():
+        task.exception()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch.distributed
+from torch._C._distributed_c10d import Store
 
 from ...messages.errors import WindowAborted
 from .lifecycle import GRACE_S, Deadline
@@ -17,7 +17,7 @@ from .rendezvous import Rendezvous
 _T = TypeVar("_T")
 
 
-class BusStore(torch.distributed.Store):
+class BusStore(Store):
     """The dictionary as torch's collectives want it: called on their threads, where it may block.
 
     `annotate` may add entries to what this rank sets; `entries` is all that is known here. Every
