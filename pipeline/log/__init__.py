@@ -1,0 +1,1 @@
+"""The log: durable patches and anchors, for whoever missed the window."""

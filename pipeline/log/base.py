@@ -57,7 +57,8 @@ class Log(Protocol):
         """The bytes of an entry, their size and number of chunks checked (LogError, LogHole)."""
 
     async def prune(self, keep: Sequence[LogEntry], *, timeout_s: float) -> None:
-        """Drop every entry that is not in `keep`."""
+        """Drop every entry that is not in `keep`, unless it was stored after all of them: the
+        caller has not seen it yet."""
 
 
 def way(

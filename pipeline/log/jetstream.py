@@ -1,0 +1,278 @@
+"""The JetStream tier of the log: entries in chunks on the run's log stream.
+
+The chunks of an entry go first, then its index entry on a subject of its own; pruning goes the
+other way round. So whoever finds an entry in the index finds its chunks, unless it was pruned
+while it was read: that is a LogHole, and the reader starts again from the newest anchor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ...messages import codec
+from ...messages.control import LogEntry
+from ...messages.errors import (
+    BusError,
+    LogError,
+    LogHole,
+    RemoteProtocolError,
+    SparsecastError,
+    StreamMissing,
+)
+from ...messages.subjects import Subjects
+from .base import Record, Streams
+
+log = logging.getLogger("sparsecast.log")
+
+CHUNK_NBYTES = 512 << 10
+#: What the server counts besides the data: the headers of a chunk.
+HEADERS_NBYTES = 1024
+IN_FLIGHT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _StreamConfig:
+    """The log stream, in the shape of the bus's StreamConfig (the log does not know the bus)."""
+
+    name: str
+    subjects: tuple[str, ...]
+    description: str
+    republish: tuple[str, str] | None = None
+    max_messages: int = 0
+    max_messages_per_subject: int = 0
+    max_nbytes: int = 0
+    duplicate_window_s: float = 120.0
+    message_ttl: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class JetStreamLog:
+    """The log of one run on JetStream: implements `Log`.
+
+    Give it a connection of its own: the chunks of an anchor would delay a round's messages.
+    """
+
+    def __init__(self, streams: Streams, run: str) -> None:
+        self._streams = streams
+        self._subjects = Subjects(run)
+        self._stream = self._subjects.log_stream
+        self._storing = asyncio.Lock()
+        #: Where the chunks of what was stored here begin in the stream, by name.
+        self._begins: dict[str, int] = {}
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """The size of a chunk: what the server takes, at most 512 KiB."""
+        return max(1, min(CHUNK_NBYTES, self._streams.max_payload - HEADERS_NBYTES))
+
+    # ---- writing
+
+    async def store(
+        self, entry: LogEntry, payload: bytes | memoryview, *, timeout_s: float
+    ) -> None:
+        """Store an entry, whole or not at all, within `timeout_s` (LogError).
+
+        The number of chunks is filled in here. Storing the same name again replaces nothing and
+        is no error. The stream is made if it is not there.
+        """
+        view = memoryview(payload).cast("B")
+        if view.nbytes != entry.nbytes:
+            raise LogError(
+                f"log entry {entry.name!r} says {entry.nbytes} bytes, its payload has {view.nbytes}"
+            )
+        try:
+            async with asyncio.timeout(timeout_s), self._storing:
+                await self._store(entry, view, timeout_s)
+        except TimeoutError:
+            raise LogError(
+                f"log entry {entry.name!r} ({entry.nbytes} bytes) was not stored within "
+                f"{timeout_s:g} s"
+            ) from None
+        except BusError as exc:
+            raise LogError(f"log entry {entry.name!r} was not stored: {exc}") from exc
+
+    async def _store(self, entry: LogEntry, view: memoryview, timeout_s: float) -> None:
+        await self._streams.ensure_stream(self._config(), timeout_s=timeout_s)
+        chunks, index = self._chunks(entry), self._subjects.log_entry(entry.name)
+        async for _ in self._streams.read(self._stream, index, timeout_s=timeout_s):
+            return
+        sequences: list[int] = []
+        while not sequences or sequences != sorted(sequences):
+            # What an attempt that died half-way has left would be counted as chunks of this one;
+            # and what was sent again after a broken connection may be stored out of order.
+            await self._streams.purge(self._stream, subject=chunks, timeout_s=timeout_s)
+            # The server remembers message ids of purged messages too: each attempt has its own.
+            attempt = f"{entry.name}-{secrets.token_hex(4)}"
+            try:
+                sequences = await self._append_chunks(chunks, attempt, view, timeout_s)
+                count = len(sequences)
+                if sequences == sorted(sequences):
+                    stored = msgspec.structs.replace(entry, chunks=count)
+                    last = await self._streams.append(
+                        self._stream,
+                        index,
+                        codec.encode(stored),
+                        message_id=attempt,
+                        timeout_s=timeout_s,
+                    )
+                    sequences.append(last)
+            except BaseException:
+                await self._drop(chunks)
+                raise
+        self._begins[entry.name] = sequences[0]
+
+    async def _append_chunks(
+        self, subject: str, attempt: str, view: memoryview, timeout_s: float
+    ) -> list[int]:
+        """Append all chunks, some at a time; their sequences in the order of the chunks."""
+        size = self.chunk_nbytes
+        starts = range(0, view.nbytes, size)
+        sequences = [0] * len(starts)
+        todo = iter(enumerate(starts))
+
+        async def append_some() -> None:
+            for number, start in todo:
+                sequences[number] = await self._streams.append(
+                    self._stream,
+                    subject,
+                    bytes(view[start : start + size]),
+                    message_id=f"{attempt}-{number}",
+                    timeout_s=timeout_s,
+                )
+
+        flying = [asyncio.ensure_future(append_some()) for _ in range(IN_FLIGHT)]
+        try:
+            await asyncio.gather(*flying)
+        finally:
+            for task in flying:
+                task.cancel()
+            await asyncio.gather(*flying, return_exceptions=True)
+        return sequences
+
+    async def _drop(self, subject: str) -> None:
+        """Drop what a failed attempt has stored, if the server can be reached; else it is swept."""
+        try:
+            async with asyncio.timeout(1.0):
+                await self._streams.purge(self._stream, subject=subject, timeout_s=1.0)
+        except (SparsecastError, TimeoutError) as exc:
+            log.debug("chunks on %s are left for the next prune: %s", subject, exc)
+
+    # ---- reading
+
+    async def entries(self, *, timeout_s: float) -> list[LogEntry]:
+        """Every entry that is there, oldest first; none if there is no log yet (LogError)."""
+        index = f"{self._subjects.log_index}.*"
+        found: dict[str, LogEntry] = {}
+        try:
+            async for record in self._read(index, timeout_s):
+                try:
+                    entry = codec.decode_entry(record.data, subject=record.subject)
+                except RemoteProtocolError as exc:
+                    log.warning("passed over in the log: %s", exc)
+                    continue
+                found.setdefault(entry.name, entry)
+        except StreamMissing:
+            return []
+        except BusError as exc:
+            raise LogError(f"the log of run {self._subjects.run!r} cannot be read: {exc}") from exc
+        return list(found.values())
+
+    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
+        """The bytes of an entry, their size and number of chunks checked (LogError, LogHole).
+
+        LogHole if the entry is not there (any more), whole: start again from the entries.
+        """
+        chunks: list[bytes] = []
+        filled = 0
+        try:
+            if entry.nbytes:
+                async for record in self._read(self._chunks(entry), timeout_s):
+                    chunks.append(record.data)
+                    filled += len(record.data)
+                    if filled > entry.nbytes:
+                        break
+        except StreamMissing as exc:
+            raise LogHole(f"{exc}", version=entry.version) from exc
+        except BusError as exc:
+            raise LogError(f"log entry {entry.name!r} cannot be read: {exc}") from exc
+        found = f"{len(chunks)} chunk(s) and {filled} bytes"
+        if filled < entry.nbytes:
+            raise LogHole(
+                f"entry {entry.name!r} has {found} of {entry.nbytes}: pruned, or lost",
+                version=entry.version,
+            )
+        if filled > entry.nbytes or len(chunks) != (entry.chunks or len(chunks)):
+            raise LogError(
+                f"log entry {entry.name!r} has {found}; its index says {entry.chunks} and "
+                f"{entry.nbytes}"
+            )
+        return b"".join(chunks)
+
+    async def _read(self, subject: str, timeout_s: float) -> AsyncIterator[Record]:
+        """Read a subject within `timeout_s` in all."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        async for record in self._streams.read(self._stream, subject, timeout_s=timeout_s):
+            yield record
+            if loop.time() > deadline:
+                raise LogError(f"{subject} was not read within {timeout_s:g} s")
+
+    # ---- retention
+
+    async def prune(self, keep: Sequence[LogEntry], *, timeout_s: float) -> None:
+        """Drop every entry that is not in `keep`, unless it was stored after all of them.
+
+        Its index entry goes first, then its chunks. LogError.
+        """
+        kept = {entry.name for entry in keep}
+        try:
+            async with asyncio.timeout(timeout_s):
+                entries = await self.entries(timeout_s=timeout_s)
+                # What was stored since the caller looked is nothing that it chose to drop.
+                while kept and entries and entries[-1].name not in kept:
+                    entries.pop()
+                for entry in entries:
+                    if entry.name in kept:
+                        continue
+                    for subject in (self._subjects.log_entry(entry.name), self._chunks(entry)):
+                        await self._streams.purge(
+                            self._stream, subject=subject, timeout_s=timeout_s
+                        )
+                    self._begins.pop(entry.name, None)
+                await self._sweep(kept, timeout_s)
+        except TimeoutError:
+            raise LogError(f"pruning the log took more than {timeout_s:g} s") from None
+        except StreamMissing:
+            return
+        except BusError as exc:
+            raise LogError(
+                f"the log of run {self._subjects.run!r} cannot be pruned: {exc}"
+            ) from exc
+
+    async def _sweep(self, kept: set[str], timeout_s: float) -> None:
+        """Drop chunks without an entry, which a trainer that died while it stored has left.
+
+        They lie before everything kept; where that begins, only who stored it knows.
+        """
+        if kept and kept <= self._begins.keys():
+            await self._streams.purge(
+                self._stream,
+                before_sequence=min(self._begins[name] for name in kept),
+                timeout_s=timeout_s,
+            )
+
+    def _chunks(self, entry: LogEntry) -> str:
+        return self._subjects.log_chunks(entry.name)
+
+    def _config(self) -> _StreamConfig:
+        return _StreamConfig(
+            name=self._stream,
+            subjects=(self._subjects.log_all,),
+            description=f"sparsecast: patches and anchors of run {self._subjects.run}",
+        )
