@@ -82,6 +82,10 @@ class Subjects:
         """The chunks of one log entry, in the order of their sequences."""
         return f"{self.prefix}.log.chunks.{check_token('log entry', entry)}"
 
+    def log_entry(self, entry: str) -> str:
+        """The index entry of one log entry, a subject of its own: it can be dropped alone."""
+        return f"{self.log_index}.{check_token('log entry', entry)}"
+
 
 def sender(subject: str) -> str:
     """The worker's name in a subject of `worker_control` or `metrics`."""
