@@ -72,7 +72,7 @@ class MemberRow(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None
     verified: int | None
     lag: int | None
-    heard_s: float | None
+    heard_s: float
     rounds: int
     round_p50_ms: float | None
     round_p99_ms: float | None
@@ -101,7 +101,7 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 @dataclass(slots=True)
 class _Member:
     incarnation: str
-    heard: float | None = None
+    heard: float
     state: MemberState = "joining"
     note: str = ""
     version: int | None = None
@@ -135,9 +135,7 @@ class Board:
     @property
     def heard(self) -> tuple[bool, frozenset[str]]:
         """Whether the trainer was heard, and which members."""
-        return self._trainer_heard is not None, frozenset(
-            name for name, member in self._members.items() if member.heard is not None
-        )
+        return self._trainer_heard is not None, frozenset(self._members)
 
     def hear(self, message: Message | Metric, now: float) -> None:
         """Take in one message of the run."""
@@ -174,7 +172,7 @@ class Board:
     def _hear_trainer(self, epoch: int, version: int, now: float, *, anew: bool = False) -> None:
         if self._epoch is not None and epoch < self._epoch:
             return
-        if epoch != self._epoch or anew:
+        if self._epoch is not None and (epoch != self._epoch or anew):
             self._densities.clear()
             self._head = None
             for member in self._members.values():
@@ -198,7 +196,7 @@ class Board:
             self._step = metrics.step
 
     def _hear_version(self, metrics: WorkerMetrics, now: float) -> None:
-        member = self._members.setdefault(metrics.worker, _Member(""))
+        member = self._members.setdefault(metrics.worker, _Member("", now))
         member.heard = now
         member.version = max(metrics.version, member.version or 0)
         member.mismatches = metrics.mismatches
@@ -215,10 +213,10 @@ class Board:
         member = self._members.get(name)
         if member is None or member.incarnation not in ("", incarnation):
             # A second process under a taken name says Join until it is refused.
-            holder = member is not None and now - (member.heard or now) < self.silence_s
-            if holder and isinstance(message, msg.Join) and member.state != "left":  # type: ignore[union-attr]
+            held = member is not None and member.state != "left" and not self._silent(member, now)
+            if held and isinstance(message, msg.Join):
                 return
-            member = self._members[name] = _Member(incarnation)
+            member = self._members[name] = _Member(incarnation, now)
         member.incarnation = incarnation
         member.heard = now
         match message:
@@ -272,8 +270,8 @@ class Board:
     def snapshot(self, now: float) -> Snapshot:
         """How things stand at `now`; members that left long ago are gone."""
         for name, member in list(self._members.items()):
-            gone = member.heard is not None and now - member.heard > self.forget_s
-            if gone and (member.state == "left" or self._is_silent(member, now)):
+            gone = now - member.heard > self.forget_s
+            if gone and (member.state == "left" or self._silent(member, now)):
                 del self._members[name]
         return Snapshot(
             run=self.run,
@@ -285,8 +283,8 @@ class Board:
             events=tuple(self._events),
         )
 
-    def _is_silent(self, member: _Member, now: float) -> bool:
-        return member.heard is not None and now - member.heard > self.silence_s
+    def _silent(self, member: _Member, now: float) -> bool:
+        return now - member.heard > self.silence_s
 
     def _trainer_row(self, now: float) -> TrainerRow:
         heard_s = None if self._trainer_heard is None else now - self._trainer_heard
@@ -318,8 +316,8 @@ class Board:
 
     def _member_row(self, name: str, member: _Member, now: float) -> MemberRow:
         state, note = member.state, member.note
-        if state != "left" and self._is_silent(member, now):
-            state, note = "silent", f"not heard for {now - (member.heard or now):.0f} s"
+        if state != "left" and self._silent(member, now):
+            state, note = "silent", f"not heard for {now - member.heard:.0f} s"
         lag = None
         if member.version is not None and self._head is not None:
             lag = max(0, self._head - member.version)
@@ -331,7 +329,7 @@ class Board:
             version=member.version,
             verified=member.verified,
             lag=lag,
-            heard_s=None if member.heard is None else now - member.heard,
+            heard_s=now - member.heard,
             rounds=member.rounds,
             round_p50_ms=percentile(member.round_ms, 0.50),
             round_p99_ms=percentile(member.round_ms, 0.99),

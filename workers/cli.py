@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import enum
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -201,8 +202,9 @@ def demo(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Online RL on a small transformer, here and now: one trainer, real workers, every version
-    of the weights proven bit-exact.
+    """Watch online RL on this machine, every update proven.
+
+    One trainer and real workers, on a small transformer that learns to sort digits.
 
     Exit code 0 only if every version that a worker applied was verified there and is the
     trainer's. Keys of the JSON: run, updates, rl_updates, window, workers {name: {applied,
@@ -256,9 +258,10 @@ def worker(
     until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
     config: Config = None,
 ) -> None:  # fmt: skip
-    """Serve a model on the bus and follow a run: generate on request, apply every update.
+    """Serve a model and follow a run.
 
-    Ends in order on SIGTERM or Ctrl-C: finishes what it generates, and leaves the run.
+    Generates on request and applies every update. Ends in order on SIGTERM or Ctrl-C: finishes
+    what it generates, and leaves the run.
     """
     from .service import WorkerOptions, serve
 
@@ -303,8 +306,9 @@ def ask(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     config: Config = None,
 ) -> None:
-    """Ask the workers of a run one thing; says which weights answered.
+    """Ask the workers of a run one thing.
 
+    Prints the answer, and on stderr who gave it from which version of the weights.
     Keys of the JSON: text, tokens, logprobs, spans [[start, stop, version], …], worker, version,
     finish.
     """
@@ -318,30 +322,45 @@ def ask(
 
 
 @app.command()
-def broker() -> None:
-    """Run an embedded NATS server with JetStream until Ctrl-C or SIGTERM.
+def broker(
+    port: Annotated[
+        int, typer.Option(envvar="SPARSECAST_PORT", min=-1, max=65535, help="-1: a free one.")
+    ] = -1,
+    store_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SPARSECAST_STORE_DIR",
+            help="Keep what is stored in this directory. Not given: it goes with the broker.",
+        ),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Run an embedded NATS server until Ctrl-C or SIGTERM.
 
-    Commands of this user on this machine find it by themselves. What it stores ends with it.
+    It listens on the loopback interface. Commands of this user on this machine find it by
+    themselves.
     """
     from ..pipeline.bus.broker import Broker
 
-    with _until_signalled() as wait, Broker() as url:
+    embedded = Broker(port=port, store_dir=store_dir, advertise=True)
+    with _until_signalled() as signalled, embedded as url:
         typer.echo(f"broker: {url}")
         typer.echo(f"watch a run with: sparsecast top --bus {url} --run RUN")
         typer.echo("end with Ctrl-C")
-        wait()
+        while not signalled(1.0):
+            embedded.check()
 
 
 @contextlib.contextmanager
-def _until_signalled() -> Any:
-    """Yields a function that returns at SIGINT or SIGTERM, even at one that came before it."""
+def _until_signalled() -> Iterator[Callable[[float], bool]]:
+    """Yields a function that waits some seconds for SIGINT or SIGTERM, and tells if one came."""
     read, write = os.pipe()
     before = {
         number: signal.signal(number, lambda *_: os.write(write, b"."))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield lambda: os.read(read, 1)
+        yield lambda timeout_s: bool(select.select([read], [], [], timeout_s)[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -371,8 +390,9 @@ def top(
     ] = 4.0,
     config: Config = None,
 ) -> None:  # fmt: skip
-    """A live table of a run: every member's version, lag, round times, bytes, mismatches.
+    """Show a live table of a run.
 
+    Every member's version, lag, round times, bytes, share of changed elements, mismatches.
     --once listens until the trainer and at least one member have spoken and nobody new does, for
     --wait-s at the longest; exit code 5 if nobody spoke. Keys of the JSON: run, trainer {state,
     epoch, version, step, heard_s, rounds, round_p50_ms, round_p99_ms, nbytes, dense_nbytes,
