@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -41,7 +43,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """Prompts for one worker. A prompt is text (the worker's tokenizer reads it) or token ids.
 
     `min_version`: the worker waits for it, up to timeout_s, before it samples. Each prompt is
-    answered `samples` times. Absent answer: the client asks another worker.
+    answered `samples` times. `first_index` is the place of the first prompt in the caller's list:
+    samples, reasons and the noise of a seed count from it, so that a list may be cut. Absent
+    answer: the client asks another worker.
     """
 
     request: str
@@ -54,6 +58,19 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     min_version: int | None = None
     timeout_s: float = 30.0
     seed: int | None = None
+    first_index: int = 0
+
+
+class Generating(msgspec.Struct, frozen=True, kw_only=True, tag="generating"):
+    """The worker has the request, and lives: sent on receipt, and then every half second.
+
+    `state`: behind other requests, waiting for min_version, or computing. Absent for a few
+    periods: the client asks another worker.
+    """
+
+    request: str
+    worker: str
+    state: Literal["queued", "waiting", "computing"]
 
 
 class Generated(msgspec.Struct, frozen=True, kw_only=True, tag="generated"):
@@ -75,4 +92,23 @@ class GenerateFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     retry: bool
 
 
-RolloutMessage = Generate | Generated | GenerateFailed
+class Seek(msgspec.Struct, frozen=True, kw_only=True, tag="seek"):
+    """A client asks who generates in this run. Absent: nobody wants samples."""
+
+    client: str
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
+    """A worker's answer to Seek: it generates, or says why not now (`refusal`).
+
+    `version` is what its weights hold (None: not known), `requests` how many it has. Absent for a
+    few periods: the client takes it for gone.
+    """
+
+    worker: str
+    version: int | None
+    requests: int
+    refusal: str | None = None
+
+
+RolloutMessage = Generate | Generating | Generated | GenerateFailed | Seek | Offer

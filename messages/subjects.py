@@ -61,6 +61,8 @@ class Subjects:
 
         #: Generation requests: any worker (queue group `workers`), or one by name.
         self.generate_any = f"{self.prefix}.generate"
+        #: Who generates? (clients → every generating worker, which answers with an Offer)
+        self.offers = f"{self.prefix}.offers"
 
     def worker_control(self, name: str) -> str:
         """Control of one member (member → trainer)."""
@@ -73,6 +75,14 @@ class Subjects:
     def generate(self, name: str) -> str:
         """Generation requests for one worker by name."""
         return f"{self.prefix}.generate.{check_token('worker', name)}"
+
+    def status(self, name: str) -> str:
+        """Where one worker tells its statistics, in JSON, to whoever asks."""
+        return f"{self.prefix}.status.{check_token('worker', name)}"
+
+    def answers(self, client: str) -> str:
+        """The prefix of one client's inbox: offers, and what becomes of its requests."""
+        return f"{self.prefix}.answers.{check_token('client', client)}"
 
     def window(self, epoch: int, window: int) -> str:
         """The prefix of one window's own traffic: rendezvous, chunks, acknowledgements."""

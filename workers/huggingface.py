@@ -95,11 +95,12 @@ class HuggingFaceEngine:
                 f"{model!r} has no config.json: give the directory that save_pretrained() wrote"
             )
         bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            module = AutoModelForCausalLM.from_pretrained(
+            module: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
                 model, dtype=dtype, local_files_only=local, use_safetensors=True
-            ).to(device)
+            )
+            module.to(device)
             tokenizer = None
             if not local or any(os.path.isfile(os.path.join(model, f)) for f in _TOKENIZER_FILES):
                 tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
@@ -116,7 +117,7 @@ class HuggingFaceEngine:
             ) from exc
         finally:
             if bars:
-                transformers_logging.enable_progress_bar()
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         return cls(module, tokenizer, name=model, kv=kv, max_batch=max_batch)
 
     # ---- Engine
@@ -153,12 +154,13 @@ class HuggingFaceEngine:
         """Answer each prompt `request.samples` times; see `engine.Generator`.
 
         Stops at the model's end-of-sequence tokens and at `request.stop_tokens`; the token that
-        stops is part of the completion. With a seed, a sample depends on seed + index of the
-        prompt, the number of the sample and the weights, not on the rest of the request (as far as
-        the device's arithmetic does not depend on the shape of the batch).
+        stops is part of the completion. With a seed, a sample depends on the seed, the index of its
+        prompt, its number and the weights, not on the rest of the request (as far as the device's
+        arithmetic does not depend on the shape of the batch).
         """
-        prompts = [self._read(index, prompt) for index, prompt in enumerate(request.prompts)]
-        for index, prompt in enumerate(prompts):
+        first = request.first_index
+        prompts = [self._read(index, text) for index, text in enumerate(request.prompts, first)]
+        for index, prompt in enumerate(prompts, first):
             if self._positions and len(prompt) + request.max_tokens > self._positions:
                 raise EngineError(
                     f"prompt {index} has {len(prompt)} tokens, max_tokens is {request.max_tokens}: "
@@ -168,7 +170,7 @@ class HuggingFaceEngine:
         with self._gate.request(cancelled) as step:
             for start in range(0, len(rows), self._max_batch):
                 part = rows[start : start + self._max_batch]
-                noise = Noise(request.seed, [(row.prompt, row.sample) for row in part])
+                noise = Noise(request.seed, [(first + row.prompt, row.sample) for row in part])
                 self._complete(part, prompts, request, noise, step)
         return [
             Sample(
@@ -178,7 +180,7 @@ class HuggingFaceEngine:
                 spans=tuple(row.spans()),
                 worker="",
                 finish=row.finish,
-                index=row.prompt,
+                index=first + row.prompt,
                 text=self._write(row.tokens),
             )
             for row in rows
@@ -304,9 +306,11 @@ class _Decoding:
         self, model: torch.nn.Module, accepts: frozenset[str], version: int | None
     ) -> None:
         self.version = version
+        # Any: transformers says nothing about forward() that holds for every model.
         self._model: Any = model
         self._accepts = accepts
-        self._cache: Any = DynamicCache(config=self._model.config)
+        config: Any = model.config
+        self._cache = DynamicCache(config=config)
         self._mask_BT: torch.Tensor | None = None
         self._length_B1: torch.Tensor
 

@@ -9,13 +9,15 @@ import secrets
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_Bits = npt.NDArray[np.uint64]
 
 
-def _mixed(value: np.ndarray) -> np.ndarray:
+def _mixed(value: _Bits) -> _Bits:
     """Spread every bit of uint64 values over all others (the finaliser of SplitMix64)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -23,18 +25,19 @@ def _mixed(value: np.ndarray) -> np.ndarray:
 
 
 class Noise:
-    """Uniform numbers in [0, 1) named by (seed + prompt, sample, position), one row a sample.
+    """Uniform numbers in [0, 1) named by (seed, prompt, sample, position), one row a sample.
 
-    They do not depend on who else is in the batch; and prompt i under seed s draws as prompt 0
-    under seed s + i does, so that a request may be split over workers without changing its samples.
+    They do not depend on what else is in the batch, nor on how a list of prompts was cut: `rows`
+    names the prompt by its place in the caller's whole list. No seed: fresh noise.
     """
 
     def __init__(self, seed: int | None, rows: Sequence[tuple[int, int]]) -> None:
-        first = secrets.randbits(64) if seed is None else seed
-        prompts = np.array([(first + prompt) & _MASK for prompt, _ in rows], dtype=np.uint64)
-        samples = np.array([sample for _, sample in rows], dtype=np.uint64)
+        first = secrets.randbits(64) if seed is None else seed & _MASK
         golden = np.uint64(_GOLDEN)
-        self._keys = _mixed(_mixed(prompts + golden) + (samples + np.uint64(1)) * golden)
+        keys = np.full(len(rows), first, dtype=np.uint64)
+        for names in zip(*rows, strict=True):
+            keys = _mixed(keys + (np.array(names, dtype=np.uint64) + np.uint64(1)) * golden)
+        self._keys = keys
 
     def draw(self, rows: Sequence[int], position: int) -> torch.Tensor:
         """The numbers of these rows for one token position: float64, [B], on the CPU."""

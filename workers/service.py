@@ -19,8 +19,9 @@ import torch
 
 from ..messages.control import WindowKind
 from ..pipeline.core.policy import Policy
-from .generation import GenerationService, register_service
+from .generation import GenerationService
 from .huggingface import HuggingFaceEngine
+from .micro import register_service
 from .replica import Replica
 
 log = logging.getLogger("sparsecast.service")

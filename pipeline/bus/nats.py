@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import nats.errors
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import DEFAULT_SUB_PENDING_BYTES_LIMIT
 
@@ -212,6 +213,11 @@ class NatsBus:
     def connected(self) -> bool:
         """Whether the connection stands now."""
         return self._up.is_set() and self._client.is_connected
+
+    @property
+    def client(self) -> Client:
+        """The connection as nats-py has it, for its micro services."""
+        return self._client
 
     def on_state(self, handler: StateHandler) -> None:
         """Hear of every change of the connection, slow consumers, denials and errors."""

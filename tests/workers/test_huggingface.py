@@ -226,9 +226,10 @@ def test_same_seed_same_samples_however_the_request_is_cut(directory: Path) -> N
     small = ask(load(directory, max_batch=3), samples=2)
     assert [(sample.tokens, sample.finish) for sample in small] == key
     halves = ask(engine, samples=2, prompts=PROMPTS[:2]) + ask(
-        engine, samples=2, prompts=PROMPTS[2:], seed=11 + 2
+        engine, samples=2, prompts=PROMPTS[2:], first_index=2
     )
     assert [(sample.tokens, sample.finish) for sample in halves] == key
+    assert [sample.index for sample in halves] == [sample.index for sample in whole]
 
 
 def test_stops_at_eos_and_at_the_stop_tokens(directory: Path) -> None:
