@@ -521,7 +521,7 @@ class TrainerCore:
 
     def _sealed(self, sealed: ev.Sealed) -> None:
         if self.state is not State.TAKING:
-            raise LocalProtocolError(f"Sealed in state {self.state.value}")
+            return  # The run began anew meanwhile; its anchor has what this patch brings.
         merged = range(sealed.base_version + 1, sealed.version)
         self._unsafe = [v for v in self._unsafe if v in self._storing or v not in merged]
         self._attempt = 1 if self._open_window else 0
@@ -590,6 +590,8 @@ class TrainerCore:
             case "fenced":
                 self._fence(event.reason)
             case "lost":
+                if self.state is State.RECLAIMING:
+                    return
                 self._abandon(f"the bus has forgotten the run: {event.reason}")
                 self.state = State.RECLAIMING
                 self._out.append(cmd.Reclaim(self.epoch + 1))
