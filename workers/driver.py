@@ -180,6 +180,7 @@ class Outbox:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self._dropped = 0
         self._task = asyncio.get_running_loop().create_task(self._send())
 
     def put(self, subject: str, data: bytes) -> None:
@@ -203,7 +204,13 @@ class Outbox:
             try:
                 await self._bus.publish(subject, data)
             except BusError as exc:
-                log.warning("not sent on %s: %s", subject, exc)
+                if not self._dropped:
+                    log.warning("not sent, nor what follows: %s", exc)
+                self._dropped += 1
+            else:
+                if self._dropped:
+                    log.warning("the bus takes messages again; %d were not sent", self._dropped)
+                self._dropped = 0
             finally:
                 self._queue.task_done()
 

@@ -346,7 +346,11 @@ class AsyncPublisher:
         def present() -> list[str] | None:
             self._check()
             members = core.membership.members.values()
-            names = sorted(m.sender.name for m in members if (m.version or -1) >= core.head)
+            names = sorted(
+                m.sender.name
+                for m in members
+                if m.version is not None and m.version >= core.head
+            )
             return names if len(names) >= n else None
 
         def why() -> str:
