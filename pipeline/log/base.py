@@ -66,50 +66,46 @@ def way(
 ) -> list[LogEntry]:
     """The entries, in the order to apply, that bring weights from `held` to at least `target`.
 
-    A patch carries any version in [base_version, version) to `version`. `held` None means that the
-    weights are worth nothing: the way starts at the newest anchor. Entries of another epoch do not
-    count. Of all ways the one with the fewest bytes is taken. LogHole if there is none.
+    A patch carries any version in [base_version, version) to `version`, an anchor whatever there
+    is. `held` None means that the weights are worth nothing: the way starts at an anchor. Entries
+    of another epoch do not count. Of all ways the one with the fewest bytes is taken, of equal
+    ones the one that reaches furthest; none is needed if `held` is at `target` already. LogHole if
+    there is no way.
     """
-    known = [entry for entry in entries if entry.epoch == epoch]
-    # cost[v]: the fewest bytes that reach version v, and the entry that was taken last.
-    cost: dict[int, tuple[int, LogEntry | None]] = {}
+    known = sorted((entry for entry in entries if entry.epoch == epoch), key=_version)
+    # The cheapest way to each version that can be reached: bytes, the version before, the entry.
+    # Every entry leads upwards, so in the order of versions each is final when it is stepped from.
+    best: dict[int, tuple[int, int | None, LogEntry | None]] = {}
     if held is not None:
-        cost[held] = (0, None)
-    for entry in sorted(known, key=lambda entry: (entry.version, -(entry.base_version or -1))):
-        if entry.base_version is None:
-            start = 0
-        else:
-            reachable = [
-                paid
-                for version, (paid, _) in cost.items()
+        best[held] = (0, None, None)
+    for entry in known:
+        paid, before = 0, None
+        if entry.base_version is not None:
+            steps = [
+                (best[version][0], version)
+                for version in best
                 if entry.base_version <= version < entry.version
             ]
-            if not reachable:
+            if not steps:
                 continue
-            start = min(reachable)
-        paid = start + entry.nbytes
-        if entry.version not in cost or paid < cost[entry.version][0]:
-            cost[entry.version] = (paid, entry)
-    ends = [version for version in cost if version >= target]
+            paid, before = min(steps)
+        paid += entry.nbytes
+        if entry.version not in best or paid < best[entry.version][0]:
+            best[entry.version] = (paid, before, entry)
+    ends = [(best[version][0], -version) for version in best if version >= target]
     if not ends:
         raise LogHole(
             f"from version {held} to {target} in epoch {epoch}, with {len(known)} entries",
             version=target,
         )
     found: list[LogEntry] = []
-    end: int | None = max(ends)
-    while end is not None:
-        paid, last = cost[end]
-        if last is None:
-            break
-        found.append(last)
-        if last.base_version is None:
-            break
-        rest = paid - last.nbytes
-        base = last.base_version
-        end = next(
-            version
-            for version, (spent, _) in cost.items()
-            if base <= version < last.version and spent == rest
-        )
+    at: int | None = -min(ends)[1]
+    while at is not None:
+        _, at, last = best[at]
+        if last is not None:
+            found.append(last)
     return found[::-1]
+
+
+def _version(entry: LogEntry) -> int:
+    return entry.version
