@@ -10,7 +10,7 @@ from torch import Tensor
 from ...messages.errors import UnsupportedTensor, WrongBase
 from ...messages.manifest import Manifest
 from .check import Checked, check
-from .decode import span_index, span_mask, span_values
+from .decode import span_index, span_values
 from .layout import Encoding
 from .patch import Patch
 from .tensors import bits, manifest_of, overlaps_itself, require_manifest
@@ -38,7 +38,7 @@ class Target:
     def put(self, idx_N: Tensor, values_N: Tensor) -> None:
         """Write integer bits at element indices (C order, int64, unique)."""
         if self._flat is not None:
-            self._flat.index_put_((idx_N,), values_N)
+            self._flat.scatter_(0, idx_N, values_N)
             return
         offsets_N = torch.zeros_like(idx_N)
         rest = idx_N
@@ -50,14 +50,7 @@ class Target:
             rest = rest // size
             reach += (size - 1) * stride
         memory = self._bits.as_strided((reach,), (1,), self._bits.storage_offset())
-        memory.index_put_((offsets_N,), values_N)
-
-    def put_mask(self, first: int, mask_N: Tensor, values: Tensor) -> None:
-        """Write integer bits where the mask over elements first … first + N - 1 is set."""
-        if self._flat is not None:
-            self._flat[first : first + mask_N.numel()].masked_scatter_(mask_N, values)
-        else:
-            self.put(mask_N.nonzero().view(-1).add_(first), values)
+        memory.scatter_(0, offsets_N, values_N)
 
     def put_all(self, values: Tensor) -> None:
         """Write the whole tensor's bits, from any device."""
@@ -74,11 +67,7 @@ def _apply_section(checked: Checked, at: int, target: Target) -> None:
         return
     for span in checked.spans[at]:
         values_N = span_values(patch, section, span, target.device)
-        if section.encoding is Encoding.BITMAP:
-            mask_N = span_mask(patch, section, span, target.device)
-            target.put_mask(span.first_block << 16, mask_N, values_N)
-        else:
-            target.put(span_index(patch, section, span, target.device), values_N)
+        target.put(span_index(patch, section, span, target.device), values_N)
 
 
 def apply_checked(
@@ -91,9 +80,9 @@ def apply_checked(
 
     The tensors must be those of the manifest that it was checked against: names, dtypes, shapes
     (ManifestMismatch), plain writable memory (UnsupportedTensor), on any device; contiguous or
-    strided. All of them are validated before the first write, and `begin` is called between the two: what
-    is raised before it has changed nothing. Temporaries are bounded. Applying
-    twice is harmless. Queued on the current streams of the devices; nothing waits for them.
+    strided. All of them are validated before the first write, and `begin` is called between the
+    two: what is raised before it has changed nothing. Temporaries are bounded. Applying twice is
+    harmless. Queued on the current streams of the devices; nothing waits for them.
     """
     # Inference mode, because tensors that were made under it can be written to nowhere else.
     with torch.inference_mode():

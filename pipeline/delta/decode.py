@@ -11,7 +11,7 @@ from torch import Tensor
 from .encode import global_index, unpack_mask
 from .layout import Encoding, Section
 from .patch import Patch
-from .tensors import BLOCK
+from .tensors import BLOCK, indices
 
 #: A sparse span holds about this many values (and one block's more at most).
 SPAN_VALUES = 1 << 20
@@ -78,7 +78,7 @@ def span_index(patch: Patch, section: Section, span: Span, device: torch.device)
     """Element indices of a sparse or bitmap span, ascending: int64 [values of the span]."""
     if section.encoding is Encoding.BITMAP:
         mask = span_mask(patch, section, span, device)
-        return mask.nonzero().view(-1).add_(span.first_block << 16)
+        return indices(mask).add_(span.first_block << 16)
     positions = patch.positions(section)[span.first_value : span.stop_value].to(device)
     counts_K = patch.counts(section)[span.first_block : span.stop_block].to(device)
     return global_index(positions, counts_K, span.first_block)

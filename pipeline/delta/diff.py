@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ...messages.errors import LocalProtocolError
 from ...messages.manifest import Manifest
 from .digest import block_factors, dense_sum, sparse_sum
-from .encode import Draft, Piece, assemble, empty_bits, index_piece, mask_piece
+from .encode import Draft, Piece, assemble, empty_bits, index_piece, piece_of_mask
 from .layout import ANCHOR, blocks_of
 from .patch import Patch
 from .tensors import (
@@ -20,6 +21,7 @@ from .tensors import (
     Dtypes,
     Source,
     dtype_of,
+    indices,
     manifest_of,
     quiet,
     require_manifest,
@@ -28,6 +30,7 @@ from .tensors import (
 
 _CHUNK = 1 << 20  # elements; a multiple of BLOCK, small enough for its temporaries to stay in cache
 _WORDS_FROM = 1 << 14
+_JOIN = 1 << 18
 _MASK = (1 << 64) - 1
 
 
@@ -42,20 +45,35 @@ class Diffed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """What changed between two pieces of one tensor.
+class _Few:
+    """Few elements of a chunk changed: which (int64, from the chunk's start), and their bits.
 
-    Sparse: `idx_N` (int64), `old_N`, `new_N` (bits). Many: `mask_N` over the whole piece, and both
-    pieces. `target`, `at`, `put` write the new bits into the old piece: target[at] = put.
+    `target`, `at`, `put` take the new bits over: target[at] = put.
     """
 
-    idx_N: Tensor | None
-    mask_N: Tensor | None
+    start: int
+    idx_N: Tensor
     old_N: Tensor
     new_N: Tensor
     target: Tensor
-    at: Tensor | None
+    at: Tensor
     put: Tensor
+
+    def take(self) -> None:
+        self.target.scatter_(0, self.at, self.put)
+
+
+@dataclass(frozen=True, slots=True)
+class _Many:
+    """Much of a chunk changed: a mask over all of it, and its bits before and after."""
+
+    start: int
+    mask_N: Tensor
+    old_N: Tensor
+    new_N: Tensor
+
+    def take(self) -> None:
+        self.old_N.copy_(self.new_N)
 
 
 def _words(bits_N: Tensor, lanes: int) -> Tensor | None:
@@ -66,8 +84,8 @@ def _words(bits_N: Tensor, lanes: int) -> Tensor | None:
     return (bits_N if whole == bits_N.numel() else bits_N[:whole]).view(torch.int64)
 
 
-def _find(old_N: Tensor, new_N: Tensor) -> _Found | None:
-    """What changed between two equally long contiguous 1-D pieces of integer bits."""
+def _find(old_N: Tensor, new_N: Tensor, start: int) -> _Few | _Many | None:
+    """What changed between two equally long contiguous 1-D chunks of integer bits."""
     numel = old_N.numel()
     lanes = 8 // old_N.element_size()
     if lanes > 1 and numel >= _WORDS_FROM:
@@ -75,40 +93,86 @@ def _find(old_N: Tensor, new_N: Tensor) -> _Found | None:
         old_W, new_W = _words(old_N, lanes), _words(new_N, lanes)
         if old_W is not None and new_W is not None:
             end = old_W.numel() * lanes
-            at_W = (old_W != new_W).nonzero().view(-1)
-            odd = end != numel and not torch.equal(old_N[end:], new_N[end:])
-            if not odd:
-                words = at_W.numel()
-                if not words:
+            at_W = indices(old_W != new_W)
+            if end == numel or torch.equal(old_N[end:], new_N[end:]):
+                if not at_W.numel():
                     return None
-                if words * 4 <= old_W.numel():
-                    was, now = old_W[at_W], new_W[at_W]
-                    lane_N = (was ^ now).view(old_N.dtype).nonzero().view(-1)
+                if at_W.numel() * 2 <= old_W.numel():
+                    was, now = old_W.index_select(0, at_W), new_W.index_select(0, at_W)
+                    lane_N = indices((was ^ now).view(old_N.dtype) != 0)
                     shift = lanes.bit_length() - 1
-                    idx_N = (at_W[lane_N >> shift] << shift) | (lane_N & (lanes - 1))
-                    return _Found(
-                        idx_N, None, was.view(old_N.dtype)[lane_N], now.view(old_N.dtype)[lane_N],
-                        old_W, at_W, now,
+                    idx_N = at_W.index_select(0, lane_N >> shift).bitwise_left_shift_(shift)
+                    idx_N.bitwise_or_(lane_N & (lanes - 1))
+                    return _Few(
+                        start, idx_N, was.view(old_N.dtype).index_select(0, lane_N),
+                        now.view(old_N.dtype).index_select(0, lane_N), old_W, at_W, now,
                     )  # fmt: skip
     mask_N = old_N != new_N
-    if numel > BLOCK and int(mask_N.count_nonzero().item()) * 16 > numel:
-        return _Found(None, mask_N, old_N, new_N, old_N, None, new_N)
-    idx_N = mask_N.nonzero().view(-1)
+    if numel > BLOCK and int(mask_N.count_nonzero().item()) * 8 > numel:
+        return _Many(start, mask_N, old_N, new_N)
+    idx_N = indices(mask_N)
     if not idx_N.numel():
         return None
-    put = new_N[idx_N]
-    return _Found(idx_N, None, old_N[idx_N], put, old_N, idx_N, put)
+    put = new_N.index_select(0, idx_N)
+    return _Few(start, idx_N, old_N.index_select(0, idx_N), put, old_N, idx_N, put)
 
 
-def _piece(found: _Found, start: int, numel: int) -> Piece:
-    if found.idx_N is not None:
-        return index_piece(start, numel, found.idx_N, found.new_N)
-    assert found.mask_N is not None
-    return mask_piece(start, found.mask_N, found.new_N)
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A piece of the patch, with what the digest needs: the elements and their bits before."""
+
+    piece: Piece
+    idx_N: Tensor | None
+    old_N: Tensor
+    new_N: Tensor
+
+
+def _joined(few: Sequence[_Few], stop: int) -> _Change:
+    """Chunks of few changes as one piece: what comes after works on larger arrays."""
+    start = few[0].start
+    if len(few) == 1:
+        idx_N, old_N, new_N = few[0].idx_N, few[0].old_N, few[0].new_N
+    else:
+        idx_N = torch.cat([found.idx_N + (found.start - start) for found in few])
+        old_N = torch.cat([found.old_N for found in few])
+        new_N = torch.cat([found.new_N for found in few])
+    return _Change(index_piece(start, stop - start, idx_N, new_N), idx_N, old_N, new_N)
+
+
+def _scan(
+    old: Callable[[int, int], Tensor], new: Source, taken: list[_Few | _Many] | None
+) -> Iterator[_Change]:
+    """What changed in one tensor, in pieces that ascend; into `taken` goes what to take over."""
+    few: list[_Few] = []
+    held = 0
+    end = 0
+    for start, stop in _pieces(new.numel):
+        old_N = old(start, stop)
+        found = _find(old_N, new.piece(start, stop).to(old_N.device), start)
+        if found is None:
+            continue
+        if taken is not None:
+            taken.append(found)
+        if isinstance(found, _Few):
+            few.append(found)
+            held += found.idx_N.numel()
+            end = stop
+        if few and (held >= _JOIN or not isinstance(found, _Few)):
+            yield _joined(few, end)
+            few, held = [], 0
+        if isinstance(found, _Many):
+            piece = piece_of_mask(start, found.mask_N, found.new_N)
+            yield _Change(piece, None, found.old_N, found.new_N)
+    if few:
+        yield _joined(few, end)
 
 
 def _delta(new_N: Tensor, old_N: Tensor) -> Tensor:
     return unsigned(new_N).to(torch.int64) - unsigned(old_N).to(torch.int64)
+
+
+def _part(held: Tensor, start: int, stop: int) -> Tensor:
+    return held[start:stop]
 
 
 def _pieces(numel: int) -> Iterator[tuple[int, int]]:
@@ -185,12 +249,7 @@ def diff(
         olds, news = _sources(old, manifest), _sources(new, manifest)
         drafts = []
         for index, (was, now, spec) in enumerate(zip(olds, news, manifest.tensors, strict=True)):
-            pieces = []
-            for start, stop in _pieces(spec.numel):
-                new_N = now.piece(start, stop)
-                found = _find(was.piece(start, stop).to(new_N.device), new_N)
-                if found is not None:
-                    pieces.append(_piece(found, start, stop - start))
+            pieces = [change.piece for change in _scan(was.piece, now, None)]
             if pieces:
                 drafts.append(_draft(index, spec.itemsize, now, pieces))
         return _assemble(
@@ -272,20 +331,15 @@ class Shadow:
             require_manifest(tensors, self.manifest, dtype=self._dtype)
             sources = _sources(tensors, self.manifest)
             drafts: list[Draft] = []
-            taken: list[_Found] = []
+            taken: list[_Few | _Many] = []
             sums: dict[torch.device, Tensor] = {}
             for index, (held, source) in enumerate(zip(self._held, sources, strict=True)):
                 pieces = []
-                for start, stop in _pieces(source.numel):
-                    new_N = source.piece(start, stop).to(held.device)
-                    found = _find(held[start:stop], new_N)
-                    if found is None:
-                        continue
-                    pieces.append(_piece(found, start, stop - start))
-                    taken.append(found)
-                    change = self._digest_of(index, found, start, stop)
+                for change in _scan(partial(_part, held), source, taken):
+                    pieces.append(change.piece)
                     before = sums.get(held.device)
-                    sums[held.device] = change if before is None else before + change
+                    amount = self._digest_of(index, change)
+                    sums[held.device] = amount if before is None else before + amount
                 if pieces:
                     itemsize = self.manifest.tensors[index].itemsize
                     drafts.append(_draft(index, itemsize, source, pieces))
@@ -298,10 +352,7 @@ class Shadow:
             encoded_at = time.perf_counter()
             self._torn = True
             for found in taken:
-                if found.at is None:
-                    found.target.copy_(found.put)
-                else:
-                    found.target.index_put_((found.at,), found.put)
+                found.take()
             self._digest = digest & _MASK
             self._torn = False
             taken_at = time.perf_counter()
@@ -310,13 +361,13 @@ class Shadow:
             patch, self._digest, round(scan_s * 1e6), round((encoded_at - found_at) * 1e6)
         )
 
-    def _digest_of(self, index: int, found: _Found, start: int, stop: int) -> Tensor:
-        delta_N = _delta(found.new_N, found.old_N)
-        if found.idx_N is None:
-            return dense_sum(delta_N, self.manifest.tensors[index].name, start)
-        first = start >> 16
-        g_K = self._factors[index][first : (stop + BLOCK - 1) >> 16]
-        return sparse_sum(delta_N, found.idx_N, g_K)
+    def _digest_of(self, index: int, change: _Change) -> Tensor:
+        piece, old_N = change.piece, change.old_N
+        if change.idx_N is None:
+            name = self.manifest.tensors[index].name
+            return dense_sum(change.new_N, name, piece.start) - dense_sum(old_N, name, piece.start)
+        g_K = self._factors[index][piece.start >> 16 : (piece.start + piece.numel + 0xFFFF) >> 16]
+        return sparse_sum(_delta(piece.values, old_N), change.idx_N, g_K)
 
     def anchor(self, version: int) -> Patch:
         """A full copy of the state that is held, as the anchor of `version`."""

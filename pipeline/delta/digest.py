@@ -134,9 +134,9 @@ def sparse_sum(delta_N: Tensor, idx_N: Tensor, g_K: Tensor) -> Tensor:
     """
     _, _, table = _tables(delta_N.device)
     if g_K.numel() == 1:
-        return (table[idx_N] * delta_N).sum() * g_K[0]
-    terms = table[idx_N & (BLOCK - 1)] * delta_N
-    return (terms * g_K[idx_N >> 16]).sum()
+        return table.index_select(0, idx_N).mul_(delta_N).sum() * g_K[0]
+    terms = table.index_select(0, idx_N & (BLOCK - 1)).mul_(delta_N)
+    return terms.mul_(g_K.index_select(0, idx_N >> 16)).sum()
 
 
 def partial(bits: Tensor, name: str, start: int = 0) -> int:

@@ -24,7 +24,7 @@ from .layout import (
     table_end,
 )
 from .patch import Patch, full_sections
-from .tensors import BLOCK, bits_dtype
+from .tensors import BLOCK, bits_dtype, indices
 
 # Σ 2^(56 - 7i): multiplies eight bytes of 0 or 1 so that their bits meet in the top byte.
 _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
@@ -83,7 +83,7 @@ def pack_mask(mask_N: Tensor) -> Tensor:
 
 def unpack_mask(bits_B: Tensor, numel: int) -> Tensor:
     """uint8 [ceil(N / 8)] to bool [N]: what pack_mask undoes."""
-    words = _spread(bits_B.device)[bits_B.to(torch.int64)]
+    words = _spread(bits_B.device).index_select(0, bits_B.to(torch.int32))
     return words.view(torch.bool)[:numel]
 
 
@@ -119,39 +119,22 @@ def index_piece(start: int, numel: int, idx_N: Tensor, values_N: Tensor) -> Piec
     return Piece(start, numel, counts, idx_N.to(torch.int16), None, values_N)
 
 
-def mask_piece(start: int, mask_N: Tensor, new_N: Tensor) -> Piece:
-    """The piece whose elements in the mask have the values of `new_N`, which has all of them."""
-    numel = mask_N.numel()
-    whole, blocks = numel >> 16, blocks_of(numel)
-    counts = torch.zeros(blocks, dtype=torch.int32, device=mask_N.device)
-    counts[:whole] = mask_N[: whole << 16].view(whole, BLOCK).sum(1, dtype=torch.int32)
-    if whole != blocks:
-        counts[whole] = mask_N[whole << 16 :].sum(dtype=torch.int32)
-    values = torch.masked_select(new_N, mask_N)
-    return Piece(start, numel, counts, None, pack_mask(mask_N), values)
-
-
 def piece_of_mask(start: int, mask_N: Tensor, new_N: Tensor) -> Piece:
-    """mask_piece or index_piece, whichever is cheaper to hold; the mask must not be empty."""
+    """mask_piece or index_piece, whichever is smaller to hold."""
+    idx_N = indices(mask_N)
     numel = mask_N.numel()
-    if numel % 8 == 0 and numel > BLOCK:
-        # Searching 64-bit words first: most are zero.
-        words = mask_N.view(torch.int64)
-        at_W = words.nonzero().view(-1)
-        if at_W.numel() * 4 > words.numel():
-            return mask_piece(start, mask_N, new_N)
-        lane_N = words[at_W].view(torch.uint8).nonzero().view(-1)
-        idx_N = (at_W[lane_N >> 3] << 3) | (lane_N & 7)
-    else:
-        idx_N = mask_N.nonzero().view(-1)
-    return index_piece(start, numel, idx_N, new_N[idx_N])
+    counts = counts_of(idx_N, blocks_of(numel))
+    values_N = new_N.index_select(0, idx_N)
+    if idx_N.numel() * 16 > numel:
+        return Piece(start, numel, counts, None, pack_mask(mask_N), values_N)
+    return Piece(start, numel, counts, idx_N.to(torch.int16), None, values_N)
 
 
 def _positions(piece: Piece) -> Tensor:
     if piece.positions is not None:
         return piece.positions
     assert piece.mask_bits is not None
-    return unpack_mask(piece.mask_bits, piece.numel).nonzero().view(-1).to(torch.int16)
+    return indices(unpack_mask(piece.mask_bits, piece.numel)).to(torch.int16)
 
 
 def _mask_bits(piece: Piece) -> Tensor:
@@ -159,7 +142,7 @@ def _mask_bits(piece: Piece) -> Tensor:
         return piece.mask_bits
     assert piece.positions is not None
     mask = torch.zeros(piece.numel, dtype=torch.bool, device=piece.values.device)
-    mask[global_index(piece.positions, piece.counts, 0)] = True
+    mask.index_fill_(0, global_index(piece.positions, piece.counts, 0), True)
     return pack_mask(mask)
 
 

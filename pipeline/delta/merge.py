@@ -157,7 +157,7 @@ def _overlaid(
     for newer, part, counts_K in later:
         for span in spans_of(part, counts_K):
             idx_N = span_index(newer, part, span, device)
-            values.index_put_((idx_N,), span_values(newer, part, span, device))
+            values.scatter_(0, idx_N, span_values(newer, part, span, device))
     return (values,)
 
 
@@ -180,7 +180,7 @@ def _union(parts: Sequence[_Part], device: torch.device) -> list[Piece]:
         for (patch, named, _), span in spans[first_block]:
             idx_N = span_index(patch, named, span, device).sub_(start)
             mask_N.index_fill_(0, idx_N, True)
-            latest_N.index_put_((idx_N,), span_values(patch, named, span, device))
+            latest_N.scatter_(0, idx_N, span_values(patch, named, span, device))
         pieces.append(piece_of_mask(start, mask_N, latest_N))
         mask_N.zero_()
     return pieces

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ BLOCK = 65_536
 Rename = Callable[[str], str] | Mapping[str, str]
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
+_SEARCH_FROM = 1 << 14
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
 _DTYPES = {name: getattr(torch, name) for name in ITEMSIZE if hasattr(torch, name)}
@@ -46,6 +48,26 @@ def unsigned(bits_N: Tensor) -> Tensor:
     """The same bits as unsigned integers (8 bytes stay int64: sums wrap mod 2⁶⁴ either way)."""
     view = _UNSIGNED.get(bits_N.dtype)
     return bits_N if view is None else bits_N.view(view)
+
+
+def indices(mask_N: Tensor) -> Tensor:
+    """Where a contiguous 1-D bool tensor is set, ascending: int64."""
+    numel = mask_N.numel()
+    if mask_N.device.type != "cpu" or numel < _SEARCH_FROM:
+        return mask_N.nonzero().view(-1)
+    # torch's search takes a branch an element, numpy's none from a tenth set on: with half of 64 M
+    # elements set, 150 ms against 24 on two cores. Fewer are first sought in words of eight.
+    array = mask_N.numpy()
+    count = np.count_nonzero(array)
+    if count * 8 > numel:
+        return torch.from_numpy(np.flatnonzero(array))
+    if numel % 8 or mask_N.data_ptr() % 8 or mask_N.storage_offset() % 8:
+        return mask_N.nonzero().view(-1)
+    words = mask_N.view(torch.int64)
+    at_W = indices(words != 0) if count else mask_N.new_empty(0, dtype=torch.int64)
+    lane_N = indices(words.index_select(0, at_W).view(torch.bool))
+    idx_N = at_W.index_select(0, lane_N >> 3).bitwise_left_shift_(3)
+    return idx_N.bitwise_or_(lane_N & 7)
 
 
 class Source:
