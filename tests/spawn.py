@@ -130,7 +130,7 @@ def _child(
     context = Context(rank, size, broker_url, pipe)
     threading.Thread(target=context._listen, name="spawn-marks", daemon=True).start()
     # The file stays open until the process ends: the handler writes to it.
-    faulthandler.register(signal.SIGUSR1, open(stacks, "w"), all_threads=True)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, open(stacks, "w"), all_threads=True)  # noqa: SIM115 - open for life
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import torch

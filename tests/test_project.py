@@ -243,7 +243,10 @@ def test_exceptions_to_the_checks_say_why() -> None:
     for path in [f for f in FILES if f.endswith(".py") and f != "tests/test_project.py"]:
         above = ""
         for number, line in enumerate((ROOT / path).read_text("utf-8").splitlines(), 1):
-            if hit := re.search(r"#\s*(?:noqa|type: ignore)(.*)", line):
+            hit = re.search(r"#\s*(?:noqa|type: ignore)(.*)", line)
+            if hit and not ("type:" in hit[0] and path.startswith("tests/")):  # mypy reads none
+                if hit[1] == "[no-untyped-call]":
+                    continue  # says it all: somebody else's function has no annotations
                 reasoned = re.fullmatch(r"(?:: [A-Z\d, ]+|\[[\w, -]+\])\s*[-–—:#]+ ?\w.+", hit[1])
                 if not (reasoned or above.strip().startswith("# ")):
                     bare.append(f"{path}:{number}")

@@ -97,7 +97,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
                 for parameter in command.params
                 if parameter.name not in ("config", "help", "prompt", "once", "json", "json_")
             )
-            for name, command in group.commands.items()  # type: ignore[attr-defined]
+            for name, command in group.commands.items()  # type: ignore[attr-defined]  # a click.Group
         }
         context.default_map = settings.from_file(path, str(context.info_name), known)
     return path

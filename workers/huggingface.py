@@ -67,6 +67,7 @@ class HuggingFaceEngine:
         if eos is None:
             eos = getattr(config, "eos_token_id", None)
         self._eos = frozenset(() if eos is None else [eos] if isinstance(eos, int) else eos)
+        # Module.__getattr__ hides the method's type.
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._vocabulary = int(embeddings.weight.shape[0])
         self._positions = getattr(config, "max_position_embeddings", None)
@@ -146,6 +147,7 @@ class HuggingFaceEngine:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
+        # Module.__getattr__ hides the property's type.
         device: torch.device = self._model.device  # type: ignore[assignment]
         return device
 

@@ -35,6 +35,7 @@ class Lane:
             if error is not None:
                 future.set_exception(error)
             else:
+                # No error: the result is the work's own, None if that is what it returns.
                 future.set_result(result)  # type: ignore[arg-type]
 
         def call() -> None:

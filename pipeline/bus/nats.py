@@ -156,7 +156,7 @@ class NatsBus:
                 reconnected_cb=self._on_reconnected,
                 closed_cb=self._on_closed,
                 max_reconnect_attempts=-1,
-                reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]
+                reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # a float too
                 connect_timeout=2,
                 ping_interval=PING_INTERVAL_S,
                 max_outstanding_pings=2,

@@ -164,11 +164,11 @@ def test_rebuilt_cache_equals_a_fresh_computation(directory: Path) -> None:
     for kv in ("rebuild", "keep"):
         engine = load(directory, kv=kv)
         first = between_tokens(lambda: change(engine, 1), after=2)  # noqa: B023 - called in here
-        second = between_tokens(lambda: change(engine, 2), after=4)  # noqa: B023
+        second = between_tokens(lambda: change(engine, 2), after=4)  # noqa: B023 - called in here
         samples = ask(
             engine,
             samples=2,
-            cancelled=lambda: first() or second(),  # noqa: B023
+            cancelled=lambda: first() or second(),  # noqa: B023 - called in here
         )
         long = [sample for sample in samples if len(sample.tokens) > 4]
         assert long
