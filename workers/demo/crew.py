@@ -83,6 +83,14 @@ class Crew:
                 found.append((hand.name, "\n".join([f"ended with {how}", *words])))
         return found
 
+    def last_words(self) -> list[str]:
+        """The last line that each worker wrote."""
+        found = []
+        for hand in self._hands:
+            lines = hand.log.read_text(errors="replace").strip().splitlines()
+            found.append(f"{hand.name}: {lines[-1] if lines else 'starting'}")
+        return found
+
     @property
     def alive(self) -> list[str]:
         """The names of the workers that run."""

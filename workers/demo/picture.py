@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from .evidence import WorkerOutcome
 from .progress import SPAN, Answer, Point, Progress
 
 _BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 78
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def picture(progress: Progress, look: Look, elapsed_s: float) -> RenderableType:
     parts: list[RenderableType] = [
         Text(""),
         head,
-        ProgressBar(total=max(goal, 1), completed=done, width=78),
+        _bar(done, goal),
         _facts(progress, look),
         Text(""),
         _workers(look),
@@ -97,6 +97,11 @@ def picture(progress: Progress, look: Look, elapsed_s: float) -> RenderableType:
     parts += [Text(note, style="bold red") for note in progress.notes]
     parts.append(Text(f"\nin a second terminal: {look.top}", style="dim", overflow="fold"))
     return Group(*parts)
+
+
+def _bar(done: int, goal: int) -> Text:
+    filled = _WIDTH * done // max(goal, 1)
+    return Text.assemble(("━" * filled, "green"), ("━" * (_WIDTH - filled), "dim"))
 
 
 def _facts(progress: Progress, look: Look) -> Table:
@@ -118,9 +123,10 @@ def _facts(progress: Progress, look: Look) -> Table:
             " ms: publish() until every worker had applied",
         )
     if progress.warm:
-        label = "warm-up" if rewards else f"loss {progress.warm[-1].loss:.3f}"
-        table.add_row(label, f"{figures(progress.warm)}")
-        table.add_row("", Text("large steps: sent as bitmaps", style="dim"))
+        if not rewards:
+            table.add_row("loss", f"{progress.warm[-1].loss:.3f}")
+        table.add_row("warm-up", figures(progress.warm))
+        table.add_row("", Text("large supervised steps: most weights change", style="dim"))
     return table
 
 

@@ -60,7 +60,7 @@ class Progress:
     @property
     def position(self) -> tuple[int, int]:
         """Updates done and to do, of the phase that is on."""
-        if self.rl or len(self.warm) >= self.warmup:
+        if self.rl or not self.warmup:
             return len(self.rl), self.updates
         return len(self.warm), self.warmup
 

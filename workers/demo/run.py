@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..rollouts import Rollouts
     from .crew import Crew
     from .learner import Learner, Learnt
+    from .view import Step
     from .watch import Watch
 
 #: What the workers are asked again and again, to be seen learning.
@@ -183,27 +184,28 @@ class Demo:
                     run=self.run,
                     bus=self.url,
                     dtype=torch.bfloat16,
-                    policy=Policy(window=options.window),  # type: ignore[arg-type]
+                    policy=Policy(window=options.window),  # type: ignore[arg-type]  # checked by the CLI
                 )
             )
             self.rollouts = stack.enter_context(Rollouts(run=self.run, bus=self.url))
             step.done = "this process is the trainer, its weights are version 0"
         with view.step("waiting for the workers") as step:
-            self._await_members()
+            self._await_members(step)
             step.done = f"{', '.join(self.names)} hold version {self.publisher.version}"
         view.show(f"watch it in a second terminal: {self._top_command()}")
         return Learner(model, seed=options.seed)
 
-    def _await_members(self) -> None:
+    def _await_members(self, step: Step) -> None:
         deadline = time.monotonic() + JOIN_S
         while True:
             self._require_workers(len(self.names))
             try:
                 self.publisher.wait_members(len(self.names), timeout_s=0.25)
                 return
-            except WaitTimeout:
+            except WaitTimeout as timeout:
                 if time.monotonic() > deadline:
                     raise
+                step.stands("; ".join([timeout.reason, *self.crew.last_words()]))
 
     # ---- training
 

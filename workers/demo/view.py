@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.status import Status
 
 from .picture import Look, line, picture
@@ -18,12 +19,23 @@ from .progress import Progress
 EVERY = 20
 
 
+#: Seconds between two lines about one step that takes long.
+SAY_EVERY_S = 5.0
+
+
 @dataclass(slots=True)
 class Step:
-    """One step of the set-up; `doing` may change while it lasts, `done` is what it came to."""
+    """One step of the set-up: how it stands while it lasts, and what it came to."""
 
     doing: str
+    say: Callable[[str], None]
+    state: str = ""
     done: str = ""
+
+    def stands(self, state: str) -> None:
+        """What the step waits for now."""
+        self.state = state
+        self.say(state)
 
 
 class PlainView:
@@ -39,7 +51,15 @@ class PlainView:
     def step(self, doing: str) -> Iterator[Step]:
         """One step of the set-up: shown at once, and with its time when it is done."""
         self.tell(f"{doing} …")
-        step, began = Step(doing), time.monotonic()
+        began = said = time.monotonic()
+
+        def say(state: str) -> None:
+            nonlocal said
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                self.tell(f"{doing}: {state}")
+
+        step = Step(doing, say)
         yield step
         self.tell(f"{doing}: {step.done or 'done'}, {time.monotonic() - began:.1f} s")
 
@@ -86,7 +106,7 @@ class LiveView(PlainView):
     @contextmanager
     def step(self, doing: str) -> Iterator[Step]:
         """One step of the set-up: shown at once, and with its time when it is done."""
-        step, began = Step(doing), time.monotonic()
+        step, began = Step(doing, lambda _: None), time.monotonic()
         with Status(_Ticking(step, began), console=self.console):
             yield step
         took = time.monotonic() - began
@@ -104,7 +124,7 @@ class LiveView(PlainView):
         # Drawn by a thread of its own four times a second, so that a long update does not freeze
         # it; the normal screen, so that the last picture stays.
         with Live(
-            get_renderable=draw,  # type: ignore[arg-type]
+            get_renderable=draw,  # type: ignore[arg-type]  # RenderableType, which rich calls
             console=self.console,
             refresh_per_second=4,
             transient=False,
@@ -127,4 +147,5 @@ class _Ticking:
         self._began = began
 
     def __rich__(self) -> str:
-        return f"{self._step.doing} … {time.monotonic() - self._began:.1f} s"
+        state = f"  {self._step.state}" if self._step.state else ""
+        return f"{self._step.doing} … {time.monotonic() - self._began:.1f} s{escape(state)}"
