@@ -1,0 +1,214 @@
+"""Virtual time: an event loop that never sleeps, and simulated processes that live on it.
+
+When nothing is ready the clock jumps to the next timer, so an hour of protocol takes as long as
+its callbacks do. All simulated processes share this one thread; what a process has scheduled is
+told by its context, so a process can be frozen (SIGSTOP: everything waits and comes late) or
+killed (SIGKILL: nothing of it runs again). Nothing depends on addresses or on the wall clock.
+"""
+
+import asyncio
+import contextvars
+import heapq
+import itertools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+CURRENT: contextvars.ContextVar["Process | None"] = contextvars.ContextVar("process", default=None)
+
+
+class Stuck(Exception):
+    """Nothing is ready and no timer is set: the simulation would wait for ever."""
+
+
+class Process:
+    """One simulated process: what runs in its context lives, freezes and dies with it."""
+
+    def __init__(self, loop: "VirtualLoop", name: str, *, clock_offset_s: float = 0.0) -> None:
+        self.loop = loop
+        self.name = name
+        self.clock_offset_s = clock_offset_s
+        self.frozen = False
+        self.dead = False
+        #: Called when it is killed or has ended: its sockets break, as a kernel would see to.
+        self.on_exit: list[Callable[[], None]] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+        self._late: list[asyncio.Handle] = []
+        self.context = contextvars.copy_context()
+        self.context.run(CURRENT.set, self)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}{' dead' if self.dead else ' frozen' if self.frozen else ''}>"
+
+    def clock(self) -> float:
+        """Its own monotonic clock, in seconds: no two processes agree on where it starts."""
+        return self.loop.time() + self.clock_offset_s
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a coroutine as a part of this process."""
+        return self.loop.create_task(coroutine, context=self.context.copy())
+
+    def call_at(self, when: float, callback: Callable[..., None], *args: Any) -> None:
+        """Run a callback as a part of this process, at this time of the loop."""
+        self.loop.call_at(when, callback, *args, context=self.context)
+
+    def freeze(self) -> None:
+        """Nothing of it runs until thaw()."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """What should have run meanwhile runs now, late, in its order."""
+        self.frozen = False
+        late, self._late = self._late, []
+        self.loop._ready.extend(late)  # type: ignore[attr-defined]
+
+    def kill(self) -> None:
+        """Nothing of it runs again."""
+        if self.dead:
+            return
+        self.dead = True
+        self._late.clear()
+        for exit_ in self.on_exit:
+            exit_()
+
+    def admit(self, handle: asyncio.Handle) -> bool:
+        """Whether a callback may run now; a frozen process keeps it for later."""
+        if self.frozen and not self.dead:
+            self._late.append(handle)
+        return not (self.frozen or self.dead)
+
+
+class _Handle(asyncio.Handle):
+    def _run(self) -> None:
+        process = self._context.get(CURRENT)  # type: ignore[attr-defined]
+        if not self._cancelled and (process is None or process.admit(self)):  # type: ignore[attr-defined]
+            super()._run()  # type: ignore[misc]
+
+
+class _TimerHandle(asyncio.TimerHandle):
+    #: Timers of the same time run in the order in which they were set.
+    _number = 0
+
+    def __lt__(self, other: Any) -> bool:
+        return (self._when, self._number) < (other._when, other._number)  # type: ignore[attr-defined]
+
+    def _run(self) -> None:
+        process = self._context.get(CURRENT)  # type: ignore[attr-defined]
+        if not self._cancelled and (process is None or process.admit(self)):  # type: ignore[attr-defined]
+            super()._run()  # type: ignore[misc]
+
+
+class _Future(asyncio.Future[Any]):
+    """Hashes by its number: the order of a set of futures must not depend on addresses."""
+
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._number = number
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Task(asyncio.Task[Any]):
+    def __hash__(self) -> int:
+        return int(self.get_name().rpartition("-")[2])
+
+
+class _Clock:
+    """Stands where a selector would: waiting is jumping."""
+
+    def __init__(self, loop: "VirtualLoop") -> None:
+        self._loop = loop
+
+    def select(self, timeout: float | None) -> list[Any]:
+        if timeout is None:
+            raise Stuck("nothing is ready and no timer is set")
+        if timeout > 0:
+            self._loop.jump()
+        return []
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """The loop. `run_until_complete` it; `time()` is virtual, in seconds."""
+
+    def __init__(self, start: float = 1000.0) -> None:
+        super().__init__()
+        self._now = start
+        self._numbers = itertools.count(1)
+        self._selector = _Clock(self)
+        #: A context that is no process's.
+        self.bare_context = contextvars.Context()
+        self.steps = 0
+        #: What the loop was told of: exceptions that nobody fetched, callbacks that raised.
+        self.complaints: list[str] = []
+        self.set_exception_handler(self._complain)
+        self.set_task_factory(_make_task)
+
+    def time(self) -> float:
+        return self._now
+
+    def jump(self) -> None:
+        """To the next timer."""
+        when = self._scheduled[0]._when  # type: ignore[attr-defined]
+        self._now = max(self._now, when)
+
+    def number(self) -> int:
+        """The next number: what is made earlier has a lower one."""
+        return next(self._numbers)
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return _Future(self.number(), self)
+
+    def call_soon(self, callback, *args, context=None):  # type: ignore[no-untyped-def]
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        self.steps += 1
+        return handle
+
+    def call_soon_threadsafe(self, callback, *args, context=None):  # type: ignore[no-untyped-def]
+        return self.call_soon(callback, *args, context=context)
+
+    def call_at(self, when, callback, *args, context=None):  # type: ignore[no-untyped-def]
+        timer = _TimerHandle(when, callback, args, self, context)
+        timer._number = self.number()
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        timer._scheduled = True
+        return timer
+
+    def run_in_executor(self, executor, func, *args):  # type: ignore[no-untyped-def]
+        """At once and in no time: a thread of the caller's, which nothing here may wait for."""
+        future = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as exc:
+            future.set_exception(exc)
+        return future
+
+    def finish(self, timeout_s: float = 60.0) -> None:
+        """End every task that is left, of the dead as well, so that nothing is left to complain."""
+        self.set_exception_handler(lambda loop, context: None)
+
+        async def end() -> None:
+            left = [task for task in asyncio.all_tasks(self) if task is not asyncio.current_task()]
+            for task in left:
+                task.cancel()
+            if left:
+                await asyncio.wait(left, timeout=timeout_s)
+            for task in left:
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+        self.run_until_complete(end())
+        self.close()
+
+    def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.complaints.append(f"{context.get('message')}: {context.get('exception')!r}")
+
+    def _process_events(self, event_list: list[Any]) -> None:
+        pass
+
+    def _write_to_self(self) -> None:
+        pass
+
+
+def _make_task(loop, coro, **kwargs):  # type: ignore[no-untyped-def]
+    kwargs["name"] = f"sim-{loop.number()}"
+    return _Task(coro, loop=loop, **kwargs)

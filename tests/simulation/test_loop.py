@@ -1,0 +1,89 @@
+"""The virtual loop: no time passes but on its clock; processes freeze, thaw and die."""
+
+import asyncio
+import time
+
+import pytest
+
+from .loop import Process, Stuck, VirtualLoop
+
+
+def test_an_hour_takes_no_time() -> None:
+    """A program sleeps for an hour in steps and times out once: the clock says so, nobody waits."""
+    loop = VirtualLoop()
+    began = time.monotonic()
+
+    async def program() -> float:
+        for _ in range(60):
+            await asyncio.sleep(60)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(5):
+                await asyncio.Event().wait()
+        return loop.time()
+
+    assert loop.run_until_complete(program()) == pytest.approx(1000 + 3605)
+    assert time.monotonic() - began < 5
+    loop.finish()
+
+
+def test_waiting_for_nothing_is_an_error() -> None:
+    """A program waits for what cannot come: the loop says so instead of hanging."""
+    loop = VirtualLoop()
+    with pytest.raises(Stuck):
+        loop.run_until_complete(asyncio.Event().wait())
+    loop.finish()
+
+
+def test_a_frozen_process_runs_late_and_a_killed_one_never() -> None:
+    """Three processes tick once a second; one is stopped for ten seconds, one is killed."""
+    loop = VirtualLoop(0.0)
+    ticks: dict[str, list[float]] = {"well": [], "stopped": [], "killed": []}
+    processes = {name: Process(loop, name) for name in ticks}
+
+    async def tick(name: str) -> None:
+        while True:
+            await asyncio.sleep(1)
+            ticks[name].append(loop.time())
+
+    async def main() -> None:
+        for name, process in processes.items():
+            process.spawn(tick(name))
+        await asyncio.sleep(2.5)
+        processes["stopped"].freeze()
+        processes["killed"].kill()
+        await asyncio.sleep(10)
+        processes["stopped"].thaw()
+        await asyncio.sleep(2)
+
+    loop.run_until_complete(main())
+    loop.finish()
+    assert ticks["well"] == pytest.approx([float(n) for n in range(1, 15)])
+    assert ticks["stopped"] == pytest.approx([1, 2, 12.5, 13.5, 14.5])
+    assert ticks["killed"] == pytest.approx([1, 2])
+
+
+def test_sets_of_tasks_keep_one_order() -> None:
+    """Tasks end in the order in which a set of them is cancelled: the same in every run."""
+
+    def order() -> list[int]:
+        loop = VirtualLoop()
+        ended: list[int] = []
+
+        async def wait(number: int) -> None:
+            try:
+                await asyncio.sleep(100)
+            finally:
+                ended.append(number)
+
+        async def main() -> None:
+            tasks = {loop.create_task(wait(n)) for n in range(50)}
+            await asyncio.sleep(1)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        loop.run_until_complete(main())
+        loop.finish()
+        return ended
+
+    assert order() == order()
