@@ -59,12 +59,19 @@ class Guard:
     so a hold that spans an await lets the other tasks of that loop pass a waiting writer.
 
     On CUDA the holder must have synchronised with its kernels before it leaves the guard.
+
+    `clock` and `thread` (who is calling) are arguments so that a simulation can be both.
     """
 
     def __init__(
-        self, version: int | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        version: int | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        thread: Callable[[], int] = threading.get_ident,
     ) -> None:
         self._clock = clock
+        self._thread = thread
         self._changed = threading.Condition()
         self._version = version
         self._torn: str | None = None
@@ -144,7 +151,7 @@ class Guard:
             self._leave(thread)
 
     def _enter(self, timeout_s: float) -> int:
-        thread = threading.get_ident()
+        thread = self._thread()
         with self._changed:
             hold = self._holds.get(thread)
             if hold is not None:
@@ -182,7 +189,7 @@ class Guard:
         readers pass again). If the block ends after begin_write() without commit(), by an
         exception or not, the guard is torn: readers are refused until a later writing() commits.
         """
-        thread = threading.get_ident()
+        thread = self._thread()
         self._begin_writing(thread, timeout_s)
         writer = Writer(self)
         cause = "the writer left without commit()"

@@ -5,7 +5,6 @@ All of it runs on the driver's torch thread, one call at a time; `staged` is sha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -180,7 +179,7 @@ class Incoming:
 
     def digest(self, version: int) -> ev.Digested | ev.DigestFailed:
         """Digest the whole state, as a reader, if it still is `version`."""
-        began = time.perf_counter()
+        began = self._clock()
         try:
             with self._engine.guard().holding(version, timeout_s=self._guard_s) as holds:
                 if not holds:
@@ -188,4 +187,4 @@ class Incoming:
                 found = digest(self._engine.tensors())
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
-        return ev.Digested(version, found, round((time.perf_counter() - began) * 1e6))
+        return ev.Digested(version, found, round((self._clock() - began) * 1e6))
