@@ -540,7 +540,7 @@ class AsyncPublisher:
             timeout_s=self.policy.bus_s,
         )
 
-    async def _reclaim(self, epoch: int) -> ev.Claimed | ev.AnnounceFailed | ev.LeaseLost:
+    async def _reclaim(self, epoch: int) -> ev.Claimed | ev.ReclaimFailed | ev.LeaseLost:
         """The bus has lost its memory: claim the run anew, with an anchor of what is published."""
         try:
             try:
@@ -548,14 +548,18 @@ class AsyncPublisher:
             except (Fenced, StreamMissing):
                 await self._lease.acquire(timeout_s=self.policy.bus_s)
             state = await self._journal.open(timeout_s=self.policy.bus_s)
-            if state.claim is not None:
-                return ev.LeaseLost(f"trainer {state.claim.sender.incarnation} has the run now")
+            held = state.claim
+            if held is not None and held.sender != self._me:
+                return ev.LeaseLost(f"trainer {held.sender.incarnation} has the run now")
+            if held is not None:
+                # Only the lease was lost, or an earlier try was stored although it failed here.
+                epoch = max(epoch, held.epoch + 1)
             version, digest = await self._ports.run(self._outgoing.begin)
             await self._claim(epoch, version, digest, state.last_sequence)
         except (SequenceConflict, Fenced) as exc:
             return ev.LeaseLost(str(exc))
         except BusError as exc:
-            return ev.AnnounceFailed(self.version, "unavailable", str(exc))
+            return ev.ReclaimFailed(str(exc))
         except SparsecastError as exc:
             return ev.LeaseLost(str(exc))
         self._driver.spawn(self._store_anchor())

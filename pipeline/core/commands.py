@@ -95,7 +95,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Store these versions in the log, merged into one entry. Ends in LogStored or LogFailed."""
+    """Store these versions in the log, merged into one entry. Ends in LogStored or LogFailed.
+
+    After LogFailed they are kept as one patch, under the last of them.
+    """
 
     versions: tuple[int, ...]
 
@@ -105,7 +108,7 @@ class Reclaim:
     """The bus has forgotten the run: make its streams anew at `epoch`, with anchor and claim.
 
     The claim stands at the newest published version; what was pending is in its anchor.
-    Ends in Claimed, AnnounceFailed (tried again by the core) or LeaseLost.
+    Ends in Claimed, ReclaimFailed (tried again by the core) or LeaseLost.
     """
 
     epoch: int
@@ -120,7 +123,7 @@ class Settled:
 
 @dataclass(slots=True)
 class RoundRecord:
-    """What happened to one announced version. Times on the driver's clock in seconds, 0 for never."""
+    """What happened to one announced version. Times: seconds on the driver's clock, 0 for never."""
 
     base_version: int
     version: int

@@ -98,6 +98,13 @@ class AnnounceFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ReclaimFailed:
+    """The run could not be made anew yet: the bus is away."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseLost:
     """The lease could not be renewed: it is another's, or has run out."""
 
@@ -145,6 +152,7 @@ TrainerEvent = (
     | Sealed
     | Announced
     | AnnounceFailed
+    | ReclaimFailed
     | LeaseLost
     | FromWorker
     | Sent
@@ -285,4 +293,3 @@ ReplicaEvent = (
     | Digested
     | DigestFailed
 )
-

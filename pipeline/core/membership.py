@@ -86,6 +86,8 @@ class Membership:
         for member in self.members.values():
             member.version = None
             member.verified = None
+            # What a newcomer holds has to be shown anew as well: it will say Join again.
+            member.challenger = None
 
     def remove(self, sender: Sender) -> bool:
         """Take a member out; False if it was not in."""
@@ -140,17 +142,23 @@ class Membership:
             for m in sorted(self.members.values(), key=lambda m: m.sender.name)
             if m.back_at <= now
             and m.version is not None
-            and m.challenger is None
-            and (m.sender in inside or m.version >= head - self.policy.join_lag)
+            and (m.sender in inside or self._may_enter(m, head))
         ]
         wanted = PREFERENCE if self.policy.window == "auto" else (self.policy.window,)
-        usable = [k for k in wanted if k in kinds]
-        for kind in usable:
-            # "auto" takes the best kind that all can; a fixed kind takes those that can.
-            able = tuple(m.sender for m in ready if kind in m.offers)
-            if able and (len(able) == len(ready) or kind == usable[-1]):
-                return kind, able
-        return None, ()
+        best: WindowKind | None = None
+        members: tuple[Sender, ...] = ()
+        for kind in wanted:
+            # The best kind that all can, else the one that the most can.
+            able = tuple(m.sender for m in ready if kind in kinds and kind in m.offers)
+            if len(able) > len(members):
+                best, members = kind, able
+        return best, members
+
+    def _may_enter(self, member: Member, head: int) -> bool:
+        # A name in question stays where it is: anyone could break a window by asking for it.
+        if member.challenger is not None or member.lagging is not None:
+            return False
+        return member.version is not None and member.version >= head - self.policy.join_lag
 
     def next_change(self, now: float) -> float | None:
         """When time alone will change something here."""

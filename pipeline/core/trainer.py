@@ -44,7 +44,13 @@ class TrainerCore:
     """Events in, commands out. `me` is the trainer, `kinds` the windows that it can open."""
 
     def __init__(
-        self, *, run: str, me: Sender, manifest_hash: str, kinds: tuple[WindowKind, ...], policy: Policy
+        self,
+        *,
+        run: str,
+        me: Sender,
+        manifest_hash: str,
+        kinds: tuple[WindowKind, ...],
+        policy: Policy,
     ) -> None:
         self.run = run
         self.me = me
@@ -69,11 +75,19 @@ class TrainerCore:
         self._exchange: Exchange | None = None
         self._opening_kind: WindowKind | None = None
         self._opening_failures = 0
+        #: Kinds that did not open, until when they are not tried, and how often that has been so.
         self._barred: dict[WindowKind, float] = {}
+        self._bars: dict[WindowKind, int] = {}
         self._reopen_at = 0.0
         self._attempt = 0
+        #: Who had nothing from the attempt before, of the round in flight.
+        self._suspects: set[Sender] = set()
         self._round: RoundRecord | None = None
+        #: The announcement that the journal has not confirmed yet: the next one waits for it, since
+        #: it has to name the place of this one there.
         self._announce: msg.Announce | None = None
+        #: An announcement given up with its epoch, whose outcome is still to come.
+        self._orphan: int | None = None
         self._retry_at: float | None = None
         #: Announced versions that are not stored yet, and those on their way into the log.
         self._unsafe: list[int] = []
@@ -81,6 +95,8 @@ class TrainerCore:
         self._store_at = 0.0
         self._log_failures = 0
         self._records: OrderedDict[int, RoundRecord] = OrderedDict()
+        #: Names that a record still waits for.
+        self._awaited: dict[int, set[str]] = {}
         self._settled: OrderedDict[int, RoundRecord] = OrderedDict()
         self._beat_at = 0.0
         self._now = 0.0
@@ -111,7 +127,7 @@ class TrainerCore:
             times.append(self._exchange.deadline)
         if self._retry_at is not None:
             times.append(self._retry_at)
-        if self._unsafe and not self._storing:
+        if self._storable():
             times.append(self._store_at)
         if self.state is State.IDLE and self._reopen_at > self._now:
             times.append(self._reopen_at)
@@ -120,7 +136,7 @@ class TrainerCore:
             times.append(change)
         if self._records:
             oldest = next(iter(self._records.values()))
-            times.append((oldest.received_at or oldest.announced_at) + self.policy.settle_s)
+            times.append(oldest.received_at + self.policy.settle_s)
         return min(times)
 
     @property
@@ -131,7 +147,8 @@ class TrainerCore:
     @property
     def quiet(self) -> bool:
         """Whether everything published has been through its round and is in the log."""
-        return not self.busy and not self._unsafe and self.state is State.IDLE
+        calm = self.state is State.IDLE and self._announce is None
+        return calm and not self.busy and not self._unsafe
 
     @property
     def window_kind(self) -> WindowKind | None:
@@ -187,6 +204,8 @@ class TrainerCore:
                 self._log_failed(version, reason)
             case ev.LeaseLost(reason):
                 self._fence(reason)
+            case ev.ReclaimFailed(reason):
+                self._reclaim_failed(reason)
             case ev.Claimed():
                 self._claimed(event)
             case ev.Close(reason):
@@ -201,11 +220,12 @@ class TrainerCore:
         self.head = self.stored = event.version
         self.published = max(self.published, event.version)
         self.membership.reset()
-        self._window = 0
         self._opening_failures = 0
         self._unsafe = []
         self._storing = ()
         self._retry_at = None
+        self._store_at = 0.0
+        self._log_failures = 0
         self._beat_at = self._now
         self.state = State.IDLE
         self._tell("claim", "trainer", f"epoch {self.epoch} starts at version {self.head}")
@@ -221,10 +241,11 @@ class TrainerCore:
             self._remove(holder.sender, "leave", "did not answer the probe for its name")
             self._join(challenger)
         for member in self.membership.silent(now):
-            self._remove(
-                member.sender, "evict", f"unheard for {now - member.heard:.1f} s"
-            )
+            self._remove(member.sender, "evict", f"unheard for {now - member.heard:.1f} s")
         if self._exchange is not None:
+            if self._unheard(self._exchange):
+                # Nobody is late for what the journal has perhaps not stored yet.
+                self._exchange.began = max(self._exchange.began, now)
             self._exchange.tick(now)
             self._resolve()
         if self._retry_at is not None and now >= self._retry_at:
@@ -233,8 +254,13 @@ class TrainerCore:
                 self._out.append(cmd.Reclaim(self.epoch + 1))
             elif self._announce is not None:
                 self._append(self._announce)
-                if self._exchange is not None and self._exchange.stamp == self._announce.stamp:
-                    self._exchange.began = now + self.policy.bus_s
+
+    def _unheard(self, exchange: Exchange) -> bool:
+        return (
+            exchange.phase is Phase.GATHERING
+            and self._announce is not None
+            and self._announce.stamp == exchange.stamp
+        )
 
     # ---- members
 
@@ -265,12 +291,17 @@ class TrainerCore:
                     self._resolve()
             case msg.Opened(stamp=stamp, error=error) | msg.Received(stamp=stamp, error=error):
                 if self._current(stamp) and self._exchange is not None:
-                    self._exchange.report(sender, error, self._now)
+                    if error is not None and isinstance(message, msg.Opened):
+                        # A window that one rank has not will never open: why wait for the rest?
+                        self._exchange.refuse(sender, error, self._now)
+                    else:
+                        self._exchange.report(sender, error, self._now)
                     if error is not None and isinstance(message, msg.Received):
                         self._tell("refused", sender.name, f"version {stamp.version}: {error}")
                     self._resolve()
             case msg.Applied(epoch=epoch, version=version):
                 if epoch == self.epoch:
+                    member.lagging = None
                     self._advanced(member, version, member.verified)
             case msg.Verified():
                 if message.epoch == self.epoch:
@@ -306,9 +337,7 @@ class TrainerCore:
                 self.membership.challenge(join, self._now)
                 self._say(msg.Probe(sender=self.me, to=known.sender))
             return
-        self._say(
-            msg.Welcome(sender=self.me, to=join.sender, epoch=self.epoch, version=self.head)
-        )
+        self._say(msg.Welcome(sender=self.me, to=join.sender, epoch=self.epoch, version=self.head))
 
     def _beaten(self, member: Member, beat: msg.Heartbeat) -> None:
         if beat.lagging is not None and member.lagging is None:
@@ -325,6 +354,7 @@ class TrainerCore:
                 record.applied.setdefault(member.sender.name, self._now)
             if verified is not None and record.version <= verified:
                 record.verified.setdefault(member.sender.name, self._now)
+                self._awaited[record.version].discard(member.sender.name)
 
     def _verified(self, member: Member, message: msg.Verified) -> None:
         record = self._records.get(message.version) or self._settled.get(message.version)
@@ -349,6 +379,8 @@ class TrainerCore:
         if not self.membership.remove(sender):
             return
         self._tell(kind, sender.name, reason)
+        for awaited in self._awaited.values():
+            awaited.discard(sender.name)
         if self._exchange is not None:
             self._exchange.refuse(sender, reason, self._now)
             self._resolve()
@@ -457,17 +489,15 @@ class TrainerCore:
             return
         self._exchange = None
         opening = self.state is State.OPENING
-        failed = exchange.phase is Phase.FAILED
-        if opening and not failed and any(exchange.reports.values()):
-            failed = True
-            exchange.reason = next(e for e in exchange.reports.values() if e)
-        if failed:
+        if exchange.phase is Phase.FAILED:
             self._failed(exchange, opening=opening)
         elif opening:
             self._open_window = exchange.stamp.window
             self._open_kind = self._opening_kind
             self._open_members = exchange.members
             self._opening_failures = 0
+            assert self._open_kind is not None
+            self._bars.pop(self._open_kind, None)
             names = ", ".join(m.name for m in exchange.members)
             self._tell("window-open", "trainer", f"{self._open_kind} {self._open_window}: {names}")
             self.state = State.IDLE
@@ -481,7 +511,14 @@ class TrainerCore:
 
     def _failed(self, exchange: Exchange, *, opening: bool) -> None:
         stamp = exchange.stamp
-        for member in exchange.left_out:
+        left_out = exchange.left_out
+        if not opening and not left_out:
+            # Once, anyone may have held it up; who has nothing after two attempts stays out, or
+            # one worker that never receives would cost every round all of its attempts.
+            without = {m for m in exchange.members if exchange.reports.get(m, "") is not None}
+            left_out = tuple(m for m in exchange.members if m in without & self._suspects)
+            self._suspects = without
+        for member in left_out:
             pause = self.membership.strike(member, self._now)
             if pause:
                 self._tell("evict", member.name, f"{exchange.reason}; out for {pause:g} s")
@@ -491,16 +528,26 @@ class TrainerCore:
         self._open_window = 0
         self._open_members = ()
         self._tell("window-abort", "trainer", f"window {stamp.window}: {exchange.reason}")
-        if opening and not exchange.left_out:
-            self._opening_failures += 1
-            if self._opening_failures >= self.policy.attempts:
-                self._opening_failures = 0
-                if self.policy.window == "auto" and self._opening_kind != "bus":
-                    assert self._opening_kind is not None
-                    self._barred[self._opening_kind] = self._now + self.policy.backoff_max_s
-                else:
-                    self._reopen_at = self._now + self.policy.backoff_s
         self.state = State.IDLE
+        if opening and not left_out:
+            self._bar()
+
+    def _bar(self) -> None:
+        """A window did not open, and nobody in particular is to blame."""
+        kind = self._opening_kind
+        assert kind is not None
+        self._opening_failures += 1
+        before = self._bars.get(kind, 0)
+        # What has been given up before gets one try at a time: each holds rounds up for open_s.
+        if self._opening_failures < (1 if before else self.policy.attempts):
+            return
+        self._opening_failures = 0
+        self._bars[kind] = before + 1
+        if self.policy.window == "auto" and kind != "bus":
+            self._barred[kind] = self._now + self.policy.backoff_max_s
+        else:
+            pause = self.policy.backoff_s * 2.0 ** min(before, 16)
+            self._reopen_at = self._now + min(pause, self.policy.backoff_max_s)
 
     # ---- rounds
 
@@ -508,7 +555,11 @@ class TrainerCore:
         """Announced versions that are neither stored nor with everyone (rule 3)."""
         waiting = [v for v in self._unsafe if v not in self._storing]
         members = {m.sender for m in self.membership.members.values()}
-        return tuple(v for v in waiting if not (members and members <= self._staged_by(v)))
+        for at, version in enumerate(waiting):
+            if not members or not members <= self._staged_by(version):
+                # With all that follow it: a merged patch has no holes.
+                return tuple(waiting[at:])
+        return ()
 
     def _staged_by(self, version: int) -> set[Sender]:
         """The members that have it in staging or already in their weights."""
@@ -525,6 +576,7 @@ class TrainerCore:
         merged = range(sealed.base_version + 1, sealed.version)
         self._unsafe = [v for v in self._unsafe if v in self._storing or v not in merged]
         self._attempt = 1 if self._open_window else 0
+        self._suspects = set()
         stamp = Stamp(self.epoch, self._open_window, self._attempt, sealed.version)
         self._round = RoundRecord(
             base_version=sealed.base_version,
@@ -559,7 +611,7 @@ class TrainerCore:
         self.state = State.ROUND
         if stamp.window:
             # Members may answer before our append returns; their time runs from when it does.
-            self._begin(stamp, sealed.nbytes, self._now + self.policy.bus_s)
+            self._begin(stamp, sealed.nbytes, self._now)
 
     def _append(self, announce: msg.Announce) -> None:
         self._announce = announce
@@ -575,31 +627,47 @@ class TrainerCore:
         )
 
     def _announced(self, version: int) -> None:
-        record = self._round
-        if record is None or self._announce is None or record.version != version:
+        if self._announce is None or self._announce.version != version:
             return
         self._announce = None
+        record = self._round
+        if record is None:
+            return  # A Ready has proven it before, and the round is over.
         record.announced_at = record.announced_at or self._now
         if self._exchange is not None and self._exchange.stamp.attempt:
-            self._exchange.began = min(self._exchange.began, self._now)
+            self._exchange.began = self._now
         elif self.state is State.ROUND:
             self._finish("log-only")
 
     def _announce_failed(self, event: ev.AnnounceFailed) -> None:
+        if self.state is State.RECLAIMING:
+            return
+        ours = self._announce is not None and self._announce.version == event.version
         match event.cause:
             case "fenced":
-                self._fence(event.reason)
+                if ours:
+                    self._fence(event.reason)
             case "lost":
-                if self.state is State.RECLAIMING:
+                # The keeper of the lease may find it out before an append that is still under way:
+                # what that one says later is of the stream that is gone.
+                if event.version == self._orphan:
+                    self._orphan = None
                     return
+                if self._announce is not None:
+                    self._orphan = self._announce.version
                 self._abandon(f"the bus has forgotten the run: {event.reason}")
                 self.state = State.RECLAIMING
+                self._retry_at = None
                 self._out.append(cmd.Reclaim(self.epoch + 1))
             case "unavailable":
-                if self.state is State.RECLAIMING or self._announce is not None:
+                if ours:
                     self._retry_at = self._now + self.policy.retry_s
             case _:
                 assert_never(event.cause)
+
+    def _reclaim_failed(self, reason: str) -> None:
+        if self.state is State.RECLAIMING:
+            self._retry_at = self._now + self.policy.retry_s
 
     def _call(self) -> None:
         record = self._round
@@ -627,9 +695,11 @@ class TrainerCore:
             record.attempt = self._attempt
         record.received_at = self._now
         self._round = None
-        self._announce = None
         self.head = record.version
         self._records[record.version] = record
+        self._awaited[record.version] = {
+            m.name for m in record.members if self.membership.get(m) is not None
+        }
         self._unsafe.append(record.version)
         for member in self.membership.members.values():
             if member.version is not None:
@@ -640,10 +710,9 @@ class TrainerCore:
     def _settle(self) -> None:
         """Tell the metrics of rounds that all have verified, or that have had their time."""
         for version, record in list(self._records.items()):
-            alive = [m.name for m in record.members if self.membership.get(m) is not None]
             late = self._now >= record.received_at + self.policy.settle_s
-            if late or all(name in record.verified for name in alive):
-                del self._records[version]
+            if late or not self._awaited[version]:
+                del self._records[version], self._awaited[version]
                 self._settled[version] = record
                 self._out.append(cmd.Settled(record))
         while len(self._settled) > HISTORY:
@@ -651,15 +720,20 @@ class TrainerCore:
 
     # ---- the log
 
+    def _storable(self) -> bool:
+        # While a patch is being taken, what it may take along must not be stored as well.
+        settled = self.state in (State.IDLE, State.OPENING, State.ROUND)
+        return settled and not self._storing and bool(self._unsafe)
+
     def _store(self) -> None:
-        if self._storing or not self._unsafe or self._now < self._store_at:
-            return
-        if self.state in (State.FENCED, State.CLOSED, State.RECLAIMING):
+        if not self._storable() or self._now < self._store_at:
             return
         self._storing = tuple(self._unsafe)
         self._out.append(cmd.Store(self._storing))
 
     def _log_stored(self, version: int) -> None:
+        if version not in self._storing:
+            return  # Of an epoch that is over.
         self._storing = ()
         self._log_failures = 0
         self._unsafe = [v for v in self._unsafe if v > version]
@@ -668,6 +742,11 @@ class TrainerCore:
             self._say(msg.Stored(sender=self.me, epoch=self.epoch, version=version))
 
     def _log_failed(self, version: int, reason: str) -> None:
+        if version not in self._storing:
+            return  # Of an epoch that is over.
+        # They were merged to be stored, and are kept as one: a log that fails for long must not
+        # cost memory for each of them.
+        self._unsafe = [v for v in self._unsafe if v not in self._storing[:-1]]
         self._storing = ()
         pause = self.policy.retry_s * 2.0 ** min(self._log_failures, 6)
         self._store_at = self._now + pause
