@@ -18,6 +18,7 @@ from ..messages.errors import (
     ReplicaTorn,
     SparsecastError,
     WaitTimeout,
+    WrongBase,
 )
 from ..messages.manifest import Manifest
 from ..pipeline.core import events as ev
@@ -126,6 +127,9 @@ class Incoming:
         now = self._clock()
         if scratch:
             return
+        before = self._staged.get(patch.version)
+        if before is not None and _reaches_back(before.base_version, patch.base_version):
+            return  # Window and log may bring the same version: the wider one fits more weights.
         self._staged[patch.version] = Staged(
             checked=checked,
             base_version=patch.base_version,
@@ -156,6 +160,14 @@ class Incoming:
         try:
             with guard.writing(self._guard_s) as writer:
                 began = self._clock()
+                held = guard.version if guard.torn is None else None
+                for patch in patches:
+                    if not _fits(patch, held):
+                        assert patch.base_version is not None
+                        raise WrongBase(
+                            base_version=patch.base_version, version=patch.version, held=held
+                        )
+                    held = patch.version
                 # Looked up inside the guard: the engine may have moved their storage.
                 tensors = self._engine.tensors()
                 names: set[str] = set()
@@ -188,3 +200,13 @@ class Incoming:
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
         return ev.Digested(version, found, round((self._clock() - began) * 1e6))
+
+
+def _reaches_back(base_version: int | None, other: int | None) -> bool:
+    """Whether a patch from `base_version` (None: an anchor) fits all that one from `other` fits."""
+    return base_version is None or (other is not None and base_version <= other)
+
+
+def _fits(patch: Staged, held: int | None) -> bool:
+    base = patch.base_version
+    return base is None or (held is not None and base <= held < patch.version)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Literal, assert_never
 
 from ...messages import control as msg
 from ...messages.control import Sender, Stamp, WindowKind
@@ -31,7 +31,13 @@ class _Patch:
     base_version: int | None
     version: int
     nbytes: int
-    source: str
+    source: Literal["window", "log"]
+
+    def wider(self, other: _Patch | None) -> bool:
+        """Whether it goes back further than `other`: of two for one version that one is kept."""
+        if other is None or other.base_version is None:
+            return other is None
+        return self.base_version is None or self.base_version < other.base_version
 
 
 class ReplicaCore:
@@ -82,10 +88,16 @@ class ReplicaCore:
         self._digests: OrderedDict[int, int] = OrderedDict()
         self._staged: dict[int, _Patch] = {}
         self._applying: tuple[int, ...] | None = None
+        #: A resync was called for while an apply or a proof ran: what it finds does not count.
+        self._void = False
+        self._going: Stamp | None = None
         self._digesting: int | None = None
         self._fetching = False
         self._fetch_at = 0.0
+        self._held_back_until = 0.0
         self._fetch_failures = 0
+        #: Resyncs and refused applies since the last state that was proven.
+        self._setbacks = 0
         self._apply_at = 0.0
         self._beat_at = started
         self._now = started
@@ -110,10 +122,12 @@ class ReplicaCore:
         times = [self._beat_at]
         if self._commitment is not None:
             times.append(self._commitment[1])
-        if self._behind() and not self._fetching:
-            times.append(self._fetch_at)
-        if self._staged and self._applying is None and self._digesting is None:
-            times.append(self._apply_at)
+        if self._free() and not self._to_prove and self._manifest_hash:
+            # _lane() has started what is due: what is left waits for its time.
+            if self._apply_at > self._now:
+                times.append(self._apply_at)
+            if self._may_fetch() and self._fetch_due() > self._now:
+                times.append(self._fetch_due())
         return max(min(times), self._now)
 
     @property
@@ -173,8 +187,8 @@ class ReplicaCore:
                 self._digested(event)
             case ev.DigestFailed(version, reason):
                 self._digesting = None
-                self._tell("refused", f"digest of version {version}: {reason}")
-                self._resync(f"its state could not be digested: {reason}")
+                if not self._to_prove and self.version == version:
+                    self._resync(f"its state could not be digested: {reason}")
             case ev.Close(reason):
                 self._close(reason)
             case _:
@@ -232,7 +246,8 @@ class ReplicaCore:
                     self._leave_window()
                     self._join()
             case msg.Resync(to=to, reason=reason):
-                if to == self.me:
+                # Without a version it is on its way to an anchor already.
+                if to == self.me and (self.version is not None or self._proving):
                     self._resync(reason)
             case msg.Bye(epoch=epoch):
                 if epoch == self.epoch:
@@ -256,6 +271,9 @@ class ReplicaCore:
         self._digests[claim.version] = claim.digest
         self._fetch_at = self._now
         self._fetch_failures = 0
+        self._setbacks = 0
+        self._held_back_until = self._now
+        self.lagging = None
         self._drop_all()
         # What an earlier epoch called this version may be void: only the digest can tell.
         self.version = None
@@ -265,11 +283,12 @@ class ReplicaCore:
 
     def _proved(self, event: ev.Proved) -> None:
         self._proving = False
+        void, self._void = self._void, False
         if self.claim is None or event.epoch != self.claim.epoch:
             return
         self._manifest_hash = event.manifest_hash
         known = [v for v, digest in self._digests.items() if digest == event.digest]
-        if known:
+        if known and not void:
             self.version = self.verified = max(known)
             self._out.append(cmd.Hold(self.version))
         self._join()
@@ -283,6 +302,7 @@ class ReplicaCore:
                 msg.Refused(sender=self.me, epoch=epoch, version=self.head or 0, reason=difference)
             )
         )
+        self._tell("refused", difference)
         self._fail(ReplicaRefused(self.run, self.me.name, difference))
 
     def _refused(self, code: str, reason: str) -> None:
@@ -329,8 +349,7 @@ class ReplicaCore:
         self._digests[announce.version] = announce.digest
         while len(self._announces) > HISTORY:
             self._announces.popitem(last=False)
-        while len(self._digests) > HISTORY:
-            self._digests.popitem(last=False)
+        self._trim_digests()
         self._raise_head(announce.version)
         if announce.stamp.window:
             self._commit(announce.stamp)
@@ -352,6 +371,8 @@ class ReplicaCore:
         """Answer the call for an attempt: Ready, or why not."""
         if stamp.epoch != self.epoch or (stamp.epoch, stamp.window) != self._inside:
             return
+        if stamp == self._going:
+            return  # Said twice, and answered.
         announce = self._announces.get(stamp.version)
         held = sum(patch.nbytes for patch in self._staged.values())
         if announce is None:
@@ -372,23 +393,24 @@ class ReplicaCore:
     def _promise(self, stamp: Stamp) -> None:
         expires_s = self.policy.commit_s
         self._commitment = (stamp, self._now + expires_s)
-        self._out.append(
-            cmd.Report(msg.Ready(sender=self.me, stamp=stamp, expires_s=expires_s))
-        )
+        self._out.append(cmd.Report(msg.Ready(sender=self.me, stamp=stamp, expires_s=expires_s)))
 
     def _go(self, stamp: Stamp) -> None:
         if stamp.epoch != self.epoch or (stamp.epoch, stamp.window) != self._seen:
             return
-        commitment, self._commitment = self._commitment, None
+        if stamp == self._going:
+            return  # Said twice.
+        commitment = self._commitment
+        if commitment is not None and commitment[0] == stamp:
+            self._commitment = None
         if commitment is None or commitment[0] != stamp or self._now >= commitment[1]:
             self._out.append(
                 cmd.Report(
-                    msg.NotReady(
-                        sender=self.me, stamp=stamp, reason="the commitment has run out"
-                    )
+                    msg.NotReady(sender=self.me, stamp=stamp, reason="the commitment has run out")
                 )
             )
             return
+        self._going = stamp
         if stamp.attempt == 0:
             opening = self._opening
             assert opening is not None
@@ -433,9 +455,7 @@ class ReplicaCore:
         if opening is None or (opening.stamp.epoch, opening.stamp.window) != (epoch, window):
             return
         self._leave_window()
-        self._out.append(
-            cmd.Report(msg.Opened(sender=self.me, stamp=opening.stamp, error=reason))
-        )
+        self._out.append(cmd.Report(msg.Opened(sender=self.me, stamp=opening.stamp, error=reason)))
 
     def _received(self, event: ev.Staged) -> None:
         stamp = Stamp(event.epoch, event.window, event.attempt, event.version)
@@ -446,9 +466,9 @@ class ReplicaCore:
             return
         # A receive that completed and checked is good, whatever became of its attempt (rule 6).
         if self.version is None or event.version > self.version:
-            self._staged[event.version] = _Patch(
-                event.base_version, event.version, event.nbytes, "window"
-            )
+            self._stage(_Patch(event.base_version, event.version, event.nbytes, "window"))
+        else:
+            self._drop((event.version,))  # The log was faster.
         self._out.append(cmd.Report(msg.Received(sender=self.me, stamp=stamp)))
 
     def _receive_failed(self, event: ev.ReceiveFailed) -> None:
@@ -467,9 +487,11 @@ class ReplicaCore:
 
     def _raise_head(self, version: int) -> None:
         if self.head is None or version > self.head:
+            if not self._behind():
+                # The round of this version may still bring it; the log is asked a little later.
+                # Who is behind already must not be put off by each new version.
+                self._fetch_at = max(self._fetch_at, self._now + self.policy.retry_s)
             self.head = version
-            # The round of this version may still bring it; the log is asked a little later.
-            self._fetch_at = max(self._fetch_at, self._now + self.policy.retry_s)
 
     # ---- the lane
 
@@ -482,10 +504,11 @@ class ReplicaCore:
         """Start the next thing that the weights need, one at a time."""
         if self._closed or self.error is not None or self.claim is None:
             return
-        if self._applying is not None or self._digesting is not None or self._proving:
+        if not self._free():
             return
         if self._to_prove:
             self._to_prove = False
+            self._void = False
             self._proving = True
             self._out.append(cmd.Prove(self.claim))
             return
@@ -515,13 +538,27 @@ class ReplicaCore:
             self._drop(tuple(useless))
         return tuple(chain)
 
+    def _free(self) -> bool:
+        """Whether nobody is at the weights."""
+        return self._applying is None and self._digesting is None and not self._proving
+
+    def _may_fetch(self) -> bool:
+        if not self._behind() or self._fetching:
+            return False
+        coming = self._receiving or (self._commitment[0] if self._commitment else None)
+        if self.version is None or coming is None or not coming.attempt:
+            return True
+        announce = self._announces.get(coming.version)
+        # Unless the round in flight brings just what is missing.
+        return announce is None or announce.base_version > self.version
+
+    def _fetch_due(self) -> float:
+        return max(self._fetch_at, self._held_back_until)
+
     def _fetch(self) -> None:
-        if not self._behind() or self._fetching or self._now < self._fetch_at:
+        if not self._may_fetch() or self._now < self._fetch_due():
             return
         assert self.claim is not None
-        coming = self._receiving or (self._commitment[0] if self._commitment else None)
-        if self.version is not None and coming is not None and coming.attempt:
-            return  # The round in flight brings it.
         self._fetching = True
         # One step ahead is enough of a target: the log gives the way to the furthest that it has.
         target = self.claim.version if self.version is None else self.version + 1
@@ -532,14 +569,24 @@ class ReplicaCore:
         if event.epoch != self.epoch:
             self._drop(tuple(item.version for item in event.items))
             return
-        self._fetch_failures = 0
-        self._fetch_at = self._now
         for item in event.items:
             self._digests[item.version] = item.digest
-            if item.version not in self._staged or item.base_version is None:
-                self._staged[item.version] = _Patch(
-                    item.base_version, item.version, item.nbytes, "log"
-                )
+            self._stage(_Patch(item.base_version, item.version, item.nbytes, "log"))
+        self._trim_digests()
+        if self._behind() and not self._chain():
+            # What it gave leads nowhere from here (a resync came in between, say).
+            self._fetch_failed(event.epoch, "nothing that follows on what is held")
+            return
+        self._fetch_failures = 0
+        self._fetch_at = max(self._fetch_at, self._now)
+
+    def _stage(self, patch: _Patch) -> None:
+        if patch.wider(self._staged.get(patch.version)):
+            self._staged[patch.version] = patch
+
+    def _trim_digests(self) -> None:
+        while len(self._digests) > HISTORY:
+            self._digests.popitem(last=False)
 
     def _fetch_failed(self, epoch: int, reason: str) -> None:
         self._fetching = False
@@ -551,16 +598,18 @@ class ReplicaCore:
 
     def _applied(self, event: ev.AppliedHere) -> None:
         applying, self._applying = self._applying, None
+        void, self._void = self._void, False
         assert applying is not None
         if self._to_prove:
             return  # A claim came meanwhile: what this version is called there, its digest tells.
-        if any(version not in self._staged for version in applying):
-            # A resync was called for while the apply ran; its commit must not lift the quarantine.
+        if void:
+            # Its commit must not lift the quarantine of the resync.
             self._out.append(cmd.Quarantine("a resync was called for while an apply ran"))
             return
-        source = "log" if self._staged[applying[-1]].source == "log" else "window"
+        source: Literal["window", "log"] = "window"
         for version in applying:
-            del self._staged[version]
+            patch = self._staged.pop(version, None)
+            source = patch.source if patch is not None else source
         self.version = event.version
         self.lagging = None
         self._out.append(
@@ -571,7 +620,7 @@ class ReplicaCore:
                     version=event.version,
                     staged_us=event.staged_us,
                     apply_us=event.apply_us,
-                    source="log" if source == "log" else "window",
+                    source=source,
                 )
             )
         )
@@ -580,7 +629,8 @@ class ReplicaCore:
 
     def _apply_failed(self, reason: str, torn: bool, waiting: bool) -> None:
         applying, self._applying = self._applying, None
-        if self._to_prove:
+        void, self._void = self._void, False
+        if self._to_prove or void:
             return
         if waiting:
             self.lagging = reason
@@ -590,16 +640,14 @@ class ReplicaCore:
         assert applying is not None
         self._out.append(
             cmd.Report(
-                msg.Refused(
-                    sender=self.me, epoch=self.epoch, version=applying[-1], reason=reason
-                )
+                msg.Refused(sender=self.me, epoch=self.epoch, version=applying[-1], reason=reason)
             )
         )
         self._drop(applying)
         if torn:
             self._resync(f"an apply broke off: {reason}")
         else:
-            self._fetch_at = self._now + self.policy.retry_s
+            self._set_back()
 
     def _digested(self, event: ev.Digested) -> None:
         self._digesting = None
@@ -609,6 +657,7 @@ class ReplicaCore:
         ok = expected == event.digest
         if ok:
             self.verified = event.version
+            self._setbacks = 0
         else:
             self.mismatches += 1
         self._out.append(
@@ -634,10 +683,18 @@ class ReplicaCore:
         """The weights are worth nothing: serve none of them, and start again from an anchor."""
         self.version = None
         self.verified = None
+        self._void = self._applying is not None or self._proving
         self._drop_all()
-        self._fetch_at = self._now
+        self._set_back()
         self._out.append(cmd.Quarantine(reason))
         self._tell("resync", reason)
+
+    def _set_back(self) -> None:
+        """Ask the log again: at once the first time, then ever later. An anchor is a full copy."""
+        pause = self.policy.retry_s * (2.0 ** min(self._setbacks, 8) - 1.0)
+        self._setbacks += 1
+        self._held_back_until = self._now + min(pause, self.policy.backoff_max_s)
+        self._fetch_at = self._now
 
     # ---- ends and words
 
@@ -657,9 +714,7 @@ class ReplicaCore:
 
     def _close(self, reason: str) -> None:
         if self._joined:
-            self._out.append(
-                cmd.Report(msg.Leave(sender=self.me, epoch=self.epoch, reason=reason))
-            )
+            self._out.append(cmd.Report(msg.Leave(sender=self.me, epoch=self.epoch, reason=reason)))
         self._leave_window()
         self._closed = True
 
