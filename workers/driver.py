@@ -113,6 +113,8 @@ class Driver(Generic[E, C]):
         task = asyncio.get_running_loop().create_task(self._run(coroutine))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # A task that is cancelled before its first step leaves its coroutine unawaited.
+        task.add_done_callback(lambda _: coroutine.close())
 
     async def stop(self) -> None:
         """Take no more events; cancel what still runs and wait for it."""
