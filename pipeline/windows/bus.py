@@ -206,7 +206,7 @@ class BusWindow(Lifecycle):
         # the lane ended, neither touches anyone's memory again.
         if self._running is not None:
             self._running.cancel()
-        await self._give_up("the window was aborted")
+        await self._give_up(f"the window was aborted ({self._dead or 'on request'})")
 
     async def _leave(self) -> None:
         await self._give_up("the window was closed")

@@ -7,15 +7,18 @@ on the window's own thread. Device tensors go through pinned host memory.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import struct
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
 
-from ...messages.errors import WindowAborted, WindowTimeout, WindowUnavailable
+from ...messages.errors import WindowAborted, WindowError, WindowTimeout, WindowUnavailable
 from .base import Courier, WindowSpec
 from .lane import Lane
 from .lifecycle import GRACE_S, Deadline, Lifecycle
@@ -23,6 +26,7 @@ from .rendezvous import Rendezvous
 from .sockets import (
     Endpoint,
     broker_address,
+    count,
     find_port,
     interface_address,
     is_loopback,
@@ -37,6 +41,16 @@ INTERFACE_VARIABLE = "SPARSECAST_GLOO_INTERFACE"
 #: Goes ahead of every payload: magic, epoch, window, attempt, nbytes.
 _HEADER = struct.Struct("<8sQQQQ")
 _MAGIC = b"spcast-1"
+
+#: How often a wait looks whether it still makes sense.
+_SLICE_S = 0.1
+#: How long a broadcast may go on after a connection of the window was lost: a rank that has all
+#: may close its end in order while another still receives.
+_LOST_S = 1.0
+#: How long abort() waits for gloo's threads, which by then hold no memory of anyone's.
+_DROP_S = 0.5
+#: How long a broadcast whose connections were cut gets to notice.
+_PATIENCE_S = 0.05
 
 #: Its stubs know little of it.
 _Group: Any = torch.distributed.ProcessGroupGloo
@@ -76,6 +90,8 @@ class GlooWindow(Lifecycle):
         self._store: BusStore | None = None
         self._group: Any = None
         self._endpoint: Endpoint | None = None
+        #: Connections that a whole window has; None where that cannot be seen.
+        self._links: int | None = None
         self._deadline = Deadline(0.0)
         self._host = torch.empty(0, dtype=torch.uint8)
 
@@ -119,9 +135,8 @@ class GlooWindow(Lifecycle):
                     self._spec.label, f"the ranks met, but did not connect: {_brief(exc)}"
                 ) from exc
             raise
-        if self._aborted:
-            # abort() did not wait for this thread: nobody else drops the group.
-            self._group = None
+        if self._count_links() == self._spec.size - 1:
+            self._links = self._spec.size - 1
 
     def _choose_address(self) -> str:
         try:
@@ -171,19 +186,18 @@ class GlooWindow(Lifecycle):
         works = [self._broadcast(head, deadline)]
         if body.numel():
             works.append(self._broadcast(body, deadline))
-        for work in works:
-            self._finish(work, deadline)
+        self._finish(works, deadline)
 
     def _broadcast_in(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
         head = torch.zeros(_HEADER.size, dtype=torch.uint8)
-        self._finish(self._broadcast(head, deadline), deadline)
+        self._finish([self._broadcast(head, deadline)], deadline)
         # Before the payload is asked for: gloo ends the whole process (std::terminate on its own
         # thread) when more bytes come than the receiver has room for.
         self._check_header(head.numpy().tobytes(), attempt, staging.numel())
         if staging.numel() == 0:
             return
         body = staging if staging.device.type == "cpu" else self._host_buffer(staging.numel())
-        self._finish(self._broadcast(body, deadline), deadline)
+        self._finish([self._broadcast(body, deadline)], deadline)
         if body is not staging:
             staging.copy_(body)
             torch.cuda.synchronize(staging.device)
@@ -193,27 +207,56 @@ class GlooWindow(Lifecycle):
             raise WindowAborted(self._spec.label, "aborted before the broadcast")
         options = torch.distributed.BroadcastOptions()
         options.rootRank = 0
-        options.timeout = _delta(deadline, GRACE_S)
+        options.timeout = _delta(deadline, more_s=1.0)
         return self._group.broadcast([tensor], options)
 
-    def _finish(self, work: Any, deadline: Deadline) -> None:
-        """Wait for `work`; when this returns or raises, gloo uses its tensor no more."""
+    def _finish(self, works: Sequence[Any], deadline: Deadline) -> None:
+        """Wait for all; when this returns or raises, their tensors' memory is in use no more."""
         try:
-            work.wait(_delta(deadline))
-        except RuntimeError as exc:
-            if work.is_completed():
-                if deadline.passed:
-                    raise self._timeout(deadline) from exc
-                raise
-        else:
-            return
-        # wait() gave up, gloo's thread has not: it would go on writing into the tensor. With its
-        # connections cut it ends within milliseconds; where they cannot be, by its own timeout.
-        self._sever()
+            for work in works:
+                self._wait(work, deadline)
+        except WindowError:
+            # wait() gave up, gloo's thread has not: it would go on writing into the tensor. With
+            # its connections cut nothing can come any more, and it ends; or, if it missed the cut,
+            # it sits without a connection until its own timeout. Where none can be cut, wait for
+            # that.
+            self._sever()
+            patience = Deadline(_PATIENCE_S)
+            while not all(work.is_completed() for work in works):
+                if patience.passed and self._links is not None and self._count_links() == 0:
+                    break
+                time.sleep(0.002)
+            raise
+
+    def _wait(self, work: Any, deadline: Deadline) -> None:
+        lost: Deadline | None = None
+        while True:
+            try:
+                work.wait(_delta(deadline, most_s=_SLICE_S))
+                return
+            except RuntimeError as exc:
+                if work.is_completed():
+                    self._settle(work, deadline, exc)
+                    return
+            if self._aborted:
+                raise WindowAborted(self._spec.label, "aborted during the broadcast")
+            if deadline.passed:
+                raise self._timeout(deadline)
+            # An operation that starts just as its connection breaks is never woken (seen with
+            # torch 2.13), and a rank that is no neighbour in the broadcast's tree hears nothing of
+            # a death elsewhere: both would wait out the deadline.
+            if self._links is not None and self._count_links() < self._links:
+                lost = lost or Deadline(_LOST_S)
+                if lost.passed:
+                    raise self._error("a connection was lost, and the broadcast does not end")
+
+    def _settle(self, work: Any, deadline: Deadline, error: RuntimeError) -> None:
         try:
-            work.wait(timedelta(seconds=2 * GRACE_S))
-        except RuntimeError as exc:
-            raise self._timeout(deadline) from exc
+            work.wait(timedelta(milliseconds=1))  # it may have ended well just after the slice did
+        except RuntimeError:
+            if deadline.passed:
+                raise self._timeout(deadline) from error
+            raise self._error(f"the broadcast failed: {_brief(error)}") from error
 
     def _timeout(self, deadline: Deadline) -> WindowTimeout:
         return WindowTimeout(
@@ -248,13 +291,12 @@ class GlooWindow(Lifecycle):
         if self._store is not None:
             self._store.abort()
         self._sever()
-        await self._rendezvous.stop("the window was aborted")
+        await self._rendezvous.stop(f"the window was aborted ({self._dead or 'on request'})")
         # A round holds its caller's memory: wait until gloo has let go of it, at worst (where no
         # connection can be cut) until gloo's own timeout. An opening holds nothing of anyone's.
-        opening = self._opening is not None and not self._opening.done()
-        await self._lane.stop(
-            self._drop, 0.0 if opening else self._deadline.remaining_s + 3 * GRACE_S
-        )
+        if self._running is not None:
+            await asyncio.wait({self._running}, timeout=self._deadline.remaining_s + 3 * GRACE_S)
+        await self._lane.stop(self._drop, _DROP_S)
 
     async def _leave(self) -> None:
         await self._rendezvous.stop("the window was closed")
@@ -264,8 +306,8 @@ class GlooWindow(Lifecycle):
         self._group = None
         self._store = None
 
-    def _sever(self) -> int:
-        """Cut the connections of this window: pg.abort() does not wake a blocked operation."""
+    def _links_of(self) -> tuple[set[Endpoint], set[Endpoint]]:
+        """Our own listener, and those of the peers: every connection has one of them at its end."""
         known = self._store.entries if self._store is not None else {}
         peers = {
             (address, int(port))
@@ -274,12 +316,19 @@ class GlooWindow(Lifecycle):
             for address, port in [value.decode().split(" ")]
         }
         mine = {self._endpoint} if self._endpoint is not None else set()
-        return sever(mine, peers - mine)
+        return mine, peers - mine
+
+    def _count_links(self) -> int:
+        return count(*self._links_of())
+
+    def _sever(self) -> None:
+        """Cut the connections of this window: pg.abort() does not wake a blocked operation."""
+        sever(*self._links_of())
 
 
-def _delta(deadline: Deadline, more_s: float = 0.0) -> timedelta:
+def _delta(deadline: Deadline, *, more_s: float = 0.0, most_s: float = math.inf) -> timedelta:
     # Gloo takes whole milliseconds, and 0 for "no timeout".
-    return timedelta(milliseconds=max(1, int(1e3 * (deadline.remaining_s + more_s))))
+    return timedelta(milliseconds=max(1, int(1e3 * min(most_s, deadline.remaining_s + more_s))))
 
 
 def _brief(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -43,6 +44,7 @@ class Lane:
                 future.set_exception(error)
                 future.exception()  # marked as seen: nobody may be waiting any more
             else:
+                # No error: the result is the work's own, None if that is what it returns.
                 future.set_result(result)  # type: ignore[arg-type]
 
         def run() -> bool:
@@ -51,6 +53,7 @@ class Lane:
             try:
                 result = job()
             except Exception as exc:
+                _forget(exc)
                 error = exc
             try:
                 loop.call_soon_threadsafe(settle, result, error)
@@ -64,3 +67,11 @@ class Lane:
     def _work(self) -> None:
         while self._jobs.get()():
             pass
+
+
+def _forget(error: BaseException | None) -> None:
+    """Clear the frames that an error remembers: whoever keeps it would keep what they hold, such
+    as a collective's work, and with it sockets and memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

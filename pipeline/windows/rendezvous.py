@@ -147,7 +147,8 @@ class Rendezvous:
                     try:
                         return self._read(task.result())
                     except BusUnavailable as exc:
-                        trouble = exc.reason
+                        # A question cut short by the deadline tells less than those before it.
+                        trouble = trouble if deadline.passed else exc.reason
                 if done:  # rank 0 does not listen yet, or the connection broke
                     await asyncio.sleep(min(pause_s, deadline.remaining_s))
                     pause_s = min(2 * pause_s, _PAUSE_MAX_S)

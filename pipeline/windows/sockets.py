@@ -5,11 +5,12 @@ Gloo by itself resolves the host's name, which on many machines is 127.0.1.1 or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from urllib.parse import urlsplit
 
 #: (address, port) of one end of a TCP connection.
@@ -71,6 +72,14 @@ def find_port(blob: bytes, address: str) -> int | None:
     return None
 
 
+def count(local: Collection[Endpoint], remote: Collection[Endpoint]) -> int:
+    """How many TCP connections this process has from a `local` or to a `remote` endpoint.
+
+    Off Linux it finds none.
+    """
+    return sum(1 for _ in _connections(local, remote))
+
+
 def sever(local: Collection[Endpoint], remote: Collection[Endpoint]) -> int:
     """Shut down this process's TCP connections from a `local` or to a `remote` endpoint.
 
@@ -78,10 +87,21 @@ def sever(local: Collection[Endpoint], remote: Collection[Endpoint]) -> int:
     Returns how many were cut. Off Linux it cuts none.
     """
     cut = 0
+    for end in _connections(local, remote):
+        with contextlib.suppress(OSError):  # its owner was faster
+            end.shutdown(socket.SHUT_RDWR)
+            cut += 1
+    return cut
+
+
+def _connections(
+    local: Collection[Endpoint], remote: Collection[Endpoint]
+) -> Iterator[socket.socket]:
+    """Each connection as a duplicate, closed when the next is asked for."""
     try:
         descriptors = os.listdir("/proc/self/fd")
     except OSError:
-        return 0
+        return
     for name in descriptors:
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
@@ -96,12 +116,10 @@ def sever(local: Collection[Endpoint], remote: Collection[Endpoint]) -> int:
                 if end.type != socket.SOCK_STREAM or end.family not in _FAMILIES:
                     continue
                 here, there = end.getsockname()[:2], end.getpeername()[:2]
-                if here in local or there in remote:
-                    end.shutdown(socket.SHUT_RDWR)
-                    cut += 1
             except OSError:
-                continue
-    return cut
+                continue  # it listens, or has just been closed
+            if here in local or there in remote:
+                yield end
 
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)

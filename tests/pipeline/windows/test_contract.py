@@ -10,8 +10,7 @@ import gc
 import hashlib
 import os
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -29,18 +28,17 @@ from sparsecast.pipeline.windows import Window, WindowSpec, open_window
 from spawn import KILLED, Context, Processes, spawn
 
 #: What is allowed on top of a deadline, or to an abort, on a busy machine.
-MARGIN_S = 5.0
+MARGIN_S = 3.0
 #: More than the buffers of any connection hold: a peer that does not read blocks the sender.
 LARGE = 48 << 20
 
 Outcome = tuple[str, float]
 
 
-@pytest.fixture(scope="module")
-def broker_url() -> Iterator[str]:
-    """A broker of this module's own."""
-    with Broker() as url:
-        yield url
+@pytest.fixture
+def broker_url(broker: Broker) -> str:
+    """Where the session's broker is."""
+    return broker.url
 
 
 @pytest.fixture(params=["gloo", "bus"])
@@ -50,9 +48,9 @@ def window(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def prefix() -> str:
+def prefix(run: str) -> str:
     """A prefix that no other test uses."""
-    return f"sparsecast.test-{uuid.uuid4().hex[:8]}.window"
+    return f"sparsecast.{run}.window"
 
 
 # ---- what the ranks do
@@ -493,7 +491,8 @@ def test_abort_while_receivers_wait(window: str, prefix: str, broker_url: str) -
         assert untouched
         assert found == digest(pattern(300_000, 4))
         if rank:
-            assert ended[0] == "WindowAborted"
+            # Rank 2 may learn of the abort of rank 1 before its own.
+            assert ended[0] in ("WindowAborted", "WindowError")[:rank]
             assert ended[1] < 5.0 + MARGIN_S
         else:
             assert ended[0] in ("WindowTimeout", "WindowError")
@@ -621,15 +620,19 @@ def test_survivors_of_a_killed_peer_open_a_new_window(
 
 
 @in_rank
-async def _killed_amid(me: Rank) -> tuple[Outcome, Outcome, bool] | None:
+async def _faulty_root(me: Rank) -> tuple[Outcome, Outcome, bool] | None:
     window = me.window(1)
     await window.open(20)
     memory = torch.zeros(LARGE, dtype=torch.uint8)
     if me.rank == 0:
         me.context.mark("ready")
         await me.context.waiting("go", rank=1)
-        while True:  # many rounds: the parent kills this rank amid one of them
-            await window.send(memory, attempt=1, timeout_s=20)
+        try:
+            while True:  # many rounds: the parent kills or stops this rank amid one of them
+                await window.send(memory, attempt=1, timeout_s=3)
+        except WindowError:
+            await window.abort()
+            return None
     started = False
     me.context.mark("go")
     ended = ("done", 0.0)
@@ -640,20 +643,35 @@ async def _killed_amid(me: Rank) -> tuple[Outcome, Outcome, bool] | None:
             me.context.mark("under way")
     aborted = await outcome(window.abort())
     memory.fill_(77)
+    me.context.mark("given up")
+    await me.context.waiting("root goes on", rank=-1)
     await asyncio.sleep(0.3)
     return ended, aborted, bool((memory == 77).all())
 
 
-def test_rank_zero_killed_amid_its_payloads(window: str, prefix: str, broker_url: str) -> None:
-    """The trainer is SIGKILLed while it sends: receivers end at once or at the deadline."""
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_rank_zero_fails_amid_its_payloads(
+    window: str, fault: str, prefix: str, broker_url: str
+) -> None:
+    """The trainer is SIGKILLed or SIGSTOPped while it sends: receivers end by the deadline.
+
+    What they put into the staging after abort() stays, though the stopped trainer goes on.
+    """
     with Processes(
-        3, _killed_amid, window, prefix, timeout_s=60, broker_url=broker_url
+        3, _faulty_root, window, prefix, timeout_s=60, broker_url=broker_url
     ) as processes:
         processes.wait("under way", rank=1)
         processes.wait("under way", rank=2)
-        processes.kill(0)
+        if fault == "kill":
+            processes.kill(0)
+        else:
+            processes.stop(0)
+        processes.wait("given up", rank=1)
+        processes.wait("given up", rank=2)
+        if fault == "stop":
+            processes.resume(0)
+        processes.mark("root goes on")
         results = processes.results()
-    assert results[0] == KILLED
     for ended, aborted, untouched in results[1:]:
         assert ended[0] in ("WindowTimeout", "WindowError")
         assert ended[1] < 2.0 + MARGIN_S
