@@ -131,6 +131,13 @@ class HardenedClient(Client):
         await self._error_cb(error)
         await self._process_op_err(error)
 
+    async def _connect_to_server(self, s: Any) -> None:
+        # An attempt that failed after the socket was open (an empty answer, bad credentials) leaves
+        # it open, one for every attempt.
+        if self._transport:
+            self.abandon()
+        await super()._connect_to_server(s)
+
     def abandon(self) -> None:
         """Drop the socket without waiting for anyone: for a server that no longer reads."""
         writer = getattr(self._transport, "_io_writer", None)
