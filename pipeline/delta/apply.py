@@ -109,4 +109,3 @@ def apply(patch: Patch, tensors: Mapping[str, Tensor], *, version: int | None = 
     if version is not None and base is not None and version != base:
         raise WrongBase(base_version=base, version=patch.version, held=version)
     return apply_checked(checked, tensors)
-

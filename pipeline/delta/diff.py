@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...messages.errors import LocalProtocolError
 from ...messages.manifest import Manifest
-from .digest import block_factors, dense_sum, sparse_sum
+from .digest import addends, block_factors, dense_sum, sparse_sum
 from .encode import Draft, Piece, assemble, empty_bits, index_piece, piece_of_mask
 from .layout import ANCHOR, blocks_of
 from .patch import Patch
@@ -25,7 +25,6 @@ from .tensors import (
     manifest_of,
     quiet,
     require_manifest,
-    unsigned,
 )
 
 _CHUNK = 1 << 20  # elements; a multiple of BLOCK, small enough for its temporaries to stay in cache
@@ -168,7 +167,7 @@ def _scan(
 
 
 def _delta(new_N: Tensor, old_N: Tensor) -> Tensor:
-    return unsigned(new_N).to(torch.int64) - unsigned(old_N).to(torch.int64)
+    return addends(new_N).sub_(addends(old_N))
 
 
 def _part(held: Tensor, start: int, stop: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The digest of a whole state, and the checksum of a payload.
 
 digest = Σ mod 2⁶⁴ over all tensors and elements of bits(name, i) · h(name, i), where bits is the
-element as an unsigned integer, i its index in C order of the whole tensor, and
+element as an unsigned integer (one of 8 bytes: y ^ (y >> 32) of y = element · 0x9E3779B97F4A7C15,
+lest its top bits meet every h alike), i its index in C order of the whole tensor, and
 
     h(name, i) = G(name, i >> 16) · A[(i >> 8) & 255] · B[i & 255]   mod 2⁶⁴, all three odd
     A[k] = splitmix64(A_SEED + k) | 1        B[k] = splitmix64(B_SEED + k) | 1
@@ -71,6 +72,14 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashed[:8], "little")
 
 
+def addends(bits_N: Tensor) -> Tensor:
+    """What each element's h is multiplied with: int64, a new tensor."""
+    if bits_N.dtype != torch.int64:
+        return unsigned(bits_N).to(torch.int64)
+    spread = bits_N * _signed(GAMMA)
+    return spread.bitwise_xor_((spread >> 32).bitwise_and_(0xFFFFFFFF))
+
+
 def block_factors(name: str, first: int, count: int, device: torch.device) -> Tensor:
     """G(name, b) for the blocks b = first … first + count - 1: int64 [count] on `device`."""
     seed = _seed(name)
@@ -85,15 +94,15 @@ def block_factors(name: str, first: int, count: int, device: torch.device) -> Te
 
 
 def dense_sum(bits_N: Tensor, name: str, start: int) -> Tensor:
-    """Σ bits · h over `bits_N`, elements start … start + N - 1 of tensor `name`.
+    """Σ bits · h over `bits_N` (1-D integers), elements start … start + N - 1 of tensor `name`.
 
-    `bits_N` is 1-D; int64 is taken as it is (differences, mod 2⁶⁴), narrower ones as unsigned.
     Returns a 0-d int64 tensor on its device, without waiting for the device.
     """
     device = bits_N.device
     a, b, _ = _tables(device)
     total = torch.zeros((), dtype=torch.int64, device=device)
-    source = bits_N if bits_N.dtype == torch.int64 else unsigned(bits_N)
+    wide = bits_N.dtype == torch.int64
+    source = unsigned(bits_N)
     end = start + source.numel()
     at = start
     work = torch.empty(
@@ -106,11 +115,10 @@ def dense_sum(bits_N: Tensor, name: str, start: int) -> Tensor:
         work_R256 = work[: rows << 8].view(rows, 256)
         flat = work_R256.view(-1)
         part = source[at - start : stop - start]
+        if wide:
+            part = addends(part)
         if at == low and stop - low == rows << 8:
-            if part.dtype == torch.int64 and part.is_contiguous():
-                torch.mul(part.view(rows, 256), b, out=work_R256)
-            else:
-                work_R256.copy_(part.view(rows, 256)).mul_(b)
+            work_R256.copy_(part.view(rows, 256)).mul_(b)
         else:
             flat[: at - low].zero_()
             flat[stop - low :].zero_()
@@ -130,7 +138,7 @@ def dense_sum(bits_N: Tensor, name: str, start: int) -> Tensor:
 def sparse_sum(delta_N: Tensor, idx_N: Tensor, g_K: Tensor) -> Tensor:
     """Σ delta · h at elements idx_N, counted from the block whose factor is g_K[0]; all int64.
 
-    Returns a 0-d int64 tensor on their device.
+    `delta_N`: addends, or their differences. Returns a 0-d int64 tensor on their device.
     """
     _, _, table = _tables(delta_N.device)
     if g_K.numel() == 1:
@@ -152,7 +160,7 @@ def partial(bits: Tensor, name: str, start: int = 0) -> int:
 def partial_at(bits: Tensor, name: str, index: Tensor) -> int:
     """The digest's share of the elements `index` (int64 [N], C order) whose bits are `bits` [N]."""
     with quiet():
-        flat = unsigned(Source(name, bits).whole()).to(torch.int64)
+        flat = addends(Source(name, bits).whole())
         idx_N = index.reshape(-1).to(torch.int64)
         if not flat.numel():
             return 0

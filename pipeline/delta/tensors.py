@@ -248,9 +248,7 @@ def _is_adapter(name: str) -> bool:
     return "lora_" in name or ".modules_to_save." in name
 
 
-def _refuse_peft(
-    source: object, given: Mapping[str, object], chosen: Mapping[str, object]
-) -> None:
+def _refuse_peft(source: object, given: Mapping[str, object], chosen: Mapping[str, object]) -> None:
     marked = [name for name in given if _is_adapter(name) or ".base_layer." in name]
     if not marked and not hasattr(source, "peft_config"):
         return
