@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import ssl
@@ -126,15 +125,6 @@ class HardenedClient(Client):
         # the server has what was published and subscribed before.
         if self._pending and self._transport is not None and self.is_connected:
             self._transport.writelines(self._pending[:])
-            self._pending = []
-            self._pending_data_size = 0
-        await super()._send_ping(future)
-
-    async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
-        # nats-py writes the ping past the commands that still wait for its flusher: the answer
-        # would come before the server has seen them, and a flush would prove nothing.
-        if self._pending and self._transport:
-            self._transport.writelines(self._pending)
             self._pending = []
             self._pending_data_size = 0
         await super()._send_ping(future)

@@ -301,6 +301,22 @@ async def test_a_slow_consumer_is_seen(
     assert len(heard) < 500
 
 
+async def test_flush_means_that_the_server_has_it(
+    bus: NatsBus, broker: Broker, connected: Connect, run: str
+) -> None:
+    """Subscribe, flush, and the first word of another connection is heard: every time."""
+    other = await connected(broker.url)
+    for number in range(300):
+        heard: list[bytes] = []
+        subscription = await other.subscribe(
+            f"{run}.{number}", lambda message, heard=heard: heard.append(message.data)
+        )
+        await other.flush(2.0)
+        await bus.publish(f"{run}.{number}", b"x")
+        await until(lambda heard=heard: heard == [b"x"])
+        await subscription.unsubscribe()
+
+
 # ---- breaking and coming back
 
 
@@ -390,18 +406,16 @@ async def test_a_stopped_broker_costs_no_more_than_the_deadline(
     await until(lambda: heard == [b"alive"])
 
 
+def thread_states(pid: int) -> list[str]:
+    """The state of every thread of a process, as the kernel tells it."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]
+
+
 async def freeze(pid: int) -> None:
     """Stop a process, and wait until all of its threads have."""
     os.kill(pid, signal.SIGSTOP)
-    tasks = Path(f"/proc/{pid}/task")
-    if not tasks.exists():  # no /proc on macOS
-        await asyncio.sleep(0.1)
-        return
-    await until(
-        lambda: all(
-            path.read_text().rpartition(")")[2].split()[0] == "T" for path in tasks.glob("*/stat")
-        )
-    )
+    await until(lambda: all(state == "T" for state in thread_states(pid)))
 
 
 async def fill(bus: NatsBus) -> None:
