@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,15 +28,17 @@ log = logging.getLogger("sparsecast.driver")
 E = TypeVar("E")
 C = TypeVar("C")
 T = TypeVar("T")
+E_in = TypeVar("E_in", contravariant=True)
+C_out = TypeVar("C_out", covariant=True)
 
 #: How many of the last events are kept, to be told with a failure.
 TRACE = 64
 
 
-class Core(Protocol[E, C]):
+class Core(Protocol[E_in, C_out]):
     """What the driver asks of a state machine."""
 
-    def handle(self, event: E, now: float) -> list[C]:
+    def handle(self, event: E_in, now: float) -> Sequence[C_out]:
         """Take one event; what is to be done, in order."""
 
     def next_deadline(self) -> float | None:

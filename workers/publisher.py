@@ -159,7 +159,12 @@ class AsyncPublisher:
         self._subjects = Subjects(run)
         self._bus_url = bus
         self._model = model
-        self._choice = {"dtype": dtype, "include": include, "exclude": exclude, "rename": rename}
+        self._choice: dict[str, Any] = {
+            "dtype": dtype,
+            "include": include,
+            "exclude": exclude,
+            "rename": rename,
+        }
         self._on_busy = on_busy
         self._linger_s = linger_s
         self._open_ports = ports
@@ -257,7 +262,7 @@ class AsyncPublisher:
         )
 
     def _make_outgoing(self) -> Outgoing:
-        return Outgoing(self._model, clock=self._ports.clock, **self._choice)  # type: ignore[arg-type]
+        return Outgoing(self._model, clock=self._ports.clock, **self._choice)
 
     async def close(self) -> None:
         """Let the log take what was published, up to linger_s, then leave the run. Idempotent."""

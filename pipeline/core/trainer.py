@@ -164,15 +164,20 @@ class TrainerCore:
         return None
 
     def progress(self, version: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Who has applied `version`, in seconds after publish(), and who has not, and why."""
+        """Who has applied `version`, in seconds after publish(), and who has not, and why.
+
+        A member that applied it and left since counts as one that has.
+        """
         record = self.record(version)
         applied: dict[str, float] = {}
+        if record is not None:
+            applied = {name: at - record.published_at for name, at in record.applied.items()}
         missing: dict[str, str] = {}
         for name, member in self.membership.members.items():
             if member.version is not None and member.version >= version:
-                at = record.applied.get(name) if record else None
-                applied[name] = at - record.published_at if record and at is not None else 0.0
+                applied.setdefault(name, 0.0)
             else:
+                applied.pop(name, None)
                 missing[name] = self._why_missing(member, version)
         return applied, missing
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, step, weights
-from spawn import Context, Processes
 
+from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, step, weights
 from sparsecast import AsyncPublisher, Broker, Replica
 from sparsecast.messages.control import Announce
 from sparsecast.messages.metrics import Event, WorkerMetrics
 from sparsecast.pipeline.windows.gloo import GlooWindow
 from sparsecast.workers.driver import Ports
+from spawn import Context, Processes
 
 
 async def follow(context: Context, run: str, until: int, timeout_s: float) -> dict[str, Any]:
