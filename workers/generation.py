@@ -79,7 +79,7 @@ class GenerationService:
         step: Callable[[int], int | None] = lambda version: None,
         max_requests: int = 64,
         progress_s: float = 0.5,
-        patience_s: float = 5.0,
+        patience_s: float = 2.0,
     ) -> None:
         self.run = run
         self.name = check_token("worker", name)
@@ -283,13 +283,16 @@ class GenerationService:
         if job.is_over() and any(sample.finish == "aborted" for sample in samples):
             reason = job.given_up or f"not finished within {job.request.timeout_s:g} s"
             return self._failed_here(name, reason, retry=True)
-        held = self._version()
+        wanted = len(job.request.prompts) * job.request.samples
+        if len(samples) != wanted:
+            reason = f"the engine gave {len(samples)} samples, {wanted} were asked for"
+            return self._failed_here(name, reason, retry=False)
         answer = codec.encode(
             Generated(
                 request=name,
                 worker=self.name,
-                version=max((s.version for s in samples), default=-1 if held is None else held),
-                samples=tuple(self._signed(sample) for sample in samples),
+                version=max(sample.version for sample in samples),
+                samples=tuple(self._signed(job, i, sample) for i, sample in enumerate(samples)),
                 generate_us=round(elapsed_s * 1e6),
             )
         )
@@ -304,9 +307,10 @@ class GenerationService:
         self.statistics.tokens += sum(len(sample.tokens) for sample in samples)
         return answer
 
-    def _signed(self, sample: Sample) -> Sample:
+    def _signed(self, job: _Job, place: int, sample: Sample) -> Sample:
         step = self._step(sample.version) if sample.version >= 0 else None
-        return msgspec.structs.replace(sample, worker=self.name, step=step)
+        index = job.request.first_index + place // job.request.samples
+        return msgspec.structs.replace(sample, worker=self.name, step=step, index=index)
 
     def _failed_here(self, request: str, reason: str, *, retry: bool) -> bytes:
         self._count_failure(reason)
