@@ -147,8 +147,8 @@ async def _show_live(board: Board, bus: Bus) -> None:
 
 def render(snapshot: Snapshot, *, bus: str, note: str = "") -> RenderableType:
     """The table, within 80 columns."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, expand=False)
-    table.add_column("member", overflow="ellipsis", max_width=12, no_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=False)
+    table.add_column("member", overflow="ellipsis", max_width=20, no_wrap=True)
     for title in ("version", "verified", "lag", "p50", "p99 ms", "bytes", "share", "bad"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
