@@ -165,7 +165,7 @@ def _asyncio_run(coroutine: Coroutine[Any, Any, T]) -> T:
 def demo(
     updates: Annotated[
         int, typer.Option(envvar="SPARSECAST_UPDATES", min=1, help="RL updates.")
-    ] = 400,
+    ] = 500,
     warmup: Annotated[
         int, typer.Option(envvar="SPARSECAST_WARMUP", min=0, help="Supervised updates before.")
     ] = 240,

@@ -74,7 +74,7 @@ def test_the_table_fits_80_columns() -> None:
     assert "98765" in trainer
     assert "123 MB" in trainer
     assert "1.23%" in trainer
-    assert member.startswith("a-worker-with-a-rath…")
+    assert member.startswith("a-worker-with-a-rat…")
     assert member.rstrip().endswith(" 12 following")
     assert sum("evict w" in line for line in lines) == 4
     assert "123.4× fewer bytes than dense" in lines[0]
