@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from typing import Any
 
 import nats.errors
 from nats.aio.client import Client
@@ -43,6 +44,36 @@ class Connection:
         if not self._servers:
             raise BusUnavailable(self._url, "no URL was given; expected nats://host:port")
         loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        options = credentials.options()
+        try:
+            while not await self._attempt(name, options, deadline):
+                if loop.time() >= deadline:
+                    raise BusUnavailable(
+                        self._url, f"{self._reason or 'no answer'} (tried for {timeout_s:g} s)"
+                    )
+                await asyncio.sleep(min(RECONNECT_WAIT_S, max(0.0, deadline - loop.time())))
+                self._client = HardenedClient()
+            found = str(self._client._server_info.get("version", ""))
+            if server_version(found) < MINIMUM_SERVER:
+                raise BusUnavailable(
+                    self._url,
+                    f"nats-server {found} is too old: sparsecast needs "
+                    f"{'.'.join(map(str, MINIMUM_SERVER))} or newer",
+                )
+            await self._begin()
+        except BaseException:
+            self._closing = True
+            await self._shut(0.5)
+            raise
+        self._opened = True
+        self._reason = ""
+        self._up.set()
+        self._tell("connected", self._url)
+
+    async def _attempt(self, name: str, options: dict[str, Any], deadline: float) -> bool:
+        """Whether we are connected now; BusUnavailable if trying again is no use."""
+        loop = asyncio.get_running_loop()
         connecting = loop.create_task(
             self._client.connect(
                 servers=self._servers,
@@ -58,43 +89,32 @@ class Connection:
                 max_outstanding_pings=2,
                 flush_timeout=5.0,
                 drain_timeout=2,
-                **credentials.options(),
+                **options,
             )
         )
         refused = loop.create_task(self._refused.wait())
+        both: set[asyncio.Task[Any]] = {connecting, refused}
         try:
             await asyncio.wait(
-                {connecting, refused}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                both, timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED
             )
-            if not connecting.done() or refused.done():
-                reason = self._reason or "no answer"
-                tail = "" if refused.done() else f" (tried for {timeout_s:g} s)"
-                raise BusUnavailable(self._url, reason + tail)
-            try:
+            if self._refused.is_set():
+                raise BusUnavailable(self._url, self._reason)
+            if connecting.done():
                 connecting.result()
-            except (nats.errors.Error, OSError, ValueError, AssertionError) as exc:
-                raise BusUnavailable(self._url, reason_of(exc)) from None
-            found = str(self._client._server_info.get("version", ""))
-            if server_version(found) < MINIMUM_SERVER:
-                raise BusUnavailable(
-                    self._url,
-                    f"nats-server {found} is too old: sparsecast needs "
-                    f"{'.'.join(map(str, MINIMUM_SERVER))} or newer",
-                )
-            await self._begin()
-        except BaseException:
-            self._closing = True
-            for task in (connecting, refused):
-                task.cancel()
-            await asyncio.wait({connecting, refused}, timeout=0.5)
-            _forget(connecting)
-            await self._shut(0.5)
-            raise
+                # A server that hangs up instead of answering counts as connected to nats-py.
+                return self._client.is_connected
+        except OSError as exc:
+            self._reason = reason_of(exc)
+        except (nats.errors.Error, ValueError, AssertionError) as exc:
+            raise BusUnavailable(self._url, reason_of(exc)) from None
         finally:
-            refused.cancel()
-        self._opened = True
-        self._up.set()
-        self._tell("connected", self._url)
+            for task in both:
+                task.cancel()
+            await asyncio.wait(both, timeout=0.5)
+            _forget(connecting)
+        await self._shut(0.5)
+        return False
 
     @property
     def url(self) -> str:
@@ -174,6 +194,8 @@ class Connection:
         if isinstance(exc, nats.errors.FlushTimeoutError):
             self._tell("error", "the server takes data too slowly")
             return
+        if self._refused.is_set():
+            return  # what follows a refusal (the server hangs up) is no reason of its own
         self._reason = reason_of(exc)
         if not self._opened:
             if "authorization" in text.lower() or "authentication" in text.lower():

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import Proxy
+from servers import Proxy, until
 from sparsecast.messages.errors import (
     BusError,
     BusUnavailable,
@@ -27,13 +27,6 @@ from sparsecast.pipeline.bus.client import Credentials, redact
 from sparsecast.pipeline.bus.nats import NatsBus, connect
 
 Connect = Callable[..., Awaitable[NatsBus]]
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait until something has happened elsewhere."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
-            await asyncio.sleep(0.005)
 
 
 def free_port() -> int:
@@ -306,7 +299,7 @@ async def test_flush_means_that_the_server_has_it(
 ) -> None:
     """Subscribe, flush, and the first word of another connection is heard: every time."""
     other = await connected(broker.url)
-    for number in range(300):
+    for number in range(100):
         heard: list[bytes] = []
         subscription = await other.subscribe(
             f"{run}.{number}", lambda message, heard=heard: heard.append(message.data)

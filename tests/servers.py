@@ -1,10 +1,49 @@
-"""A TCP proxy before a real server: cuts, stalls and rewrites what passes."""
+"""Real servers in the hands of a test: one with a configuration of the test's own, and a TCP proxy
+before any of them, which cuts, stalls and rewrites what passes."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
+
+from sparsecast.pipeline.bus.broker import server_binary
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until something has happened elsewhere."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
+            await asyncio.sleep(0.005)
+
+
+@contextlib.contextmanager
+def nats_server(folder: Path, config: str) -> Iterator[str]:
+    """A nats-server with this configuration (port and store are added); yields host:port."""
+    path = folder / "server.conf"
+    path.write_text(f'port: -1\nhost: 127.0.0.1\nports_file_dir: "{folder}"\n{config}\n')
+    server = subprocess.Popen([server_binary(), "-c", path], stderr=subprocess.DEVNULL)
+    try:
+        yield _address(server, folder)
+    finally:
+        server.terminate()
+        server.wait(5)
+
+
+def _address(server: "subprocess.Popen[bytes]", folder: Path) -> str:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        for path in folder.glob("*.ports"):
+            with contextlib.suppress(ValueError):  # half written
+                url: str = json.loads(path.read_text())["nats"][0]
+                return url.removeprefix("nats://")
+        assert server.poll() is None, "the configuration was refused"
+        time.sleep(0.01)
+    raise TimeoutError("no nats-server within 10 s")
 
 
 class Proxy:
