@@ -155,7 +155,7 @@ def render(snapshot: Snapshot, *, bus: str, note: str = "") -> RenderableType:
     table.add_row(*_trainer_cells(snapshot.trainer))
     for row in snapshot.members:
         table.add_row(*_member_cells(row))
-    parts: list[RenderableType] = [_title(snapshot), Text(bus, style="dim"), Text(""), table]
+    parts: list[RenderableType] = [_title(snapshot), _ground(snapshot, bus), Text(""), table]
     parts.extend(
         Text(f"{row.name}: {row.note}", style="yellow", overflow="ellipsis", no_wrap=True)
         for row in snapshot.members
@@ -190,6 +190,12 @@ def _title(snapshot: Snapshot) -> Text:
             text.append(f"  step {trainer.step}")
         if trainer.transport is not None:
             text.append(f"  window {trainer.transport} {trainer.window}")
+    return text
+
+
+def _ground(snapshot: Snapshot, bus: str) -> Text:
+    trainer = snapshot.trainer
+    text = Text(bus, style="dim", overflow="ellipsis", no_wrap=True)
     if trainer.nbytes and trainer.dense_nbytes:
         text.append(f"  {trainer.dense_nbytes / trainer.nbytes:.1f}× fewer bytes than dense")
     return text

@@ -77,7 +77,7 @@ def test_the_table_fits_80_columns() -> None:
     assert member.startswith("a-worker-with-a-rat…")
     assert member.rstrip().endswith(" 12 following")
     assert sum("evict w" in line for line in lines) == 4
-    assert "123.4× fewer bytes than dense" in lines[0]
+    assert "123.4× fewer bytes than dense" in lines[1]
 
 
 @pytest.mark.parametrize(
