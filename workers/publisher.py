@@ -453,7 +453,7 @@ class AsyncPublisher:
         announce = command.announce
         version = announce.version
         try:
-            self._sequence = await self._journal.append(
+            sequence = await self._journal.append(
                 announce,
                 message_id=f"{self._me.incarnation}-{announce.stamp.epoch}-{version}",
                 expected_sequence=self._sequence,
@@ -465,6 +465,8 @@ class AsyncPublisher:
             return ev.AnnounceFailed(version, "lost", str(exc))
         except BusError as exc:
             return ev.AnnounceFailed(version, "unavailable", str(exc))
+        if announce.stamp.epoch == self._epoch:
+            self._sequence = sequence  # Else of a journal that is gone: it may answer late.
         return ev.Announced(version)
 
     async def _send(self, command: cmd.Send) -> ev.Sent:

@@ -259,9 +259,14 @@ class ReplicaCore:
     # ---- belonging
 
     def _claimed(self, claim: msg.Claim) -> None:
-        if claim.epoch <= self.epoch:
-            return
+        if self.claim is not None:
+            # One journal never holds two claims of one epoch: another trainer's is of a new
+            # journal, made by someone who could not know ours. It hears our epoch if it is lower.
+            same = claim.epoch == self.epoch and claim.sender != self.claim.sender
+            if claim.epoch <= self.epoch and not same:
+                return
         self._leave_window()
+        self._seen = (claim.epoch, 0)
         self.claim = claim
         self.trainer_heard = self._now
         self.head = claim.version
@@ -396,8 +401,9 @@ class ReplicaCore:
         self._out.append(cmd.Report(msg.Ready(sender=self.me, stamp=stamp, expires_s=expires_s)))
 
     def _go(self, stamp: Stamp) -> None:
-        if stamp.epoch != self.epoch or (stamp.epoch, stamp.window) != self._seen:
-            return
+        opening = self._opening
+        if opening is None or (stamp.epoch, stamp.window) != self._seen:
+            return  # Not a window of ours.
         if stamp == self._going:
             return  # Said twice.
         commitment = self._commitment
@@ -412,8 +418,6 @@ class ReplicaCore:
             return
         self._going = stamp
         if stamp.attempt == 0:
-            opening = self._opening
-            assert opening is not None
             rank = opening.members.index(self.me) + 1
             self._out.append(
                 cmd.OpenWindow(
@@ -570,7 +574,8 @@ class ReplicaCore:
             self._drop(tuple(item.version for item in event.items))
             return
         for item in event.items:
-            self._digests[item.version] = item.digest
+            # What was announced counts before what the log says of itself.
+            self._digests.setdefault(item.version, item.digest)
             self._stage(_Patch(item.base_version, item.version, item.nbytes, "log"))
         self._trim_digests()
         if self._behind() and not self._chain():

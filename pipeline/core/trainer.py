@@ -88,6 +88,8 @@ class TrainerCore:
         self._announce: msg.Announce | None = None
         #: An announcement given up with its epoch, whose outcome is still to come.
         self._orphan: int | None = None
+        #: The epoch at which the run is being claimed anew.
+        self._reclaimed = 0
         self._retry_at: float | None = None
         #: Announced versions that are not stored yet, and those on their way into the log.
         self._unsafe: list[int] = []
@@ -256,7 +258,7 @@ class TrainerCore:
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
             if self.state is State.RECLAIMING:
-                self._out.append(cmd.Reclaim(self.epoch + 1))
+                self._out.append(cmd.Reclaim(self._reclaimed))
             elif self._announce is not None:
                 self._append(self._announce)
 
@@ -272,6 +274,11 @@ class TrainerCore:
     def _hear(self, message: msg.WorkerMessage) -> None:
         sender = message.sender
         if self.state is State.UNCLAIMED:
+            return
+        if isinstance(message, msg.Join | msg.Heartbeat) and message.epoch > self.epoch:
+            # Members refuse lower epochs (rule 11): either a successor has the run, which claiming
+            # it anew will find out, or the bus has forgotten an epoch that members have seen.
+            self._reclaim(message.epoch + 1, f"{sender.name} has seen epoch {message.epoch}")
             return
         refuted = self.membership.hear(sender, self._now)
         if refuted is not None:
@@ -658,17 +665,23 @@ class TrainerCore:
                 if event.version == self._orphan:
                     self._orphan = None
                     return
-                if self._announce is not None:
-                    self._orphan = self._announce.version
-                self._abandon(f"the bus has forgotten the run: {event.reason}")
-                self.state = State.RECLAIMING
-                self._retry_at = None
-                self._out.append(cmd.Reclaim(self.epoch + 1))
+                self._reclaim(self.epoch + 1, f"the bus has forgotten the run: {event.reason}")
             case "unavailable":
                 if ours:
                     self._retry_at = self._now + self.policy.retry_s
             case _:
                 assert_never(event.cause)
+
+    def _reclaim(self, epoch: int, reason: str) -> None:
+        if self.state is State.RECLAIMING:
+            return
+        if self._announce is not None:
+            self._orphan = self._announce.version
+        self._abandon(reason)
+        self.state = State.RECLAIMING
+        self._reclaimed = epoch
+        self._retry_at = None
+        self._out.append(cmd.Reclaim(epoch))
 
     def _reclaim_failed(self, reason: str) -> None:
         if self.state is State.RECLAIMING:
