@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsecast.messages.errors import LocalProtocolError, ManifestMismatch, UnsupportedTensor
 from sparsecast.pipeline.delta import Patch, Shadow, apply, diff, digest, manifest_of
-from sparsecast.pipeline.delta.diff import _Few
+from sparsecast.pipeline.delta.search import Taking
 from states import (
     DTYPES,
     bits,
@@ -27,6 +27,7 @@ from states import (
 
 # The package names functions as their modules are named, so these are not attributes of it.
 diff_module = sys.modules["sparsecast.pipeline.delta.diff"]
+search_module = sys.modules["sparsecast.pipeline.delta.search"]
 decode_module = sys.modules["sparsecast.pipeline.delta.decode"]
 
 
@@ -68,8 +69,8 @@ def test_tensors_of_many_chunks(
     dtype: str, density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every road through the search: words, lanes, masks, joined and split chunks, an odd end."""
-    monkeypatch.setattr(diff_module, "_CHUNK", 1 << 17)
-    monkeypatch.setattr(diff_module, "_JOIN", 5000)
+    monkeypatch.setattr(search_module, "CHUNK", 1 << 17)
+    monkeypatch.setattr(search_module, "JOIN", 5000)
     monkeypatch.setattr(decode_module, "SPAN_VALUES", 30_000)
     generator = torch.Generator().manual_seed(5)
     numel = 5 * (1 << 17) + 4_099
@@ -172,14 +173,14 @@ def test_an_interrupt_while_taking_over_is_not_forgotten(monkeypatch: pytest.Mon
     """Ctrl-C between two writes of the shadow: it holds neither state, and says so from then on."""
     shadow = Shadow({"a": torch.zeros(9), "b": torch.zeros(9)})
     new = {"a": torch.ones(9), "b": torch.ones(9)}
-    take = _Few.take
+    take = Taking.take
 
-    def interrupted(few: _Few) -> None:
-        take(few)
+    def interrupted(taking: Taking) -> None:
+        take(taking)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Few, "take", interrupted)
+        patched.setattr(Taking, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
             shadow.diff(new, base_version=0, version=1)
     with pytest.raises(LocalProtocolError, match="anchor"):
