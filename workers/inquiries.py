@@ -186,6 +186,9 @@ class Inquiries:
             case Generating():
                 if inquiry is not None:
                     inquiry.missed, inquiry.state = 0, heard.state
+                    if inquiry.lost:
+                        inquiry.lost = False
+                        self._carry(inquiry, 1)
             case Generated() | GenerateFailed():
                 if inquiry is not None:
                     self.forget(inquiry)
