@@ -1,0 +1,97 @@
+"""Spread of what was measured, and the machine that it was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from sparsecast.pipeline.bus.broker import server_binary
+
+Spread = dict[str, float]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value at `share` (0 to 1) of the sorted values, interpolated."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """p50, p10, p90, min, max and how many."""
+    return {
+        "p50": round(percentile(values, 0.5), 3),
+        "p10": round(percentile(values, 0.1), 3),
+        "p90": round(percentile(values, 0.9), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+        "n": len(values),
+    }
+
+
+def machine() -> dict[str, str | int | float]:
+    """CPU, cores, kernel and memory; no name of the host."""
+    model = platform.processor() or platform.machine()
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "memory_gib": round(pages / 2**30, 1),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What was measured, and what it ran on."""
+    told = subprocess.run(
+        [str(server_binary()), "--version"], capture_output=True, text=True, timeout=10, check=True
+    )
+    return {
+        "sparsecast": version("sparsecast"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "nats-py": version("nats-py"),
+        "nats-server": told.stdout.strip().rpartition("v")[2],
+    }
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line, to be typed in the root of the repository; paths by their names."""
+    named = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
+    return shlex.join(["python", "bench/round.py", *named])
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        folder = str(Path(__file__).parent)
+        told = subprocess.run(
+            ["git", "-C", folder, *words], capture_output=True, text=True, timeout=10
+        )
+        return told.stdout.strip() if told.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        return f"{head}, with changes" if head and git("status", "--short", "-uno") else head
+    except OSError:
+        return ""
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
