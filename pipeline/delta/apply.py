@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ...messages.errors import UnsupportedTensor, WrongBase
 from ...messages.manifest import Manifest
+from .bits import bits
 from .check import Checked, check
 from .decode import span_index, span_values
 from .layout import Encoding
 from .patch import Patch
-from .tensors import bits, manifest_of, overlaps_itself, require_manifest
+from .tensors import manifest_of, overlaps_itself, require_manifest
 
 __all__ = ["Checked", "Target", "apply", "apply_checked", "check"]
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ...messages.errors import CorruptPatch
 from ...messages.manifest import Manifest
+from .bits import quiet
 from .decode import SPAN_VALUES, Span, block_limits, section_counts, spans_of
 from .layout import Encoding, Section
 from .patch import Patch
-from .tensors import quiet, require_hash
+from .tensors import require_hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .bits import BLOCK, indices
 from .encode import global_index, unpack_mask
 from .layout import Encoding, Section
 from .patch import Patch
-from .tensors import BLOCK, indices
 
 #: A sparse span holds about this many values (and one block's more at most).
 SPAN_VALUES = 1 << 20

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ...messages.errors import LocalProtocolError
 from ...messages.manifest import Manifest
+from .bits import Source, quiet
 from .digest import addends, block_factors, dense_sum, sparse_sum
 from .encode import Draft, Piece, assemble, empty_bits
 from .layout import ANCHOR, blocks_of
 from .patch import Patch
 from .search import Change, Taking, chunks, scan
-from .tensors import Dtypes, Source, dtype_of, manifest_of, quiet, require_manifest
+from .tensors import Dtypes, dtype_of, manifest_of, require_manifest
 
 _MASK = (1 << 64) - 1
 

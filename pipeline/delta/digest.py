@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .tensors import BLOCK, Source, manifest_of, quiet, require_manifest, unsigned
+from .bits import BLOCK, Source, quiet, unsigned
+from .tensors import manifest_of, require_manifest
 
 GAMMA = 0x9E3779B97F4A7C15
 A_SEED = 0x5350415253454341  # "SPARSECA", big-endian

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
+from .bits import BLOCK, bits_dtype, indices
 from .layout import (
     ANCHOR,
     Encoding,
@@ -24,7 +25,6 @@ from .layout import (
     table_end,
 )
 from .patch import Patch, full_sections
-from .tensors import BLOCK, bits_dtype, indices
 
 # Σ 2^(56 - 7i): multiplies eight bytes of 0 or 1 so that their bits meet in the top byte.
 _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))

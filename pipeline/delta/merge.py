@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...messages.errors import CorruptPatch, ManifestMismatch, WrongBase
 from ...messages.manifest import Manifest
+from .bits import quiet
 from .decode import SPAN_BLOCKS, Span, section_counts, span_index, span_values, spans_of
 from .encode import Draft, Piece, assemble, empty_bits, piece_of_mask
 from .layout import ANCHOR, Encoding, Section
 from .patch import Patch
-from .tensors import quiet
 
 _Part = tuple[Patch, Section, Tensor]
 

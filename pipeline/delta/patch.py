@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...messages.errors import CorruptPatch
 from ...messages.manifest import Manifest
+from .bits import bits_dtype, quiet
 from .layout import (
     ANCHOR,
     ENTRY,
@@ -20,7 +21,6 @@ from .layout import (
     parse_header,
     parse_table,
 )
-from .tensors import bits_dtype, quiet
 
 EncodingName = Literal["none", "sparse", "bitmap", "dense", "mixed"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .bits import BLOCK, Source, indices
 from .encode import Piece, index_piece, piece_of_mask
-from .tensors import BLOCK, Source, indices
 
 #: Elements; whole blocks, and few enough for a chunk's temporaries to stay in cache.
 CHUNK = 1 << 20

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsecast.messages.errors import UnsupportedTensor
 from sparsecast.pipeline.delta import apply, diff, manifest_of, named_tensors
-from sparsecast.pipeline.delta.tensors import bits, unsigned
+from sparsecast.pipeline.delta.bits import bits, unsigned
 
 
 class Tiny(nn.Module):
