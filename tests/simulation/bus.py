@@ -6,6 +6,7 @@ more: an append that fails at its deadline may still have been stored, or be sto
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -254,10 +255,9 @@ class SimBus:
     async def close(self, timeout_s: float = 2.0) -> None:
         if self._closed:
             return
-        try:
+        # What could not be sent is lost, as on a socket that is closed.
+        with contextlib.suppress(BusError):
             await self.flush(timeout_s)
-        except BusError:
-            pass  # what could not be sent is lost, as on a socket that is closed
         self._vanish()
 
     # ---- streams

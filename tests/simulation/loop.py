@@ -16,8 +16,12 @@ from typing import Any
 CURRENT: contextvars.ContextVar["Process | None"] = contextvars.ContextVar("process", default=None)
 
 
+#: So many callbacks without any passing of time are no progress.
+SPIN = 20_000
+
+
 class Stuck(Exception):
-    """Nothing is ready and no timer is set: the simulation would wait for ever."""
+    """The simulation would wait for ever, or run for ever at one moment."""
 
 
 class Process:
@@ -31,10 +35,10 @@ class Process:
         self.dead = False
         #: Called when it is killed or has ended: its sockets break, as a kernel would see to.
         self.on_exit: list[Callable[[], None]] = []
-        self.tasks: list[asyncio.Task[Any]] = []
         self._late: list[asyncio.Handle] = []
         self.context = contextvars.copy_context()
         self.context.run(CURRENT.set, self)
+        loop.processes.append(self)
 
     def __repr__(self) -> str:
         return f"<{self.name}{' dead' if self.dead else ' frozen' if self.frozen else ''}>"
@@ -66,15 +70,23 @@ class Process:
         if self.dead:
             return
         self.dead = True
-        self._late.clear()
         for exit_ in self.on_exit:
             exit_()
 
     def admit(self, handle: asyncio.Handle) -> bool:
-        """Whether a callback may run now; a frozen process keeps it for later."""
-        if self.frozen and not self.dead:
+        """Whether a callback may run now; else it is kept for later, or for the burial."""
+        if self.frozen or self.dead:
             self._late.append(handle)
-        return not (self.frozen or self.dead)
+            return False
+        return True
+
+    def bury(self) -> None:
+        """The simulation is over: let what is left of it run, to be cancelled in order.
+
+        Left to the garbage collector, coroutines end in any order, inside of each other.
+        """
+        self.dead = False
+        self.thaw()
 
 
 class _Handle(asyncio.Handle):
@@ -109,8 +121,12 @@ class _Future(asyncio.Future[Any]):
 
 
 class _Task(asyncio.Task[Any]):
+    def __init__(self, number: int, *args: Any, **kwargs: Any) -> None:
+        self.number = number
+        super().__init__(*args, **kwargs)
+
     def __hash__(self) -> int:
-        return int(self.get_name().rpartition("-")[2])
+        return self.number
 
 
 class _Clock:
@@ -118,12 +134,16 @@ class _Clock:
 
     def __init__(self, loop: "VirtualLoop") -> None:
         self._loop = loop
+        self._rested = 0
 
     def select(self, timeout: float | None) -> list[Any]:
         if timeout is None:
             raise Stuck("nothing is ready and no timer is set")
         if timeout > 0:
             self._loop.jump()
+            self._rested = self._loop.steps
+        elif self._loop.steps - self._rested > SPIN:
+            raise Stuck(f"{SPIN} callbacks ran and no time passed: something spins")
         return []
 
 
@@ -138,6 +158,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         #: A context that is no process's.
         self.bare_context = contextvars.Context()
         self.steps = 0
+        self.processes: list[Process] = []
         #: What the loop was told of: exceptions that nobody fetched, callbacks that raised.
         self.complaints: list[str] = []
         self.set_exception_handler(self._complain)
@@ -186,6 +207,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def finish(self, timeout_s: float = 60.0) -> None:
         """End every task that is left, of the dead as well, so that nothing is left to complain."""
         self.set_exception_handler(lambda loop, context: None)
+        for process in self.processes:
+            process.bury()
 
         async def end() -> None:
             left = [task for task in asyncio.all_tasks(self) if task is not asyncio.current_task()]
@@ -193,8 +216,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 task.cancel()
             if left:
                 await asyncio.wait(left, timeout=timeout_s)
-            for task in left:
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
+            if any(not task.done() for task in left):
+                raise Stuck(f"not to be cancelled: {[t for t in left if not t.done()][:3]}")
 
         self.run_until_complete(end())
         self.close()
@@ -210,5 +233,4 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
 
 def _make_task(loop, coro, **kwargs):  # type: ignore[no-untyped-def]
-    kwargs["name"] = f"sim-{loop.number()}"
-    return _Task(coro, loop=loop, **kwargs)
+    return _Task(loop.number(), coro, loop=loop, **kwargs)

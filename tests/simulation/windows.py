@@ -32,7 +32,7 @@ class Faults:
     open_hangs: float = 0.0
     send_fails: float = 0.0
     send_hangs: float = 0.0
-    #: Of one receiver: nothing comes, half of it comes and then an error, or all with a bit flipped.
+    #: Of one receiver: nothing comes; half of it and an error; all, with a bit flipped.
     loses: float = 0.0
     breaks: float = 0.0
     flips: float = 0.0

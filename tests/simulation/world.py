@@ -1,0 +1,479 @@
+"""One simulated run: processes, faults from the seed, and the rules that must hold throughout.
+
+    result = simulate(17)            # never raises for what the product does: result.violations
+    result = simulate(17, trace=True)
+
+After the faults everything heals; from then on every worker has BOUND_S to hold the newest version,
+verified, and every process to leave in order.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sparsecast.messages import codec
+from sparsecast.messages.control import Claim
+from sparsecast.pipeline.core import commands as cmd
+from sparsecast.pipeline.core import events as ev
+from sparsecast.pipeline.core.replica import ReplicaCore
+from sparsecast.pipeline.core.trainer import TrainerCore
+from sparsecast.workers.publisher import Report
+
+from .broker import Broker
+from .describe import describe
+from .faults import happen
+from .lives import Life, TrainerLife, WorkerLife
+from .loop import CURRENT, Stuck, VirtualLoop
+from .plan import Plan
+from .windows import Fabric, Faults
+
+#: After the last fault: until everyone holds the newest version, and until all have left.
+BOUND_S = 60.0
+LEAVE_S = 60.0
+#: A run that takes more steps than this spins.
+STEPS = 2_000_000
+
+
+@dataclass
+class Result:
+    """What became of a seed."""
+
+    seed: int
+    violations: list[str] = field(default_factory=list)
+    trace: list[str] = field(default_factory=list)
+    faults: dict[str, int] = field(default_factory=dict)
+    published: int = 0
+    #: Rounds that ended, by their transport; versions that workers applied, reads, resyncs.
+    rounds: dict[str, int] = field(default_factory=dict)
+    applied: int = 0
+    reads: int = 0
+    resyncs: int = 0
+    epochs: int = 0
+    virtual_s: float = 0.0
+    converged_s: float = 0.0
+    kept_most: int = 0
+    steps: int = 0
+    wall_s: float = 0.0
+
+
+class World:
+    """Everything of one run."""
+
+    def __init__(self, seed: int, *, trace: bool) -> None:
+        self.plan = Plan.of(seed)
+        self.result = Result(seed)
+        self.loop = VirtualLoop()
+        self.rng = random.Random(f"world {seed}")
+        self.broker = Broker(self.loop, random.Random(f"broker {seed}"))
+        self.broker.watch = self._watch
+        self.fabric = Fabric(self.loop, random.Random(f"fabric {seed}"))
+        self.fabric.faults = Faults(notices=self.rng.random())
+        self.trainers: list[TrainerLife] = []
+        self.workers: list[WorkerLife] = []
+        self.healed = False
+        self.over = False
+        self.published = 0
+        self.kept_most = 0
+        self.largest = 0
+        self._tracing = trace
+        self._began = self.loop.time()
+        self._names = 0
+        self._lives: dict[Any, Life] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # ---- words
+
+    def note(self, who: str, *what: Any) -> None:
+        """A line of the trace."""
+        if self._tracing:
+            at = self.loop.time() - self._began
+            self.result.trace.append(f"{at:10.4f} {who:<12} {' '.join(map(describe, what))}")
+
+    def violation(self, text: str) -> None:
+        """A rule was broken."""
+        if self.over:
+            return
+        at = self.loop.time() - self._began
+        if len(self.result.violations) < 20:
+            self.result.violations.append(f"{at:.4f} {text}")
+        self.note("VIOLATION", text)
+
+    def count(self, what: str) -> None:
+        """A fault happened."""
+        self.result.faults[what] = self.result.faults.get(what, 0) + 1
+
+    # ---- lives
+
+    def start_trainer(self, delay_s: float, *, patience_s: float = 0.0) -> None:
+        """Start a trainer on the run."""
+
+        async def start() -> None:
+            await asyncio.sleep(delay_s)
+            if self.over:
+                return
+            life = TrainerLife(self, len(self.trainers) + 1, patience_s=patience_s)
+            self.trainers.append(life)
+            self._begin(life)
+
+        self._spawn(start())
+
+    def start_worker(self, name: str, slot: int, delay_s: float, *, retry: bool = True) -> None:
+        """Start a worker."""
+
+        async def start() -> None:
+            await asyncio.sleep(delay_s)
+            if self.over:
+                return
+            self._names += 1
+            life = WorkerLife(self, name, self._names, slot)
+            life.retry = retry
+            self.workers.append(life)
+            self._begin(life)
+
+        self._spawn(start())
+
+    def _begin(self, life: Life) -> None:
+        self.note(life.name, "starts")
+        self._lives[life.process] = life
+        life.process.spawn(life._live())
+
+    def ended(self, life: Life) -> None:
+        """A life's main has returned."""
+        self.note(life.name, "has ended")
+        if self.over or life.leaving.is_set():
+            return
+        if isinstance(life, TrainerLife):
+            others = [trainer for trainer in self.trainers if trainer.present]
+            if not others:
+                self.start_trainer(delay_s=1.0)
+            elif life.patience_s > 0:
+                self.start_trainer(delay_s=1.0, patience_s=life.patience_s - 1.0)
+        elif isinstance(life, WorkerLife) and life.retry:
+            self.start_worker(life.worker, life.slot, delay_s=2.0)
+
+    def kill(self, life: Life) -> None:
+        """SIGKILL."""
+        self.note(life.name, "is killed")
+        life.process.kill()
+        life.live = False
+
+    async def freeze(self, life: Life, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT later."""
+        if life.process.frozen:
+            return
+        self.note(life.name, "is stopped")
+        life.stops += 1
+        life.process.freeze()
+        await asyncio.sleep(seconds)
+        if seconds > 9.0:
+            for bus in life.buses:
+                bus.cut(0.0)  # the server has given up on its connection
+        self.note(life.name, "goes on")
+        life.process.thaw()
+
+    def calm(self) -> None:
+        """The broker loses, doubles and delays nothing."""
+        self.broker.loss = self.broker.doubles = self.broker.deaf = 0.0
+        self.broker.latency_s = 0.0003
+
+    def trainer_of(self, incarnation: str) -> TrainerLife | None:
+        """The trainer of a claim."""
+        for trainer in self.trainers:
+            if trainer.tokens and trainer.tokens[0] == incarnation:
+                return trainer
+        return None
+
+    # ---- what is seen
+
+    def _watch(self, subject: str, data: bytes) -> None:
+        if subject.endswith(".announced.claim"):
+            claim = codec.decode(data, subject=subject)
+            assert isinstance(claim, Claim)
+            trainer = self.trainer_of(claim.sender.incarnation)
+            assert trainer is not None
+            trainer.table.setdefault(claim.version, trainer.initial)
+            self.result.epochs += 1
+            self.note("journal", claim)
+
+    def check_report(self, trainer: TrainerLife, report: Report) -> None:
+        """Who is reported to hold a version has held it."""
+        for name in report.applied:
+            held = [
+                life.held.get(trainer.tokens[0], -1)
+                for life in self.workers
+                if life.worker == name
+            ]
+            if max(held, default=-1) < report.version:
+                self.violation(
+                    f"{trainer.name} reports version {report.version} as applied by {name}, "
+                    f"which never held more than {max(held, default=-1)} of its versions"
+                )
+
+    def saw(self, core: Any, event: Any, commands: list[Any]) -> None:
+        """A core has handled an event."""
+        life = self._lives.get(CURRENT.get())
+        if life is None:
+            return
+        if self._tracing and (commands or not isinstance(event, ev.Tick)):
+            self.note(life.name, event, *(["→", *commands] if commands else []))
+        for command in commands:
+            match command:
+                case cmd.Settled(record):
+                    kind = record.transport if record.window else "log"
+                    self.result.rounds[kind] = self.result.rounds.get(kind, 0) + 1
+                case cmd.Append(announce):
+                    self.largest = max(self.largest, announce.nbytes)
+                case cmd.Quarantine() if isinstance(life, WorkerLife):
+                    life.on_resync()
+        if isinstance(event, ev.AppliedHere):
+            self.result.applied += 1
+        if isinstance(life, WorkerLife) and not isinstance(event, ev.Tick):
+            life.check()
+
+    # ---- the run
+
+    def run(self) -> Result:
+        """Play it."""
+        began = time.perf_counter()
+        main = self.loop.create_task(self._main())
+        try:
+            self.loop.run_until_complete(main)
+        except Stuck as exc:
+            self.violation(f"stuck: {exc}")
+        result, loop = self.result, self.loop
+        result.virtual_s = loop.time() - self._began
+        result.published = self.published
+        result.kept_most = self.kept_most
+        result.steps = loop.steps
+        result.reads = sum(life.reads for life in self.workers)
+        result.resyncs = sum(life.resyncs for life in self.workers)
+        result.faults |= self.broker.counts | self.fabric.counts
+        for complaint in loop.complaints:
+            self.violation(complaint)
+        self.over = True
+        loop.finish()
+        result.wall_s = time.perf_counter() - began
+        return result
+
+    async def _main(self) -> None:
+        try:
+            await self._play()
+        except Broken:
+            pass
+
+    async def _play(self) -> None:
+        plan = self.plan
+        self.start_trainer(delay_s=self.rng.uniform(0, 2))
+        for slot in range(plan.workers):
+            self.start_worker(f"w{slot}", slot, delay_s=self.rng.uniform(0, 3))
+        self._spawn(self._bring_faults())
+        await self._until(lambda: self.loop.time() >= self._began + plan.fault_s, None)
+        await self._heal()
+        await self._converge()
+        await self._leave()
+
+    async def _bring_faults(self) -> None:
+        for fault in self.plan.faults:
+            await asyncio.sleep(max(0.0, self._began + fault.at - self.loop.time()))
+            self._spawn(happen(self, fault))
+
+    async def _heal(self) -> None:
+        """No fault from here on."""
+        self.note("heal", "the faults are over")
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.healed = True
+        self.calm()
+        self.broker.full = lambda stream: False
+        self.fabric.faults = Faults(notices=self.fabric.faults.notices)
+        if not self.broker.up:
+            self.broker.start()
+        for life in [*self.trainers, *self.workers]:
+            if life.engine is not None:
+                life.engine.fail_next = False
+                if isinstance(life, WorkerLife):
+                    life.hold_s = 0.0
+            if life.process.frozen and not life.process.dead:
+                life.process.thaw()
+        for trainer in self.trainers:
+            trainer.patience_s = 0.0
+        if not any(trainer.present for trainer in self.trainers):
+            self.start_trainer(delay_s=0.0)
+        if not any(worker.present for worker in self.workers):
+            self.start_worker("w0", 0, delay_s=0.0)
+
+    async def _converge(self) -> None:
+        healed = self.loop.time()
+        await self._until(
+            lambda: len(self._live_trainers()) == 1
+            and len([t for t in self.trainers if t.present]) == 1,
+            40.0,
+            lambda: f"one trainer: {[t.name for t in self.trainers if t.present]} are there",
+        )
+        trainer = self._live_trainers()[0]
+        for _ in range(2):
+            await self._in(trainer, trainer.publish())
+            await asyncio.sleep(0.2)
+        await self._until(lambda: self._settled(trainer), BOUND_S, lambda: self._why(trainer))
+        self.result.converged_s = self.loop.time() - healed
+        self.note("converged", f"after {self.result.converged_s:.1f} s")
+        report = await self._in(trainer, trainer.last.wait_applied(10.0))
+        self.check_report(trainer, report)
+        names = sorted({worker.worker for worker in self._live_workers()})
+        if not report.complete or sorted(report.applied) != names:
+            self.violation(f"wait_applied() reports {report}, there are {names}")
+        for worker in self._live_workers():
+            left = len(worker.replica._incoming._staged)
+            if left:
+                self.violation(f"{worker.name} has {left} patches in staging, and no use for them")
+            open_windows = len(worker.replica._windows._windows)
+            if open_windows > 1:
+                self.violation(f"{worker.name} has {open_windows} windows")
+        outgoing = trainer.publisher._outgoing
+        if outgoing._kept or outgoing._pending:
+            self.violation(f"{trainer.name} keeps {list(outgoing._kept)}, {outgoing._pending}")
+
+    async def _leave(self) -> None:
+        everyone: list[Life] = [*self._live_trainers(), *self._live_workers()]
+        self.rng.shuffle(everyone)
+        for life in everyone:
+            life.leaving.set()
+            await asyncio.sleep(self.rng.choice([0.0, 0.5]))
+        await self._until(
+            lambda: not any(life.present for life in [*self.trainers, *self.workers]),
+            LEAVE_S,
+            lambda: f"{[life.name for life in everyone if life.present]} have not left",
+        )
+
+    def _live_trainers(self) -> list[TrainerLife]:
+        return [trainer for trainer in self.trainers if trainer.present and trainer.live]
+
+    def _live_workers(self) -> list[WorkerLife]:
+        return [worker for worker in self.workers if worker.present and worker.live]
+
+    def _settled(self, trainer: TrainerLife) -> bool:
+        core = trainer.publisher._core
+        if core is None or not core.quiet:
+            return False
+        newest = trainer.publisher.version
+        present = [worker for worker in self.workers if worker.present]
+        return bool(present) and all(
+            worker.live
+            and worker.replica.verified == worker.replica.version == newest
+            and worker.replica.refusal() is None
+            and worker.served[1] == trainer.table[newest]
+            and worker.replica._core is not None
+            and worker.replica._core._applying is None
+            and core.membership.members.get(worker.worker) is not None
+            and core.membership.members[worker.worker].verified == newest
+            for worker in present
+        )
+
+    def _why(self, trainer: TrainerLife) -> str:
+        core = trainer.publisher._core
+        assert core is not None
+        told = [
+            f"{trainer.name} at {trainer.publisher.version}, {core.state.value}, head {core.head}, "
+            f"stored {core.stored}, epoch {core.epoch}, in: {list(core.membership.members)}"
+        ]
+        for worker in self.workers:
+            if worker.present:
+                inner = worker.replica._core
+                told.append(
+                    f"{worker.name}: version {worker.replica.version}, verified "
+                    f"{worker.replica.verified}, epoch {inner.epoch if inner else 0}: "
+                    f"{worker.replica.status}; {worker.replica.refusal()}"
+                )
+        return "not converged: " + "; ".join(told)
+
+    # ---- helpers
+
+    def _spawn(self, coroutine: Any) -> None:
+        # In nobody's context: what a process asks for as it ends outlives it.
+        task = self.loop.create_task(coroutine, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in(self, life: Life, coroutine: Any) -> Any:
+        """Have a life's process do something."""
+        return await life.process.spawn(coroutine)
+
+    async def _until(self, condition: Any, timeout_s: float | None, why: Any = None) -> None:
+        """Look every tenth of a second; Broken at the first violation, or at the deadline."""
+        end = None if timeout_s is None else self.loop.time() + timeout_s
+        while not condition():
+            if self.result.violations or self.loop.complaints:
+                raise Broken
+            if self.loop.steps > STEPS:
+                self.violation(f"{self.loop.steps} steps: something spins")
+                raise Broken
+            if end is not None and self.loop.time() > end:
+                self.violation(f"{timeout_s:g} s after the faults: {why()}")
+                raise Broken
+            await asyncio.sleep(0.1)
+        if self.result.violations or self.loop.complaints:
+            raise Broken
+
+
+class Broken(Exception):
+    """A rule was broken: the run ends here."""
+
+
+class _Ears(logging.Handler):
+    """Whatever the product logs as an error is a violation."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.ERROR)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._world.violation(f"logged by {record.name}: {record.getMessage()[:2000]}")
+
+
+@contextlib.contextmanager
+def _observed(world: World) -> Iterator[None]:
+    trainer_handle, replica_handle = TrainerCore.handle, ReplicaCore.handle
+
+    def of_trainer(self: TrainerCore, event: Any, now: float) -> Any:
+        commands = trainer_handle(self, event, now)
+        world.saw(self, event, commands)
+        return commands
+
+    def of_replica(self: ReplicaCore, event: Any, now: float) -> Any:
+        commands = replica_handle(self, event, now)
+        world.saw(self, event, commands)
+        return commands
+
+    logger, ears = logging.getLogger("sparsecast"), _Ears(world)
+    logger.addHandler(ears)
+    propagate, logger.propagate = logger.propagate, False
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            mock.patch.object(TrainerCore, "handle", of_trainer),
+            mock.patch.object(ReplicaCore, "handle", of_replica),
+        ):
+            yield
+    finally:
+        logger.removeHandler(ears)
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+def simulate(seed: int, *, trace: bool = False) -> Result:
+    """Play the run of one seed. Deterministic: the same seed gives the same trace."""
+    torch.set_num_threads(1)
+    world = World(seed, trace=trace)
+    with _observed(world):
+        return world.run()
