@@ -212,6 +212,10 @@ class Lifecycle(ABC):
             if error is exc:
                 raise
             raise error from exc
+        except Exception as exc:
+            # A fault of our own: what the other ranks are doing now is unknown.
+            self._dead = f"{what} failed: {exc!r}"
+            raise
 
     async def _end_by_force(self) -> None:
         if self._opening is not None:

@@ -377,9 +377,9 @@ async def _disagree(me: Rank, what: str) -> tuple[str, str, bool]:
         attempt, nbytes = (3, nbytes) if what == "attempt" else (2, 1_000_000)
     memory = torch.zeros(nbytes, dtype=torch.uint8)
     if me.rank == 0:
-        work = window.send(memory.fill_(9), attempt=attempt, timeout_s=3)
+        work = window.send(memory.fill_(9), attempt=attempt, timeout_s=1.5)
     else:
-        work = window.receive(memory, attempt=attempt, timeout_s=3)
+        work = window.receive(memory, attempt=attempt, timeout_s=1.5)
     try:
         await work
         first, reason = "done", ""
@@ -568,7 +568,7 @@ async def _killed(me: Rank, when: str) -> tuple[Outcome, Outcome, str] | None:
         if me.rank == 2:
             await me.context.waiting("never", timeout_s=60)
         me.context.mark("ready")
-        ended = await outcome(window.open(2.0))
+        ended = await outcome(window.open(1.5))
     else:
         await window.open(20)
         memory = torch.zeros(LARGE, dtype=torch.uint8)
@@ -583,7 +583,7 @@ async def _killed(me: Rank, when: str) -> tuple[Outcome, Outcome, str] | None:
         if when == "idle":
             await me.context.waiting("killed", rank=-1)
         work = window.send if me.rank == 0 else window.receive
-        ended = await outcome(work(memory, attempt=1, timeout_s=2.0))
+        ended = await outcome(work(memory, attempt=1, timeout_s=1.5))
     aborted = await outcome(window.abort())
     await me.context.waiting("killed", rank=-1)
     again = me.window(2, size=2)
@@ -613,7 +613,7 @@ def test_survivors_of_a_killed_peer_open_a_new_window(
     ended, _, _ = results[0]
     assert ended[0] in ("WindowTimeout", "WindowError")
     for ended, aborted, found in results[:2]:
-        assert ended[1] < 2.0 + MARGIN_S
+        assert ended[1] < 1.5 + MARGIN_S
         assert aborted[0] == "done"
         assert aborted[1] < MARGIN_S
         assert found == digest(pattern(300_000, 4))
@@ -637,7 +637,7 @@ async def _faulty_root(me: Rank) -> tuple[Outcome, Outcome, bool] | None:
     me.context.mark("go")
     ended = ("done", 0.0)
     while ended[0] == "done":
-        ended = await outcome(window.receive(memory, attempt=1, timeout_s=2.0))
+        ended = await outcome(window.receive(memory, attempt=1, timeout_s=1.5))
         if not started:
             started = True
             me.context.mark("under way")
@@ -674,7 +674,7 @@ def test_rank_zero_fails_amid_its_payloads(
         results = processes.results()
     for ended, aborted, untouched in results[1:]:
         assert ended[0] in ("WindowTimeout", "WindowError")
-        assert ended[1] < 2.0 + MARGIN_S
+        assert ended[1] < 1.5 + MARGIN_S
         assert aborted[1] < MARGIN_S
         assert untouched
 
