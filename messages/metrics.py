@@ -43,6 +43,8 @@ class TrainerMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="trainer"):
     #: Finding what changed, and laying it out as bytes.
     diff_us: int
     encode_us: int
+    #: From the call of publish() until the patch's bytes and checksum were fixed.
+    seal_us: int
     #: From the call of publish() until the journal had stored the announcement.
     announce_us: int
     #: From the announcement until the last member was ready.

@@ -460,7 +460,7 @@ class AsyncPublisher:
                 timeout_s=self.policy.bus_s,
             )
         except SequenceConflict as exc:
-            return ev.AnnounceFailed(version, "fenced", f"the journal moved on without us ({exc})")
+            return await self._conflicted(version, exc)
         except StreamMissing as exc:
             return ev.AnnounceFailed(version, "lost", str(exc))
         except BusError as exc:
@@ -468,6 +468,22 @@ class AsyncPublisher:
         if announce.stamp.epoch == self._epoch:
             self._sequence = sequence  # Else of a journal that is gone: it may answer late.
         return ev.Announced(version)
+
+    async def _conflicted(self, version: int, conflict: SequenceConflict) -> ev.AnnounceFailed:
+        """Whose words are in our way: another trainer's, or late ones of our own?"""
+        try:
+            state = await self._journal.open(timeout_s=self.policy.bus_s)
+        except BusError as exc:
+            return ev.AnnounceFailed(version, "unavailable", str(exc))
+        if state.claim is None:
+            return ev.AnnounceFailed(version, "lost", "its journal is empty")
+        last = state.announce
+        if state.claim.sender != self._me or (last is not None and last.sender != self._me):
+            reason = f"the journal moved on without us ({conflict})"
+            return ev.AnnounceFailed(version, "fenced", reason)
+        # An append of before the run was claimed anew may arrive after the new claim.
+        self._sequence = state.last_sequence
+        return ev.AnnounceFailed(version, "unavailable", f"late words of our own ({conflict})")
 
     async def _send(self, command: cmd.Send) -> ev.Sent:
         stamp = command.stamp
@@ -618,6 +634,7 @@ class AsyncPublisher:
             verified=len(record.verified),
             diff_us=record.diff_us,
             encode_us=record.encode_us,
+            seal_us=_us(record.published_at, record.sealed_at),
             announce_us=_us(record.published_at, record.announced_at),
             ready_us=_us(record.announced_at, record.went_at),
             broadcast_us=_us(record.went_at, record.received_at) if record.window else 0,

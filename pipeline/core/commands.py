@@ -138,6 +138,7 @@ class RoundRecord:
     encode_us: int
     step: int | None
     tags: Tags | None
+    sealed_at: float = 0.0
     announced_at: float = 0.0
     went_at: float = 0.0
     received_at: float = 0.0

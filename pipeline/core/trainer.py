@@ -604,6 +604,7 @@ class TrainerCore:
             encode_us=sealed.encode_us,
             step=sealed.step,
             tags=sealed.tags,
+            sealed_at=self._now,
         )
         announce = msg.Announce(
             sender=self.me,

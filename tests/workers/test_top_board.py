@@ -55,7 +55,7 @@ def trainer_round(version: int, *, total_us: int = 10_000, **changes: object) ->
         "verified": 2,
         "total_us": total_us,
     }
-    for stage in ("diff", "encode", "announce", "ready", "broadcast", "apply", "verify"):
+    for stage in ("diff", "encode", "seal", "announce", "ready", "broadcast", "apply", "verify"):
         fields[f"{stage}_us"] = 1
     return TrainerMetrics(**(fields | changes))  # type: ignore[arg-type]
 
