@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,8 @@ class Group:
         self._rank = rank
         self._size = size
         self._own = own
-        self._store = dist.TCPStore(
+        torch_dist: Any = dist  # its stubs leave the stores out
+        self._store = torch_dist.TCPStore(
             trainer, port, size, rank == 0, self._limit, wait_for_workers=False
         )
         self._group: Any = None
@@ -69,10 +70,20 @@ class Group:
                 raise RuntimeError(f"rank {rank} refused what it received")
 
 
+class Method(Protocol):
+    """One way to bring the workers' weights up to date; `nbytes` of the last round's payload."""
+
+    nbytes: int
+
+    def send(self) -> Parts:
+        """The trainer's side of a round."""
+
+    def receive(self) -> Parts:
+        """A worker's side of a round."""
+
+
 class Dense:
     """All weights, one broadcast a tensor, straight into the worker's weights."""
-
-    name = "dense"
 
     def __init__(self, group: Group, tensors: Tensors) -> None:
         self._group = group
@@ -101,8 +112,6 @@ class DenseSafe:
     The trainer's checksums go along; a worker checks each tensor while the next ones arrive, and
     writes nothing before all of them are right.
     """
-
-    name = "dense, staged and checked"
 
     def __init__(self, group: Group, tensors: Tensors) -> None:
         self._group = group
@@ -149,8 +158,6 @@ class Peers:
     One broadcast of all counts goes ahead, then two broadcasts a tensor; `index_put_` on arrival.
     Nothing is checked. The trainer brings its old copy up to date while the bytes travel.
     """
-
-    name = "peers' sparse way"
 
     def __init__(self, group: Group, tensors: Tensors, *, trainer: bool) -> None:
         self._group = group

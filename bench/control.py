@@ -1,4 +1,4 @@
-"""How the processes of a bench keep step: pipes to the parent, which relays. Not part of a round."""
+"""How the processes of a bench keep step: pipes to the parent, which relays. No part of a round."""
 
 from __future__ import annotations
 

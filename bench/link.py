@@ -31,7 +31,7 @@ class LinkError(RuntimeError):
 
 
 class Link:
-    """Namespaces for ranks 0 … size - 1, each with `rate` (as tc writes it: 1gbit) to the others."""
+    """Namespaces for ranks 0 … size - 1, each with `rate` (as tc has it: 1gbit) to the others."""
 
     def __init__(self, rate: str, size: int) -> None:
         if not re.fullmatch(r"\d+(?:\.\d+)?[kmg]bit", rate):

@@ -132,7 +132,7 @@ class _Trainer:
             self._tell("making the weights")
             self._weights = make_weights(config.cut, config.seed)
             group.open()
-            self._methods = {
+            self._methods: dict[str, baselines.Method] = {
                 "dense": baselines.Dense(group, self._weights),
                 "dense_safe": baselines.DenseSafe(group, self._weights),
                 "peers": baselines.Peers(group, self._weights, trainer=True),
@@ -192,15 +192,16 @@ class _Trainer:
         self._ear.wait_stored(update.version)
         if told.verified != self._config.workers:
             raise RuntimeError(f"version {update.version} was not proven everywhere: {told}")
-        seal = told.announce_us - told.diff_us - told.encode_us
+        announce_us = told.announce_us - told.seal_us
         return {
             "whole": whole,
             "publish": 1e3 * (returned - began),
             "wire_apply": (told.broadcast_us + told.apply_us) / 1e3,
-            "bus": (seal + told.ready_us) / 1e3,
+            "bus": (announce_us + told.ready_us) / 1e3,
             "stage_diff": told.diff_us / 1e3,
             "stage_encode": told.encode_us / 1e3,
-            "stage_announce": seal / 1e3,
+            "stage_seal": (told.seal_us - told.diff_us - told.encode_us) / 1e3,
+            "stage_announce": announce_us / 1e3,
             "stage_ready": told.ready_us / 1e3,
             "stage_broadcast": told.broadcast_us / 1e3,
             "stage_apply": told.apply_us / 1e3,
@@ -299,7 +300,7 @@ class _Worker:
             rank, config.workers + 1, own=own, trainer=trainer, port=port, timeout_s=PATIENCE_S
         )
         group.open()
-        methods = {
+        methods: dict[str, baselines.Method] = {
             "dense": baselines.Dense(group, held["dense"]),
             "dense_safe": baselines.DenseSafe(group, held["dense_safe"]),
             "peers": baselines.Peers(group, held["peers"], trainer=False),

@@ -21,7 +21,8 @@ TITLES = {
 STAGES = {
     "stage_diff": "diff",
     "stage_encode": "encode",
-    "stage_announce": "seal and announce",
+    "stage_seal": "seal: digest, checksum, thread",
+    "stage_announce": "announce",
     "stage_ready": "ready, go",
     "stage_broadcast": "broadcast, check",
     "stage_apply": "apply",
@@ -168,7 +169,7 @@ def _stages(section: dict[str, Any]) -> Table:
     method = section["methods"]["sparsecast"]
     title = f"sparsecast, stage by stage, ms ({method['bytes_per_changed']} B a changed element)"
     table = _table(title, "stage", "p50", "min", "p10", "p90", "max")
-    rows = STAGES | {"bus": "bus: seal, announce, ready, go", "publish": "publish() returns after"}
+    rows = STAGES | {"bus": "bus: announce → all ready → go", "publish": "publish() returns after"}
     for key, name in (rows | WORKER).items():
         found = method["ms"][key]
         table.add_row(name, *(_ms(found[k]) for k in ("p50", "min", "p10", "p90", "max")))
@@ -200,7 +201,7 @@ def _targets(found: list[dict[str, Any]]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     return table
 
 

@@ -34,7 +34,8 @@ _TOLERANCE = 0.12
 def main() -> int:
     """Measure, print, and write the document; 1 if a method left other bits than the trainer's."""
     arguments = _parse(sys.argv[1:])
-    console = Console()
+    # A table that is cut to 80 columns for a file says nothing.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         document = measure(arguments, Console(stderr=True))
