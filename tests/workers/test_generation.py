@@ -537,6 +537,8 @@ async def test_drain_and_close_do_not_wait_for_an_engine_that_hangs(
     release.set()
 
 
+# nats-py's micro services ask for the time in a way that Python 3.12 deprecates.
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 async def test_worker_is_a_micro_service(
     client: Client, services: Services, connected: Any, broker: Broker
 ) -> None:

@@ -184,6 +184,75 @@ def test_failing_before_the_first_write_or_after_the_commit_tears_nothing() -> N
         assert version == 5
 
 
+def test_weights_found_wrong_are_served_to_no_new_reader() -> None:
+    """The digest of version 4 was not the trainer's: whoever reads now may end, nobody else comes
+    in, naming the reason, until the resync commits; proving a version alone does not heal."""
+    guard = Guard(4)
+    refused = threading.Event()
+
+    def read() -> None:
+        with pytest.raises(ReplicaTorn, match="digest of version 4"), guard.reading():
+            pass
+        refused.set()
+
+    with guard.reading():
+        guard.tear("the digest of version 4 is not the trainer's")
+        with guard.reading() as version:
+            assert version == 4
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert refused.wait(SOON_S)
+        thread.join(SOON_S)
+    guard.declare(4)
+    with pytest.raises(ReplicaTorn), guard.reading():
+        pass
+    with guard.writing(1.0) as writer:
+        writer.begin_write()
+        writer.commit(5)
+    with guard.reading() as version:
+        assert version == 5
+
+
+def test_readers_that_wait_hear_of_a_tear() -> None:
+    """A reader queued behind a waiting writer is refused at once, not at its deadline."""
+    guard = Guard(1)
+    errors: list[type[BaseException]] = []
+
+    def write() -> None:
+        try:
+            with guard.writing(1.0):
+                pass
+        except WaitTimeout:
+            pass
+
+    def read() -> None:
+        try:
+            with guard.reading():
+                pass
+        except ReplicaTorn as exc:
+            errors.append(type(exc))
+
+    with reader_elsewhere(guard):
+        writer = threading.Thread(target=write)
+        writer.start()
+        until(lambda: guard._writers_waiting == 1, "the writer never queued")
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(0.02)
+        guard.tear("found wrong")
+        until(lambda: errors == [ReplicaTorn], "the waiting reader was not told")
+    writer.join(SOON_S)
+    reader.join(SOON_S)
+
+
+def test_declared_version_is_what_readers_see() -> None:
+    """A digest has shown that untouched weights are version 0: no writing, and readers know."""
+    guard = Guard()
+    guard.declare(0)
+    with guard.reading() as version:
+        assert version == 0
+
+
 def test_holding_refuses_another_version() -> None:
     """The digest of version 1 asks again after version 2 has landed: it holds nothing, and a
     writer is not kept out."""
