@@ -164,8 +164,9 @@ class Journal:
     ) -> Subscription:
         """Hear the newest claim, the newest announcement after it, and whatever comes (members).
 
-        `handler(message, sequence)` is called in the order of the stream, once for each message,
-        and from the start again if the journal was made anew. The journal need not exist yet. What
+        `handler(message, sequence)` is called in the order of the stream, once for each message. If
+        the journal was made anew, it begins again, with claim and newest announcement. The journal
+        need not exist yet. What
         was missed while the connection was down, or dropped, is read from the stream (`on_gap`).
         What cannot be decoded is logged and passed over (`on_garbage`). BusUnavailable if the
         server has not taken the subscription by the deadline.

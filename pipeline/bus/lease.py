@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import secrets
 import socket
 
 from ...messages import codec
@@ -54,6 +55,8 @@ class Lease:
             lease_s=float(self._ttl_s),
         )
         self._sequence = 0
+        # A message id that was used before would be taken for stored, though it was purged since.
+        self._life = f"lease-{secrets.token_hex(8)}"
         self._count = 0
         #: The epoch that is claimed under this lease; named when the lease turns out to be lost.
         self.epoch = 0
@@ -137,7 +140,7 @@ class Lease:
             LEASE_STREAM,
             self._subject,
             codec.encode(self._message),
-            message_id=f"{self._message.holder.incarnation}-{self._run}-lease-{self._count}",
+            message_id=f"{self._life}-{self._count}",
             expected_subject_sequence=expected,
             ttl_s=self._ttl_s,
             timeout_s=self._left(deadline),
