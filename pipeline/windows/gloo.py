@@ -13,30 +13,19 @@ import struct
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed
 
 from ...messages.errors import WindowAborted, WindowError, WindowTimeout, WindowUnavailable
+from .addresses import INTERFACE_VARIABLE, choose_address, reach
 from .base import Courier, WindowSpec
 from .lane import Lane
 from .lifecycle import GRACE_S, Deadline, Lifecycle
 from .rendezvous import Rendezvous
-from .sockets import (
-    Endpoint,
-    broker_address,
-    count,
-    find_port,
-    interface_address,
-    is_loopback,
-    route_address,
-    sever,
-)
+from .sockets import Endpoint, count, find_port, sever
 from .store import BusStore
-
-#: Names the network interface to use, before any other choice.
-INTERFACE_VARIABLE = "SPARSECAST_GLOO_INTERFACE"
 
 #: Goes ahead of every payload: magic, epoch, window, attempt, nbytes.
 _HEADER = struct.Struct("<8sQQQQ")
@@ -54,12 +43,6 @@ _PATIENCE_S = 0.05
 
 #: Its stubs know little of it.
 _Group: Any = torch.distributed.ProcessGroupGloo
-
-
-@runtime_checkable
-class _Located(Protocol):
-    @property
-    def url(self) -> str: ...
 
 
 class GlooWindow(Lifecycle):
@@ -99,11 +82,12 @@ class GlooWindow(Lifecycle):
 
     async def _meet(self, deadline: Deadline) -> None:
         self._deadline = deadline
-        address = self._choose_address()
+        label = self._spec.label
+        address = choose_address(label, self._courier, self._address, self._interface)
         await self._rendezvous.start()
         addresses = await self._rendezvous.meet(address, deadline)
         if self._interface is None and self._address is None:
-            address = self._reach(address, addresses)
+            address = reach(label, address, addresses)
 
         def annotate(key: str, value: bytes) -> dict[str, bytes]:
             # Gloo's listener picks its own port and tells only its peers, within this value.
@@ -137,35 +121,6 @@ class GlooWindow(Lifecycle):
             raise
         if self._count_links() == self._spec.size - 1:
             self._links = self._spec.size - 1
-
-    def _choose_address(self) -> str:
-        try:
-            if self._interface is not None:
-                return interface_address(self._interface)
-            if self._address is not None:
-                return self._address
-            if isinstance(self._courier, _Located):
-                return broker_address(self._courier.url)
-        except (OSError, ValueError) as exc:
-            where = f"interface {self._interface}" if self._interface else "the broker's network"
-            raise WindowUnavailable(
-                self._spec.label, f"no address on {where} ({exc}); set {INTERFACE_VARIABLE}"
-            ) from exc
-        raise WindowUnavailable(
-            self._spec.label, f"no address is known to listen on; set {INTERFACE_VARIABLE}"
-        )
-
-    def _reach(self, address: str, addresses: tuple[str, ...]) -> str:
-        """A broker on this host is reached by the loopback, but the other ranks may not be here."""
-        elsewhere = [other for other in addresses if not is_loopback(other)]
-        if not is_loopback(address) or not elsewhere:
-            return address
-        try:
-            return route_address(elsewhere[0])
-        except OSError as exc:
-            raise WindowUnavailable(
-                self._spec.label, f"no way to the rank at {elsewhere[0]}: {exc}"
-            ) from exc
 
     # ---- rounds
 

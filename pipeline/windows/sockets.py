@@ -1,61 +1,15 @@
-"""Which address a window listens on, and how its connections are cut.
-
-Gloo by itself resolves the host's name, which on many machines is 127.0.1.1 or nothing at all.
-"""
+"""The TCP connections of a collective library: found, counted and cut from outside."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
-import struct
 import sys
 from collections.abc import Collection, Iterator
-from urllib.parse import urlsplit
 
 #: (address, port) of one end of a TCP connection.
 Endpoint = tuple[str, int]
-
-_DEFAULT_PORT = 4222
-_SIOCGIFADDR = 0x8915
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this host reaches the address."""
-    return address.startswith("127.") or address == "::1"
-
-
-def route_address(host: str, port: int = _DEFAULT_PORT) -> str:
-    """The address by which this host reaches `host`; OSError if it does not. Sends nothing."""
-    error: OSError | None = None
-    for family, _, _, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(target)
-            except OSError as exc:
-                error = exc
-                continue
-            return str(probe.getsockname()[0])
-    raise error or OSError(f"{host} has no address")
-
-
-def broker_address(url: str) -> str:
-    """The address by which this host reaches the broker of `url`; OSError, ValueError."""
-    first = url.split(",")[0].strip()
-    parts = urlsplit(first if "://" in first else f"nats://{first}")
-    return route_address(parts.hostname or "127.0.0.1", parts.port or _DEFAULT_PORT)
-
-
-def interface_address(interface: str) -> str:
-    """The IPv4 address of a network interface; OSError if it has none, or off Linux."""
-    if sys.platform != "linux":
-        raise OSError("looking up an interface's address works on Linux only")
-    import fcntl
-
-    request = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-    return socket.inet_ntoa(answer[20:24])
 
 
 def find_port(blob: bytes, address: str) -> int | None:

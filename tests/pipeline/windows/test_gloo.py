@@ -11,7 +11,8 @@ import torch.distributed
 from sparsecast.messages.errors import WindowTimeout, WindowUnavailable
 from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.pipeline.windows import WindowSpec, available_kinds, open_window
-from sparsecast.pipeline.windows.gloo import INTERFACE_VARIABLE, GlooWindow
+from sparsecast.pipeline.windows.addresses import INTERFACE_VARIABLE
+from sparsecast.pipeline.windows.gloo import GlooWindow
 
 
 def _spec(run: str, rank: int, size: int = 2) -> WindowSpec:
@@ -76,25 +77,6 @@ async def test_a_courier_without_a_place_needs_an_address(bus: NatsBus, run: str
     with pytest.raises(WindowUnavailable, match=INTERFACE_VARIABLE):
         await window.open(5)
     await window.abort()
-
-
-def test_a_loopback_rank_moves_to_where_the_others_are(
-    run: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The broker is on the trainer's own host, a worker is not: the trainer takes the address by
-    which it reaches that worker."""
-    asked = []
-
-    def route(host: str) -> str:
-        asked.append(host)
-        return "10.9.9.1"
-
-    monkeypatch.setattr("sparsecast.pipeline.windows.gloo.route_address", route)
-    window = GlooWindow(_spec(run, 0), None)  # type: ignore[arg-type]
-    assert window._reach("127.0.0.1", ("127.0.0.1", "10.9.9.2")) == "10.9.9.1"
-    assert window._reach("127.0.0.1", ("127.0.0.1", "127.0.0.1")) == "127.0.0.1"
-    assert window._reach("10.9.9.1", ("10.9.9.1", "10.9.9.2")) == "10.9.9.1"
-    assert asked == ["10.9.9.2"]
 
 
 async def test_threads_end_with_the_window(bus: NatsBus, run: str) -> None:

@@ -127,7 +127,7 @@ async def test_an_undecodable_answer_is_an_error(bus: NatsBus, run: str) -> None
     spec = _spec(run, 1)
 
     def answer(message: Any) -> None:
-        asyncio.ensure_future(bus.publish(message.reply, b"\xc1 what?"))  # noqa: RUF006
+        asyncio.ensure_future(bus.publish(message.reply, b"\xc1 what?"))  # noqa: RUF006 - the connection outlives it
 
     subscription = await bus.subscribe(f"{spec.prefix}.store", answer)
     with pytest.raises(WindowError, match="undecodable answer"):
@@ -145,7 +145,7 @@ async def test_a_lost_answer_is_asked_for_again(bus: NatsBus, run: str) -> None:
         heard += 1
         if heard > 1:
             met = msgspec.msgpack.encode({"type": "met", "addresses": ["a", "b", "c"]})
-            asyncio.ensure_future(bus.publish(message.reply, met))  # noqa: RUF006
+            asyncio.ensure_future(bus.publish(message.reply, met))  # noqa: RUF006 - the connection outlives it
 
     subscription = await bus.subscribe(f"{spec.prefix}.store", answer)
     assert await Rendezvous(spec, bus).meet("b", Deadline(10)) == ("a", "b", "c")

@@ -1,36 +1,10 @@
-"""Addresses, ports within gloo's values, and cutting connections."""
+"""Ports within gloo's values, and cutting connections."""
 
 import os
 import socket
 import struct
 
-import pytest
-
 from sparsecast.pipeline.windows import sockets
-
-
-def test_the_loopback_is_reached_from_the_loopback() -> None:
-    """A broker on this host: its clients listen where only this host reaches them."""
-    assert sockets.broker_address("nats://127.0.0.1:4222") == "127.0.0.1"
-    assert sockets.broker_address("127.0.0.1") == "127.0.0.1"
-    assert sockets.broker_address("nats://user:secret@127.0.0.1:1, nats://other:2") == "127.0.0.1"
-    assert sockets.broker_address("tls://[::1]:4222") == "::1"
-    assert sockets.is_loopback("127.0.1.1")
-    assert sockets.is_loopback("::1")
-    assert not sockets.is_loopback("10.0.0.1")
-
-
-def test_a_host_that_does_not_exist_is_an_error() -> None:
-    """A name without an address: OSError, which the window turns into advice."""
-    with pytest.raises(OSError, match=r".+"):
-        sockets.broker_address("nats://no-such-host.invalid:4222")
-
-
-def test_an_interface_has_its_address() -> None:
-    """The loopback interface is there on every machine; another name is an error."""
-    assert sockets.interface_address("lo") == "127.0.0.1"
-    with pytest.raises(OSError, match=r".+"):
-        sockets.interface_address("nosuch0")
 
 
 def test_ports_are_found_where_the_kernel_puts_them() -> None:
