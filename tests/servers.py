@@ -49,13 +49,14 @@ def _address(server: "subprocess.Popen[bytes]", folder: Path) -> str:
 class Proxy:
     """`async with Proxy(url) as proxy:` clients connect to `proxy.url` instead of `url`.
 
-    `from_server` may be set to a function that rewrites (or swallows) the server's bytes.
+    `from_server` and `from_client` may be set to functions that see and rewrite what passes.
     """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._target = (parts.hostname, parts.port)
         self.from_server: Callable[[bytes], bytes] = bytes
+        self.from_client: Callable[[bytes], bytes] = bytes
         self._down = asyncio.Event()
         self._down.set()
         self._refusing = False
@@ -120,6 +121,5 @@ class Proxy:
             while data := await reader.read(1 << 16):
                 if not up:
                     await self._down.wait()
-                    data = self.from_server(data)
-                writer.write(data)
+                writer.write(self.from_client(data) if up else self.from_server(data))
                 await writer.drain()

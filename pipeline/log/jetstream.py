@@ -34,6 +34,8 @@ CHUNK_NBYTES = 512 << 10
 #: What the server counts besides the data: the headers of a chunk.
 HEADERS_NBYTES = 1024
 IN_FLIGHT = 8
+#: What cleaning up after a failure may cost on top of the deadline.
+DROP_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +160,8 @@ class JetStreamLog:
     async def _drop(self, subject: str) -> None:
         """Drop what a failed attempt has stored, if the server can be reached; else it is swept."""
         try:
-            async with asyncio.timeout(1.0):
-                await self._streams.purge(self._stream, subject=subject, timeout_s=1.0)
+            async with asyncio.timeout(DROP_S):
+                await self._streams.purge(self._stream, subject=subject, timeout_s=DROP_S)
         except (SparsecastError, TimeoutError) as exc:
             log.debug("chunks on %s are left for the next prune: %s", subject, exc)
 

@@ -49,7 +49,7 @@ def leads(steps: tuple[LogEntry, ...], held: int | None, target: int, epoch: int
     return at if at is not None and at >= target else None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     st.lists(entries(), max_size=6, unique_by=lambda found: found.name),
     st.none() | st.integers(0, 7),
