@@ -157,9 +157,11 @@ class Broker:
 
     def close(self) -> None:
         """Stop the server, and drop its private store. Idempotent; bounded in time."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None or self._owner != os.getpid():
+        if self._supervisor is None or self._owner != os.getpid():
             return  # a forked child has a copy of this object, but not the broker
+        if self._url and not self.alive:
+            log.error("%s: %s", self._url, self._obituary())
+        supervisor, self._supervisor = self._supervisor, None
         if self.advertise:
             _withdraw_advertisement(self._pid)
         assert supervisor.stdin is not None
@@ -176,6 +178,7 @@ class Broker:
             supervisor.wait(STOP_S)
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
+        self._url, self._pid = "", 0
 
     def log_tail(self, lines: int = 8) -> str:
         """The end of the server's log; empty once the broker is closed."""

@@ -169,8 +169,11 @@ def test_a_forked_child_does_not_close_its_parents_broker(own_broker: Broker) ->
     assert alive(own_broker.pid)
 
 
-def test_a_dead_server_is_reported_with_its_log(own_broker: Broker) -> None:
-    """The server is killed: the next look says so, with status and the end of the log."""
+def test_a_dead_server_is_reported_with_its_log(
+    own_broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server is killed: the next look says so, with status and the end of the log; and if
+    nobody looked, closing does."""
     os.kill(own_broker.pid, signal.SIGKILL)
     assert wait_for(lambda: not own_broker.alive)
     with pytest.raises(
@@ -178,6 +181,8 @@ def test_a_dead_server_is_reported_with_its_log(own_broker: Broker) -> None:
     ) as caught:
         _ = own_broker.url
     assert caught.value.url.startswith("nats://127.0.0.1:")
+    own_broker.close()
+    assert "ended with status -9" in caplog.text
 
 
 def test_a_port_in_use_is_said(scratch: Path) -> None:
