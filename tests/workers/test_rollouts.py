@@ -312,9 +312,9 @@ async def test_what_is_late_fails_and_what_came_is_kept(
     await crew.add("b", Counter(lambda request: release.wait(5.0)))
     await meet(rollouts, "a", "b")
     began = time.monotonic()
-    came, reasons = await failures(rollouts.generate(PROMPTS, timeout_s=0.5))
+    came, reasons = await failures(rollouts.generate(PROMPTS, timeout_s=1.0))
     release.set()
-    assert 0.4 < time.monotonic() - began < 2
+    assert 0.9 < time.monotonic() - began < 4
     assert len(came) == 8
     assert sorted([s.index for s in came] + list(reasons)) == list(range(16))
     assert all("b has it (computing)" in reason for reason in reasons.values())
