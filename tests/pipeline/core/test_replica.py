@@ -1,0 +1,425 @@
+"""The worker's side, one misfortune at a time."""
+
+from typing import Any
+
+from sparsecast.messages import control as msg
+from sparsecast.messages.control import Sender, Stamp
+from sparsecast.messages.errors import NameInUse, ReplicaRefused
+from sparsecast.pipeline.core import commands as cmd
+from sparsecast.pipeline.core import events as ev
+from sparsecast.pipeline.core.policy import Policy
+from sparsecast.pipeline.core.replica import ReplicaCore
+from toyworld import MANIFEST
+
+POLICY = Policy()
+TRAINER, ME, OTHER = Sender("trainer", "t1"), Sender("a", "1"), Sender("b", "1")
+
+
+def claim(epoch: int = 1, version: int = 0, sender: Sender = TRAINER) -> msg.Claim:
+    """A claim whose weights have their version as digest."""
+    return msg.Claim(
+        sender=sender, epoch=epoch, version=version, digest=version, manifest=MANIFEST,
+        nonce="n", heartbeat_s=0.5,
+    )  # fmt: skip
+
+
+class Talk:
+    """A worker that has proven version 0 in epoch 1 and joined, unless told otherwise."""
+
+    def __init__(self, digest: int = 0, *, window: bool = False) -> None:
+        self.now = 100.0
+        self.core = ReplicaCore(
+            run="r", me=ME, kinds=("gloo", "bus"), device="cpu", host="h", pid=1, policy=POLICY,
+            started=self.now,
+        )  # fmt: skip
+        self.out: list[Any] = []
+        self.hear(claim())
+        assert self.only(cmd.Prove) is not None
+        self.feed(ev.Proved(1, MANIFEST.hash, digest))
+        self.hear(msg.Welcome(sender=TRAINER, to=ME, epoch=1, version=0))
+        if window:
+            self.open_window()
+
+    def feed(self, event: Any, after: float = 0.0) -> list[Any]:
+        self.now += after
+        self.out = self.core.handle(event, self.now)
+        return self.out
+
+    def hear(self, message: Any, after: float = 0.0) -> list[Any]:
+        return self.feed(ev.FromTrainer(message), after)
+
+    def wait(self, seconds: float) -> list[Any]:
+        """Tick at each deadline; all that was asked for meanwhile. Never more than a few ticks."""
+        end, said, ticks = self.now + seconds, [], 0
+        while self.now < end:
+            deadline = self.core.next_deadline()
+            assert deadline is not None
+            self.now = max(min(deadline, end), self.now + 0.0005)
+            said += self.feed(ev.Tick())
+            ticks += 1
+            assert ticks < 10 + 10 * seconds, "it spins"
+        self.out = said
+        return said
+
+    def open_window(self, window: int = 1) -> None:
+        stamp = Stamp(1, window)
+        self.hear(msg.Opening(sender=TRAINER, stamp=stamp, kind="gloo", members=(ME,), enters_at=0))
+        self.hear(msg.Go(sender=TRAINER, stamp=stamp))
+        self.feed(ev.WindowOpened(1, window))
+
+    def announce(self, version: int, base: int | None = None, window: int = 1) -> Stamp:
+        stamp = Stamp(1, window, 1 if window else 0, version)
+        self.hear(
+            msg.Announce(
+                sender=TRAINER,
+                stamp=stamp,
+                base_version=version - 1 if base is None else base,
+                manifest_hash=MANIFEST.hash,
+                nbytes=10,
+                checksum=1,
+                digest=version,
+                changed=1,
+                encoding="sparse",
+                dense_nbytes=16,
+            )
+        )
+        return stamp
+
+    def stage(self, stamp: Stamp, base: int | None = None) -> list[Any]:
+        base = stamp.version - 1 if base is None else base
+        return self.feed(
+            ev.Staged(stamp.epoch, stamp.window, stamp.attempt, base, stamp.version, 10)
+        )
+
+    def receive(self, version: int) -> None:
+        stamp = self.announce(version)
+        self.hear(msg.Go(sender=TRAINER, stamp=stamp))
+        assert self.only(cmd.Receive).stamp == stamp
+        self.stage(stamp)
+
+    def fetched(self, *items: tuple[int | None, int]) -> list[Any]:
+        entries = tuple(ev.LogItem(base, version, version, 10) for base, version in items)
+        return self.feed(ev.Fetched(1, entries))
+
+    def only(self, kind: type[Any], out: list[Any] | None = None) -> Any:
+        found = [c for c in (self.out if out is None else out) if isinstance(c, kind)]
+        assert len(found) <= 1, found
+        return found[0] if found else None
+
+    def said(self, kind: type[Any], out: list[Any] | None = None) -> list[Any]:
+        out = self.out if out is None else out
+        return [c.message for c in out if isinstance(c, cmd.Report) and isinstance(c.message, kind)]
+
+
+def test_a_round_from_announcement_to_verified() -> None:
+    """Announced, committed, received, applied, digested: each step is reported."""
+    talk = Talk(window=True)
+    stamp = talk.announce(1)
+    assert [m.stamp for m in talk.said(msg.Ready)] == [stamp]
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+    assert not talk.only(cmd.Receive).scratch
+    talk.stage(stamp)
+    assert [m.error for m in talk.said(msg.Received)] == [None]
+    assert talk.only(cmd.Apply).versions == (1,)
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    assert [(m.version, m.source) for m in talk.said(msg.Applied)] == [(1, "window")]
+    talk.feed(ev.Digested(1, 1, 5))
+    assert [m.ok for m in talk.said(msg.Verified)] == [True]
+    assert (talk.core.version, talk.core.verified) == (1, 1)
+
+
+def test_a_late_go_is_refused() -> None:
+    """Go comes after the commitment has run out on the worker's own clock: it does not enter."""
+    talk = Talk(window=True)
+    stamp = talk.announce(1)
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp), POLICY.commit_s)
+    assert talk.only(cmd.Receive) is None
+    assert [m.reason for m in talk.said(msg.NotReady)] == ["the commitment has run out"]
+
+
+def test_what_is_said_twice_is_done_once() -> None:
+    """Announce, Opening and Go arrive twice: one commitment answered, one receive, no refusal;
+    and an old Go does not undo the commitment to a newer round."""
+    talk = Talk(window=True)
+    first = talk.announce(1)
+    talk.hear(msg.Go(sender=TRAINER, stamp=first))
+    assert talk.hear(msg.Go(sender=TRAINER, stamp=first)) == []
+    talk.announce(1)
+    assert talk.said(msg.NotReady) == []
+    talk.stage(first)
+    second = talk.announce(2)
+    assert len(talk.said(msg.Ready)) == 1
+    assert talk.hear(msg.Go(sender=TRAINER, stamp=first)) == []
+    talk.hear(msg.Go(sender=TRAINER, stamp=second))
+    assert talk.only(cmd.Receive).stamp == second
+
+
+def test_only_the_highest_window_counts() -> None:
+    """A higher opening breaks the lower window off before it is committed to; words of the lower
+    one find nobody, and neither do those of a window that it is not in."""
+    talk = Talk(window=True)
+    higher = Stamp(1, 3)
+    opening = msg.Opening(
+        sender=TRAINER, stamp=higher, kind="gloo", members=(ME, OTHER), enters_at=0
+    )
+    out = talk.hear(opening)
+    assert [type(c) for c in out] == [cmd.AbortWindow, cmd.Report]
+    lower = msg.Opening(sender=TRAINER, stamp=Stamp(1, 2), kind="gloo", members=(ME,), enters_at=0)
+    assert talk.hear(lower) == talk.hear(msg.Go(sender=TRAINER, stamp=Stamp(1, 1))) == []
+    without = msg.Opening(
+        sender=TRAINER, stamp=Stamp(1, 4), kind="gloo", members=(OTHER,), enters_at=0
+    )
+    assert isinstance(talk.hear(without)[0], cmd.AbortWindow)
+    assert talk.hear(msg.Go(sender=TRAINER, stamp=Stamp(1, 4))) == []
+
+
+def test_an_abort_after_everything_was_received() -> None:
+    """The payload is whole in staging when the window is aborted: it is applied all the same, and
+    the next attempt is received into scratch."""
+    talk = Talk(window=True)
+    stamp = talk.announce(1)
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+    talk.hear(msg.Abort(sender=TRAINER, stamp=stamp, reason="b is gone"))
+    assert talk.only(cmd.AbortWindow) is not None
+    talk.stage(stamp)
+    assert talk.only(cmd.Apply).versions == (1,)
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    talk.open_window(2)
+    again = Stamp(1, 2, 2, 1)
+    talk.hear(msg.Call(sender=TRAINER, stamp=again))
+    talk.hear(msg.Go(sender=TRAINER, stamp=again))
+    assert talk.only(cmd.Receive).scratch
+
+
+def test_a_mismatch_resyncs_from_an_anchor_and_does_not_storm() -> None:
+    """A digest is wrong: quarantine at once, and a fetch from an anchor. If that is wrong again
+    and again, full copies are fetched ever more rarely."""
+    talk = Talk()
+    talk.announce(1, window=0)
+    pauses = []
+    for round_ in range(6):
+        before = talk.now
+        fetch = talk.only(cmd.Fetch)
+        while fetch is None:
+            fetch = talk.only(cmd.Fetch, talk.wait(0.05))
+        pauses.append(talk.now - before)
+        assert fetch.held is (0 if round_ == 0 else None)
+        talk.fetched((0, 1) if round_ == 0 else (None, 1))
+        talk.feed(ev.AppliedHere(1, 5, 5))
+        talk.feed(ev.Digested(1, 666, 5))
+        assert [m.ok for m in talk.said(msg.Verified)] == [False]
+        assert "666" not in talk.only(cmd.Quarantine).reason
+        assert talk.core.version is None
+    assert pauses[1] == 0.0
+    assert pauses[2] < pauses[3] < pauses[4] < pauses[5]
+    assert talk.core.mismatches == 6
+    assert talk.core.why() == "waiting for an anchor from the log"
+
+
+def test_a_digest_that_nobody_announced_proves_nothing() -> None:
+    """The applied version's digest is unknown: it is not called right, and an anchor decides."""
+    talk = Talk(window=True)
+    talk.receive(1)
+    talk.core._digests.clear()
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    talk.feed(ev.Digested(1, 1, 5))
+    assert [m.ok for m in talk.said(msg.Verified)] == [False]
+    assert talk.only(cmd.Quarantine).reason.endswith("announced was nothing")
+
+
+def test_a_torn_apply_is_quarantined_until_an_anchor_is_through() -> None:
+    """The engine falls over half way: nothing is served, rounds are declined, and the way back
+    starts at an anchor."""
+    talk = Talk(window=True)
+    talk.receive(1)
+    talk.feed(ev.ApplyFailed("the engine fell over", torn=True))
+    assert [m.reason for m in talk.said(msg.Refused)] == ["the engine fell over"]
+    assert talk.only(cmd.Quarantine) is not None
+    assert talk.only(cmd.Fetch).held is None
+    talk.announce(2)
+    assert [m.reason for m in talk.said(msg.NotReady)] == ["waiting for an anchor from the log"]
+    talk.fetched((None, 1), (1, 2))
+    assert talk.only(cmd.Apply).versions == (1, 2)
+
+
+def test_readers_in_the_way_then_not() -> None:
+    """A reader stays in: the worker is lagging, says so at once, and declines rounds; when the
+    reader leaves, everything in staging goes in with one apply."""
+    talk = Talk(window=True)
+    talk.receive(1)
+    talk.feed(ev.ApplyFailed("1 reader is in since 5.0 s", torn=False, waiting=True))
+    assert [m.lagging for m in talk.said(msg.Heartbeat)] == ["1 reader is in since 5.0 s"]
+    talk.announce(2)
+    assert [m.reason for m in talk.said(msg.NotReady)] == ["1 reader is in since 5.0 s"]
+    assert talk.only(cmd.Apply, talk.wait(POLICY.retry_s)).versions == (1,)
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    assert talk.core.lagging is None
+
+
+def test_a_member_left_behind_fetches_however_fast_versions_come() -> None:
+    """It missed version 1; a new version is announced every 100 ms: the log is asked all the same,
+    also while a later round is being received."""
+    talk = Talk(window=True)
+    stamp = talk.announce(1)
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+    talk.feed(ev.ReceiveFailed(1, 1, 1, 1, "checksum", corrupt=True))
+    asked = []
+    for version in range(2, 8):
+        talk.now += 0.1
+        stamp = talk.announce(version)
+        asked += [c for c in talk.out if isinstance(c, cmd.Fetch)]
+        talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+        asked += [c for c in talk.out if isinstance(c, cmd.Fetch)]
+        talk.stage(stamp)
+        asked += [c for c in talk.out if isinstance(c, cmd.Fetch)]
+    assert asked == [cmd.Fetch(1, 0, 1)]
+    talk.fetched((0, 1))
+    assert talk.only(cmd.Apply).versions == (1, 2, 3, 4, 5, 6, 7)
+
+
+def test_waiting_for_the_weights_does_not_spin() -> None:
+    """Behind the head while an apply or a digest takes long: no tick is for what cannot start."""
+    talk = Talk(window=True)
+    talk.receive(1)
+    talk.announce(2, window=0)
+    talk.wait(10.0)
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    talk.wait(10.0)
+    talk.feed(ev.Digested(1, 1, 5))
+    assert talk.only(cmd.Fetch).held == 1
+
+
+def test_a_log_that_has_nothing_is_asked_ever_more_rarely_until_stored() -> None:
+    """The log is late: back-off, which the trainer's Stored ends."""
+    talk = Talk()
+    talk.announce(1, window=0)
+    times = []
+    while len(times) < 6:
+        if talk.only(cmd.Fetch, talk.wait(0.05)) is not None:
+            times.append(talk.now)
+            talk.feed(ev.FetchFailed(1, "no way there yet"))
+    assert times[5] - times[4] > 3 * (times[1] - times[0])
+    talk.hear(msg.Stored(sender=TRAINER, epoch=1, version=1))
+    assert talk.only(cmd.Fetch) is not None
+
+
+def test_window_and_log_bring_the_same_version_with_different_bases() -> None:
+    """The wider patch counts, whichever came last: the narrow one would not fit the weights."""
+    talk = Talk(window=True)
+    stamp = talk.announce(3, base=0)
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+    talk.feed(ev.Fetched(1, (ev.LogItem(2, 3, 3, 10),)))
+    assert talk.only(cmd.Apply) is None
+    talk.stage(stamp, base=0)
+    assert talk.only(cmd.Apply).versions == (3,)
+    assert talk.core._staged[3].base_version == 0
+
+
+def test_a_claim_while_the_weights_are_busy() -> None:
+    """A successor claims the run while an apply runs, then while the proof runs: what was found
+    for the old epoch does not count, and the last claim is the one that is proven."""
+    talk = Talk(window=True)
+    talk.receive(1)
+    successor = Sender("trainer", "t2")
+    out = talk.hear(claim(2, 2, successor))
+    assert talk.only(cmd.Prove, out) is None
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    assert talk.said(msg.Applied) == []
+    assert talk.only(cmd.Prove).claim.epoch == 2
+    talk.hear(claim(3, 4, successor))
+    talk.feed(ev.Proved(2, MANIFEST.hash, 2))
+    assert talk.said(msg.Join) == []
+    assert talk.only(cmd.Prove).claim.epoch == 3
+    talk.feed(ev.Proved(3, MANIFEST.hash, 1))
+    assert [(m.epoch, m.version) for m in talk.said(msg.Join)] == [(3, None)]
+    assert talk.only(cmd.Fetch) == cmd.Fetch(3, None, 4)
+    assert talk.hear(claim(2, 2, successor)) == [], "lower epochs are refused"
+
+
+def test_words_of_a_trainer_that_was_replaced_are_ignored() -> None:
+    """The old trainer does not know yet that it is fenced: nobody obeys it."""
+    talk = Talk(window=True)
+    talk.hear(claim(2, 1, Sender("trainer", "t2")))
+    talk.feed(ev.Proved(2, MANIFEST.hash, 1))
+    opening = msg.Opening(
+        sender=TRAINER, stamp=Stamp(2, 9), kind="gloo", members=(ME,), enters_at=1
+    )
+    assert talk.hear(opening) == []
+    assert talk.hear(msg.Resync(sender=TRAINER, to=ME, reason="it is wrong")) == []
+
+
+def test_a_resync_while_an_apply_runs_stays_in_force() -> None:
+    """The trainer calls for a resync in the middle of an apply: its commit must not serve the
+    weights again, and the anchor that follows must count."""
+    talk = Talk(window=True)
+    talk.receive(1)
+    talk.hear(msg.Resync(sender=TRAINER, to=ME, reason="digest is not the trainer's"))
+    assert talk.only(cmd.Quarantine) is not None
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    assert talk.only(cmd.Quarantine) is not None
+    assert talk.core.version is None
+    assert talk.only(cmd.Fetch).held is None
+    assert talk.hear(msg.Resync(sender=TRAINER, to=ME, reason="said twice")) == []
+    talk.fetched((None, 1))
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    assert talk.core.version == 1
+
+
+def test_refused_by_the_trainer() -> None:
+    """A name in use and another model are errors of their own, and the end."""
+    talk = Talk()
+    talk.hear(msg.Refuse(sender=TRAINER, to=ME, code="name-in-use", reason="a lives"))
+    assert isinstance(talk.only(cmd.Fail).error, NameInUse)
+    assert talk.feed(ev.Tick(), 9.0) == []
+    assert talk.core.next_deadline() is None
+    other = Talk()
+    other.hear(claim(2, 1))
+    other.feed(ev.Unfit(2, "tensor 'w' has shape [8] there"))
+    assert [m.reason for m in other.said(msg.Refused)] == ["tensor 'w' has shape [8] there"]
+    assert isinstance(other.only(cmd.Fail).error, ReplicaRefused)
+
+
+def test_put_out_and_told_to_join_again() -> None:
+    """The trainer does not know it any more: it leaves its window and says Join until welcome."""
+    talk = Talk(window=True)
+    talk.hear(msg.Rejoin(sender=TRAINER, to=ME))
+    assert talk.only(cmd.AbortWindow) is not None
+    assert len(talk.said(msg.Join)) == 1
+    assert len(talk.said(msg.Join, talk.wait(2.1 * POLICY.heartbeat_s))) >= 2
+    talk.hear(msg.Welcome(sender=TRAINER, to=ME, epoch=1, version=0))
+    assert len(talk.said(msg.Heartbeat, talk.wait(2.1 * POLICY.heartbeat_s))) >= 2
+
+
+def test_bye_leaves_the_weights_as_they_are() -> None:
+    """The trainer leaves in order: the window is left, the version stays and is served."""
+    talk = Talk(window=True)
+    talk.receive(1)
+    talk.feed(ev.AppliedHere(1, 5, 5))
+    talk.feed(ev.Digested(1, 1, 5))
+    talk.hear(msg.Bye(sender=TRAINER, epoch=1))
+    assert [type(c) for c in talk.out] == [cmd.AbortWindow]
+    assert (talk.core.version, talk.core.verified) == (1, 1)
+    assert talk.core.why() == "at version 1, the newest that was announced"
+
+
+def test_close_leaves_in_order_and_is_the_last_word() -> None:
+    """Closing in the middle of a receive: Leave, the window broken off, and silence."""
+    talk = Talk(window=True)
+    stamp = talk.announce(1)
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+    talk.feed(ev.Close("done"))
+    assert len(talk.said(msg.Leave)) == 1
+    assert talk.only(cmd.AbortWindow) is not None
+    assert talk.stage(stamp) == talk.feed(ev.Tick()) == []
+    assert talk.core.next_deadline() is None
+
+
+def test_staging_is_bounded() -> None:
+    """Patches wait for a reader until staging is full: the next round is left to the log."""
+    talk = Talk(window=True)
+    stamp = talk.announce(1)
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+    talk.feed(ev.Staged(1, 1, 1, 0, 1, POLICY.staging_nbytes))
+    talk.announce(2)
+    [answer] = talk.said(msg.NotReady)
+    assert answer.reason == f"{POLICY.staging_nbytes} bytes of patches wait in staging"
