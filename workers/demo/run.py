@@ -134,7 +134,8 @@ class Demo:
     def _set_up(self, stack: ExitStack) -> Learner:
         view, options = self.view, self.options
         view.show(
-            f"sparsecast demo: run {self.run}, seed {options.seed}, {options.workers} workers, "
+            f"sparsecast demo: run {self.run}, seed {options.seed}, "
+            f"{_count(options.workers, 'worker')}, "
             f"{options.warmup} warm-up updates, then {options.updates} RL updates"
         )
         with view.step("loading torch and transformers") as step:
@@ -164,18 +165,6 @@ class Demo:
                 f"Qwen2, {self.progress.numel / 1e6:.2f} M random weights, "
                 f"{nbytes / 1e6:.1f} MB in bfloat16"
             )
-        with view.step("starting the workers") as step:
-            self.crew = stack.enter_context(
-                Crew(
-                    run=self.run,
-                    bus=self.url,
-                    model=self.directory / "model",
-                    window=options.window,
-                    logs=self.directory,
-                )
-            )
-            pids = [f"{name} (pid {self.crew.start(name)})" for name in self.names]
-            step.done = ", ".join(pids)
         with view.step("claiming the run") as step:
             self.watch = stack.enter_context(Watch(self.url, self.run))
             self.publisher = stack.enter_context(
@@ -189,6 +178,18 @@ class Demo:
             )
             self.rollouts = stack.enter_context(Rollouts(run=self.run, bus=self.url))
             step.done = "this process is the trainer, its weights are version 0"
+        with view.step("starting the workers") as step:
+            self.crew = stack.enter_context(
+                Crew(
+                    run=self.run,
+                    bus=self.url,
+                    model=self.directory / "model",
+                    window=options.window,
+                    logs=self.directory,
+                )
+            )
+            pids = [f"{name} (pid {self.crew.start(name)})" for name in self.names]
+            step.done = ", ".join(pids)
         with view.step("waiting for the workers") as step:
             self._await_members(step)
             step.done = f"{', '.join(self.names)} hold version {self.publisher.version}"
@@ -281,15 +282,15 @@ class Demo:
     def _settle(self) -> None:
         """Give the workers time to apply and verify the newest version."""
         deadline = time.monotonic() + SETTLE_S
-        while self._missing() and time.monotonic() < deadline:
+        while self._missing(self.crew.alive) and time.monotonic() < deadline:
             self._check_workers()
             time.sleep(0.05)
 
-    def _missing(self) -> list[str]:
+    def _missing(self, names: list[str]) -> list[str]:
         newest = self.publisher.version
 
         def question(evidence: Evidence) -> list[str]:
-            return evidence.missing(self.names, newest)
+            return evidence.missing(names, newest)
 
         return self.watch.ask(question)
 
@@ -297,7 +298,7 @@ class Demo:
         progress, view = self.progress, self.view
         look = self._look()
         result = outcome(progress, self.watch.rounds(), look.workers, window=look.window)
-        missing = [*self._missing(), *progress.notes]
+        missing = [*self._missing(self.names), *progress.notes]
         view.finish()
         if progress.early is not None and progress.newest is not None:
             for answer in (progress.early, progress.newest):
@@ -315,8 +316,8 @@ class Demo:
         if not missing:
             applied = sum(one.applied for one in result.workers.values())
             view.show(
-                f"proven: {len(result.workers)} workers ended at version "
-                f"{self.publisher.version}; each of the {applied} versions that they applied "
+                f"proven: {_count(len(result.workers), 'worker')} ended at version "
+                f"{self.publisher.version}; each of the {applied} versions that were applied "
                 "had the trainer's digest"
             )
         return 1 if missing else 0
@@ -351,6 +352,10 @@ class Demo:
         else:
             program = f"{sys.executable} -m sparsecast.workers.cli"
         return f"{program} top --run {self.run} --bus {redact(self.url)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _point(update: Update, learnt: Learnt) -> Point:
