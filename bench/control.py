@@ -152,6 +152,8 @@ class Ranks:
                         subprocess.Popen(
                             [*self._prefix(rank), *words],
                             stdin=subprocess.DEVNULL,
+                            # c10d warns that an address of a namespace has no host name.
+                            env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ},
                             start_new_session=True,  # an interrupt at the terminal is the parent's
                         )
                     )

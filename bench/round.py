@@ -145,7 +145,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights and changes (0)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for it all (1800)")
     parser.add_argument("--json", type=Path, help="where to write what was measured")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {arguments.json.parent}")
+    return arguments
 
 
 def _count(text: str) -> int:

@@ -1,0 +1,145 @@
+"""bench/round.py in real processes: every method runs, and what it prints and writes is whole."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPREAD = {"p50", "p10", "p90", "min", "max", "n"}
+
+
+def bench(*words: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+    """Run the bench as a person does."""
+    return subprocess.run(
+        [sys.executable, "bench/round.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def module(name: str) -> ModuleType:
+    """A module of the bench, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_a_small_run_is_whole(tmp_path: Path) -> None:
+    """A trainer and two workers do two rounds of every method at two densities: all weights end
+    equal, and the document has each figure with its spread, machine, versions and command."""
+    path = tmp_path / "round.json"
+    size = ["--elements", "300000", "--workers", "2"]
+    rounds = ["--rounds", "2", "--warmup", "1", "--diff-rounds", "2"]
+    done = bench(
+        *("--device", "cpu", *size, *rounds, "--densities", "0.01,0.2", "--json", str(path))
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every worker of every method holds the trainer's bits" in done.stdout
+    document = json.loads(path.read_text())
+    assert document["command"].startswith("python bench/round.py --device cpu --elements 300000")
+    assert str(tmp_path) not in path.read_text()
+    assert document["machine"]["cores"] >= 1
+    assert {"sparsecast", "python", "torch", "nats-server"} <= document["versions"].keys()
+    assert document["window"] == "gloo"
+    assert [section["density"] for section in document["densities"]] == [0.01, 0.2]
+    for section in document["densities"]:
+        assert set(section["methods"]) == {"sparsecast", "dense", "dense_safe", "peers"}
+        assert all(section["digests_equal"].values())
+        for method in section["methods"].values():
+            assert method["ms"]["whole"].keys() == SPREAD
+            assert method["ms"]["whole"]["n"] == 2
+            assert 0 < method["ms"]["wire_apply"]["min"] <= method["ms"]["whole"]["max"]
+        ours = section["methods"]["sparsecast"]
+        assert 0.5 < ours["changed"] / (section["density"] * 300_000) < 1.5
+        assert 0 < ours["nbytes"] < section["dense_nbytes"]
+        stages = sum(m["p50"] for key, m in ours["ms"].items() if key.startswith("stage_"))
+        assert 0 < stages < 2 * ours["ms"]["whole"]["max"]
+    assert [section["density"] for section in document["diff"]] == [0.01, 0.2]
+    told = {target["what"] for target in document["targets"]}
+    assert len(told) == 4, told
+    assert all(what in done.stdout for what in told)
+
+
+def test_the_whole_model_has_its_shapes() -> None:
+    """Uncut, the shapes are those of Qwen2.5-0.5B; cut, they come close to what was asked."""
+    cut = module("shapes").Cut
+    whole = cut.of_elements(10**12)
+    assert (len(whole.shapes), whole.numel) == (290, 494_032_768)
+    assert abs(cut.of_elements(64_000_000).numel - 64_000_000) < 896
+    assert "embedding left out" in cut(2, 0).describe()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--link", "fast"], "a link is 'none' or a rate"),
+        (["--densities", "0"], "shares are above 0"),
+        (["--workers", "0"], "is below 1"),
+        (["--device", "abacus"], "invalid choice"),
+    ],
+    ids=["link", "density", "workers", "device"],
+)
+def test_a_wrong_flag_is_named(words: list[str], reason: str) -> None:
+    """Nothing is started, and the message says what is wrong."""
+    done = bench(*words)
+    assert done.returncode == 2
+    assert reason in done.stdout + done.stderr
+
+
+def test_a_link_leaves_nothing_behind() -> None:
+    """The bench fails in the middle of a run over a shaped link: its namespaces are gone."""
+    link = module("link")
+    if os.geteuid() != 0:
+        with pytest.raises(link.LinkError, match=r"root|iproute2"), link.Link("1gbit", 2):
+            pass
+        return
+    made: list[str] = []
+
+    def fail() -> None:
+        with link.Link("200mbit", 2) as shaped:
+            made.extend(line.split()[0] for line in spaces())
+            carry(shaped)
+            raise RuntimeError("in the middle")
+
+    def carry(shaped: Any) -> None:
+        """A server and a client in two of the namespaces, of the standard library alone."""
+        own = repr(shaped.address(0))
+        serve = (
+            f"import socket; s = socket.create_server(({own}, 7007)); print('up', flush=True); "
+            "s.settimeout(20); s.accept()[0].sendall(b'here')"
+        )
+        call = f"import socket; print(socket.create_connection(({own}, 7007), 20).recv(4))"
+        with subprocess.Popen(
+            [*shaped.prefix(0), sys.executable, "-c", serve], stdout=subprocess.PIPE
+        ) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"up\n"
+            client = [*shaped.prefix(1), sys.executable, "-c", call]
+            told = subprocess.run(client, capture_output=True, text=True, timeout=30)
+            assert "here" in told.stdout, told.stderr
+            server.wait(20)
+
+    def spaces() -> list[str]:
+        done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+        return [line for line in done.stdout.splitlines() if f"-{os.getpid()}-" in line]
+
+    try:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            fail()
+    except link.LinkError as exc:
+        pytest.skip(f"network namespaces are not to be had here: {exc}")
+    assert len(made) == 3
+    assert spaces() == []
