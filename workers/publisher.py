@@ -470,20 +470,20 @@ class AsyncPublisher:
         return ev.Announced(version)
 
     async def _conflicted(self, version: int, conflict: SequenceConflict) -> ev.AnnounceFailed:
-        """Whose words are in our way: another trainer's, or late ones of our own?"""
+        """Whose word is in our way: a successor's, which has claimed the run, or a late one?"""
         try:
             state = await self._journal.open(timeout_s=self.policy.bus_s)
         except BusError as exc:
             return ev.AnnounceFailed(version, "unavailable", str(exc))
         if state.claim is None:
             return ev.AnnounceFailed(version, "lost", "its journal is empty")
-        last = state.announce
-        if state.claim.sender != self._me or (last is not None and last.sender != self._me):
+        if state.claim.sender != self._me:
             reason = f"the journal moved on without us ({conflict})"
             return ev.AnnounceFailed(version, "fenced", reason)
-        # An append of before the run was claimed anew may arrive after the new claim.
+        # An append of an older epoch may arrive after our claim in a journal made anew, where
+        # sequences start again; members ignore it.
         self._sequence = state.last_sequence
-        return ev.AnnounceFailed(version, "unavailable", f"late words of our own ({conflict})")
+        return ev.AnnounceFailed(version, "unavailable", f"a late word of an older epoch ({conflict})")
 
     async def _send(self, command: cmd.Send) -> ev.Sent:
         stamp = command.stamp
