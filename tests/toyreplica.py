@@ -90,7 +90,8 @@ class Replica(Process):
         match command:
             case cmd.Report(message):
                 if isinstance(message, msg.Ready):
-                    world.committed.add((self.me, message.stamp, self.trainer_life))
+                    commitment = (self.me, message.stamp, self.trainer_life)
+                    world.committed[commitment] = world.now + message.expires_s
                 for trainer in world.trainers():
                     world.carry(lambda t=trainer: t.post(ev.FromWorker(message)))
             case cmd.Tell():
@@ -123,6 +124,8 @@ class Replica(Process):
                 world.after(world.delay(), lambda: self.fetch(command))
 
     def obey(self, stamp: Stamp) -> None:
+        until = self.world.committed[self.me, stamp, self.trainer_life]
+        assert self.world.now < until, f"{self} enters {stamp} after its commitment has run out"
         if self.trainer_life != self.follows:
             assert stamp.epoch >= self.highest[0], f"{self} follows a lower epoch"
             self.follows, self.highest = self.trainer_life, (0, 0)

@@ -160,8 +160,8 @@ class Trainer(Process):
                 outcome = "lost"
             elif not away and not world.chance(world.faults.append):
                 outcome = world.append(announce, expected)
-            if outcome == "fenced" and all(last.sender == self.me for last in world.newest()):
-                # Late words of our own are in the way.
+            if outcome == "fenced" and world.claimant() == self.me:
+                # A late word of an older epoch is in the way.
                 self.sequence, outcome = len(world.journal), "unavailable"
             if isinstance(outcome, int) and version not in self.announced:
                 self.announced.append(version)

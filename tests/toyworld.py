@@ -138,7 +138,8 @@ class World:
         #: By epoch, number and trainer: two trainers that know nothing of each other may meet.
         self.windows: dict[Key, ToyWindow] = {}
         self.openings: dict[Key, tuple[Sender, ...]] = {}
-        self.committed: set[tuple[Sender, Stamp, str]] = set()
+        #: Who has committed to which stamp of which trainer, and until when.
+        self.committed: dict[tuple[Sender, Stamp, str], float] = {}
         #: Trainers that were replaced and do not know it yet.
         self.zombies: list[Trainer] = []
         self.lives = 0
@@ -206,11 +207,10 @@ class World:
             self.after(self.delay(), replica.follow)
         return len(self.journal)
 
-    def newest(self) -> list[msg.Claim | msg.Announce]:
-        """The last claim and the last announcement."""
-        kinds = (msg.Claim, msg.Announce)
-        found = [[m for m in self.journal if isinstance(m, kind)][-1:] for kind in kinds]
-        return [message for last in found for message in last]
+    def claimant(self) -> Sender | None:
+        """Who has claimed the run last."""
+        claims = [message for message in self.journal if isinstance(message, msg.Claim)]
+        return claims[-1].sender if claims else None
 
     def way(self, epoch: int, held: int | None, target: int) -> list[Patch]:
         """Entries of the log from `held` to at least `target`, or nothing."""

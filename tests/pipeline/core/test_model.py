@@ -133,17 +133,18 @@ def core_awaits(world: World) -> list[str]:
     """What is still awaited when all is quiet: nothing should be."""
     trainer = world.trainer
     assert trainer is not None
-    core = trainer.core
+    state = trainer.core
     left = []
-    if core._exchange is not None or core._records or core._storing or core._unsafe:
-        left.append(f"trainer: {core._exchange}, {core._records}, {core._storing}")
+    if state._exchange is not None or state._records or state._storing or state._unsafe:
+        left.append(f"trainer: {state._exchange}, {state._records}, {state._storing}")
     for replica in world.replicas.values():
-        if replica.core._commitment or replica.core._receiving or replica.core._staged:
-            left.append(f"{replica}: {replica.core._commitment}, {replica.core._staged}")
+        core = replica.core
+        if core._commitment or core._receiving or core._staged or replica.staged:
+            left.append(f"{replica}: {core._commitment}, {core._staged}, {replica.staged}")
     return left
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_misfortune_ends_with_everyone_at_the_newest_version(seed: int) -> None:
     """Workers die, stop, lie and come back, messages are lost, doubled, late and out of order,
