@@ -483,7 +483,8 @@ class AsyncPublisher:
         # An append of an older epoch may arrive after our claim in a journal made anew, where
         # sequences start again; members ignore it.
         self._sequence = state.last_sequence
-        return ev.AnnounceFailed(version, "unavailable", f"a late word of an older epoch ({conflict})")
+        late = f"a late word of an older epoch ({conflict})"
+        return ev.AnnounceFailed(version, "unavailable", late)
 
     async def _send(self, command: cmd.Send) -> ev.Sent:
         stamp = command.stamp
