@@ -147,8 +147,7 @@ class Replica(Process):
         assert self.receiving is None or self.receiving.done, "two receives at once"
         key = self.key(stamp)
         window = world.windows[key]
-        op = self.receiving = Op(self)
-        op.command = command  # type: ignore[attr-defined]
+        op = self.receiving = Op(self, command)
         rank = window.ranks[self.label]
         window.receives.setdefault(stamp.attempt, {})[rank] = op
         world.after(command.timeout_s, lambda: world.fail(key, "receive", op))
@@ -157,7 +156,7 @@ class Replica(Process):
     def landed(self, op: Op) -> None:
         if op.done:
             return
-        command: cmd.Receive = op.command  # type: ignore[attr-defined]
+        command: cmd.Receive = op.what
         stamp, announce = command.stamp, command.announce
         identity = (stamp.epoch, stamp.window, stamp.attempt)
         if self.world.chance(self.world.faults.corrupt):
@@ -181,7 +180,7 @@ class Replica(Process):
         if what == "open":
             op.end(ev.WindowFailed(*key[:2], "the toy's window did not open"))
             return
-        stamp = op.command.stamp  # type: ignore[attr-defined]
+        stamp = op.what.stamp
         identity = (stamp.epoch, stamp.window, stamp.attempt)
         op.end(ev.ReceiveFailed(*identity, stamp.version, "the toy's peer is gone", corrupt=False))
 

@@ -155,7 +155,7 @@ class Trainer(Process):
 
         def arrive() -> None:
             away = world.now < world.bus_away
-            outcome: int | str = "unavailable"
+            outcome: Any = "unavailable"
             if world.journal_gone:
                 outcome = "lost"
             elif not away and not world.chance(world.faults.append):
@@ -170,7 +170,7 @@ class Trainer(Process):
                 outcome = "unavailable"
             world.after(world.delay(), lambda: answer(outcome))
 
-        def answer(outcome: int | str) -> None:
+        def answer(outcome: Any) -> None:
             if not self.alive:
                 return
             self.busy.discard(f"append of epoch {announce.stamp.epoch}")
@@ -179,7 +179,7 @@ class Trainer(Process):
                     self.sequence = outcome
                 self.post(ev.Announced(version))
             else:
-                self.post(ev.AnnounceFailed(version, outcome, "the toy's"))  # type: ignore[arg-type]
+                self.post(ev.AnnounceFailed(version, outcome, "the toy's"))
 
         world.after(world.delay(), arrive)
 
@@ -190,8 +190,7 @@ class Trainer(Process):
         assert stamp.version in self.kept, "the payload is gone"
         key = self.key(stamp)
         window = world.windows[key]
-        op = Op(self)
-        op.stamp = stamp  # type: ignore[attr-defined]
+        op = Op(self, stamp)
         self.sends[stamp.window, stamp.attempt] = window.sends[stamp.attempt] = op
         world.after(timeout_s, lambda: world.fail(key, "send", op))
         world.progress(key, stamp.attempt)
@@ -200,7 +199,7 @@ class Trainer(Process):
         if what == "open":
             op.end(ev.WindowFailed(*key[:2], "the toy's window did not open"))
         else:
-            stamp: Stamp = op.stamp  # type: ignore[attr-defined]
+            stamp: Stamp = op.what
             op.end(ev.Sent(stamp.window, stamp.attempt, "the toy's peer is gone"))
 
     def store(self, versions: tuple[int, ...]) -> ev.LogStored | ev.LogFailed:

@@ -86,6 +86,8 @@ class Op:
     """Something that a process asked for and that has not ended."""
 
     process: Process
+    #: The stamp of a send, or the command of a receive.
+    what: Any = None
     done: bool = False
 
     def end(self, event: Any) -> None:
