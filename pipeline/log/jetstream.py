@@ -19,6 +19,7 @@ from ...messages import codec
 from ...messages.control import LogEntry
 from ...messages.errors import (
     BusError,
+    BusUnavailable,
     LogError,
     LogHole,
     RemoteProtocolError,
@@ -36,6 +37,8 @@ HEADERS_NBYTES = 1024
 IN_FLIGHT = 8
 #: What cleaning up after a failure may cost on top of the deadline.
 DROP_S = 0.2
+#: How long the server has for one answer: a lost one must not cost the deadline of the whole entry.
+ANSWER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,9 @@ class JetStreamLog:
             raise LogError(f"log entry {entry.name!r} was not stored: {exc}") from exc
 
     async def _store(self, entry: LogEntry, view: memoryview, timeout_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        timeout_s = min(timeout_s, ANSWER_S)
         await self._streams.ensure_stream(self._config(), timeout_s=timeout_s)
         chunks, index = self._chunks(entry), self._subjects.log_entry(entry.name)
         async for _ in self._streams.read(self._stream, index, timeout_s=timeout_s):
@@ -112,25 +118,36 @@ class JetStreamLog:
             # The server remembers message ids of purged messages too: each attempt has its own.
             attempt = f"{entry.name}-{secrets.token_hex(4)}"
             try:
-                sequences = await self._append_chunks(chunks, attempt, view, timeout_s)
-                count = len(sequences)
-                if sequences == sorted(sequences):
-                    stored = msgspec.structs.replace(entry, chunks=count)
-                    last = await self._streams.append(
-                        self._stream,
-                        index,
-                        codec.encode(stored),
-                        message_id=attempt,
-                        timeout_s=timeout_s,
-                    )
-                    sequences.append(last)
+                sequences = await self._append_chunks(chunks, attempt, view, deadline)
             except BaseException:
                 await self._drop(chunks)
                 raise
+            if sequences == sorted(sequences):
+                # From here on the index entry may be there, whatever comes back: its chunks stay.
+                stored = msgspec.structs.replace(entry, chunks=len(sequences))
+                last = await self._append(index, codec.encode(stored), attempt, deadline)
+                sequences.append(last)
         self._begins[entry.name] = sequences[0]
 
+    async def _append(self, subject: str, data: bytes, message_id: str, deadline: float) -> int:
+        """Append, asking again with the same id while answers are lost and there is time."""
+        loop = asyncio.get_running_loop()
+        while True:
+            until = min(deadline, loop.time() + ANSWER_S)
+            try:
+                return await self._streams.append(
+                    self._stream,
+                    subject,
+                    data,
+                    message_id=message_id,
+                    timeout_s=max(0.05, until - loop.time()),
+                )
+            except BusUnavailable:
+                if loop.time() < until or until >= deadline:
+                    raise
+
     async def _append_chunks(
-        self, subject: str, attempt: str, view: memoryview, timeout_s: float
+        self, subject: str, attempt: str, view: memoryview, deadline: float
     ) -> list[int]:
         """Append all chunks, some at a time; their sequences in the order of the chunks."""
         size = self.chunk_nbytes
@@ -140,12 +157,9 @@ class JetStreamLog:
 
         async def append_some() -> None:
             for number, start in todo:
-                sequences[number] = await self._streams.append(
-                    self._stream,
-                    subject,
-                    bytes(view[start : start + size]),
-                    message_id=f"{attempt}-{number}",
-                    timeout_s=timeout_s,
+                chunk = bytes(view[start : start + size])
+                sequences[number] = await self._append(
+                    subject, chunk, f"{attempt}-{number}", deadline
                 )
 
         flying = [asyncio.ensure_future(append_some()) for _ in range(IN_FLIGHT)]
@@ -220,7 +234,8 @@ class JetStreamLog:
         """Read a subject within `timeout_s` in all."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        async for record in self._streams.read(self._stream, subject, timeout_s=timeout_s):
+        answer_s = min(timeout_s, ANSWER_S)
+        async for record in self._streams.read(self._stream, subject, timeout_s=answer_s):
             yield record
             if loop.time() > deadline:
                 raise LogError(f"{subject} was not read within {timeout_s:g} s")
@@ -235,6 +250,7 @@ class JetStreamLog:
         kept = {entry.name for entry in keep}
         try:
             async with asyncio.timeout(timeout_s):
+                timeout_s = min(timeout_s, ANSWER_S)
                 entries = await self.entries(timeout_s=timeout_s)
                 # What was stored since the caller looked is nothing that it chose to drop.
                 while kept and entries and entries[-1].name not in kept:
