@@ -72,6 +72,10 @@ async def happen(world: "World", fault: Fault) -> None:
             broker.latency_s = 0.0003 * 10 ** (3 * fault.where)
             await asyncio.sleep(fault.for_s)
             world.calm()
+        case "answers lost":
+            world.broker.deaf = 0.1 + 0.5 * fault.where
+            await asyncio.sleep(fault.for_s * 2)
+            world.broker.deaf = 0.0
         case "window weather":
             share = 0.1 + 0.5 * fault.where
             names = ["open_fails", "open_hangs", "send_fails", "send_hangs", "loses", "breaks"]

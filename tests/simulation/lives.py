@@ -157,7 +157,7 @@ class TrainerLife(Life):
                     break
                 except TimeoutError:
                     pass
-            if world.healed:
+            if world.healed and self.publisher._error is None:
                 await asyncio.sleep(0.1)
                 continue
             try:
@@ -185,8 +185,8 @@ class TrainerLife(Life):
         change(self.weights, self.rng, density)
         began, stops = loop.time(), self.stops
         version = self.publisher.version + 1
-        self.table[version] = fingerprint(plan.published(self.weights))
         self.last = await self.publisher.publish(step=version)
+        self.table[version] = fingerprint(plan.published(self.weights))
         if loop.time() != began and stops == self.stops:
             world.violation(f"{self.name}: publish() took {loop.time() - began} s")
         if self.last.version != version:
@@ -212,8 +212,8 @@ class WorkerLife(Life):
         self.engine = SimEngine(self.process, weights, self.on_version)
         #: What is served: its version and its bits.
         self.served: tuple[int | None, str] = (None, fingerprint(self.engine.weights))
-        #: The newest version that was served in this epoch since the last resync.
-        self.floor = (0, -1)
+        #: The newest version that was served under this claim since the last resync.
+        self.floor = ("", -1)
         #: The newest version held of each trainer, by its incarnation.
         self.held: dict[str, int] = {}
         self.replica = Replica(
@@ -252,17 +252,18 @@ class WorkerLife(Life):
                 incarnation = trainer.tokens[0]
                 self.held[incarnation] = max(self.held.get(incarnation, -1), version)
         core = self.replica._core
-        epoch = core.epoch if core is not None else 0
-        if epoch == self.floor[0] and version < self.floor[1]:
+        claim = core.claim if core is not None else None
+        under = f"{claim.epoch} of {claim.sender.incarnation}" if claim is not None else ""
+        if under == self.floor[0] and version < self.floor[1]:
             world.violation(
-                f"{self.name} went from version {self.floor[1]} back to {version} in one epoch"
+                f"{self.name} went from version {self.floor[1]} back to {version} in epoch {under}"
             )
-        self.floor = (epoch, version)
+        self.floor = (under, version)
 
     def on_resync(self) -> None:
         """The replica says that it starts again."""
         self.resyncs += 1
-        self.floor = (0, -1)
+        self.floor = ("", -1)
 
     def check(self) -> None:
         """After every event: what the core believes of the weights must be so."""
@@ -278,7 +279,9 @@ class WorkerLife(Life):
             world.violation(f"{self.name}: a digest was not the announced one")
         if core.version is None or core._applying is not None or core._to_prove:
             return
-        trainer = world.trainer_of(core.claim.sender.incarnation)
+        incarnation = core.claim.sender.incarnation
+        self.held[incarnation] = max(self.held.get(incarnation, -1), core.version)
+        trainer = world.trainer_of(incarnation)
         bits = fingerprint(engine.weights)
         if trainer is not None and trainer.table.get(core.version) != bits:
             world.violation(

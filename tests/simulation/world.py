@@ -37,7 +37,7 @@ from .plan import Plan
 from .windows import Fabric, Faults
 
 #: After the last fault: until everyone holds the newest version, and until all have left.
-BOUND_S = 60.0
+BOUND_S = 90.0
 LEAVE_S = 60.0
 #: A run that takes more steps than this spins.
 STEPS = 2_000_000
@@ -80,6 +80,7 @@ class World:
         self.trainers: list[TrainerLife] = []
         self.workers: list[WorkerLife] = []
         self.healed = False
+        self.closing = False
         self.over = False
         self.published = 0
         self.kept_most = 0
@@ -118,7 +119,7 @@ class World:
 
         async def start() -> None:
             await asyncio.sleep(delay_s)
-            if self.over:
+            if self.closing:
                 return
             life = TrainerLife(self, len(self.trainers) + 1, patience_s=patience_s)
             self.trainers.append(life)
@@ -131,7 +132,7 @@ class World:
 
         async def start() -> None:
             await asyncio.sleep(delay_s)
-            if self.over:
+            if self.closing:
                 return
             self._names += 1
             life = WorkerLife(self, name, self._names, slot)
@@ -149,7 +150,7 @@ class World:
     def ended(self, life: Life) -> None:
         """A life's main has returned."""
         self.note(life.name, "has ended")
-        if self.over or life.leaving.is_set():
+        if self.closing or life.leaving.is_set():
             return
         if isinstance(life, TrainerLife):
             others = [trainer for trainer in self.trainers if trainer.present]
@@ -309,7 +310,7 @@ class World:
             trainer.patience_s = 0.0
         if not any(trainer.present for trainer in self.trainers):
             self.start_trainer(delay_s=0.0)
-        if not any(worker.present for worker in self.workers):
+        if not any(worker.present and not worker.leaving.is_set() for worker in self.workers):
             self.start_worker("w0", 0, delay_s=0.0)
 
     async def _converge(self) -> None:
@@ -344,6 +345,7 @@ class World:
             self.violation(f"{trainer.name} keeps {list(outgoing._kept)}, {outgoing._pending}")
 
     async def _leave(self) -> None:
+        self.closing = True
         everyone: list[Life] = [*self._live_trainers(), *self._live_workers()]
         self.rng.shuffle(everyone)
         for life in everyone:
