@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
@@ -14,31 +12,20 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 
 from ..messages import codec
-from ..messages.control import Claim, Sender, Tags, WorkerMessage
-from ..messages.errors import (
-    BusError,
-    Closed,
-    Fenced,
-    LogError,
-    PublisherBusy,
-    RemoteProtocolError,
-    SequenceConflict,
-    SparsecastError,
-    StreamMissing,
-    WindowError,
-)
-from ..messages.metrics import Event, EventKind, TrainerMetrics
+from ..messages.control import Sender, Tags, WorkerMessage
+from ..messages.errors import Closed, PublisherBusy, RemoteProtocolError, WindowError
 from ..messages.subjects import Subjects, sender
 from ..pipeline.bus.base import Message, Subscription
-from ..pipeline.bus.journal import Journal
-from ..pipeline.bus.lease import Lease
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.trainer import TrainerCore
+from .archive import Archive
 from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows
 from .outgoing import Outgoing, Published, Source
+from .telling import Telling
+from .tenure import Tenure
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -192,11 +179,11 @@ class AsyncPublisher:
         self._broker_close: Callable[[], None] | None = None
         ports = await self._make_ports()
         self._ports = ports
-        self._me = Sender("trainer", ports.token())
+        me = Sender("trainer", ports.token())
         self._outgoing: Outgoing = await ports.run(self._make_outgoing)
         self._core = TrainerCore(
             run=self.run,
-            me=self._me,
+            me=me,
             manifest_hash=self._outgoing.manifest.hash,
             kinds=ports.kinds,
             policy=self.policy,
@@ -211,35 +198,25 @@ class AsyncPublisher:
         )
         self._outbox = Outbox(ports.bus)
         self._windows = Windows(ports, self._subjects, "cpu")
-        self._journal = Journal(ports.bus, self.run)
-        self._lease = Lease(
-            ports.bus,
-            self.run,
-            self._me,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            lease_s=self.policy.lease_s,
+        self._telling = Telling(self.run, ports, self._outbox)
+        self._tenure = Tenure(self.run, me, ports, self._outgoing, self.policy)
+        self._archive = Archive(
+            ports,
+            self._outgoing,
+            self.policy,
+            lambda reason: self._telling.event("log-failed", "trainer", reason),
         )
-        self._sequence = 0
-        self._last_anchor = 0
-        await self._lease.acquire(timeout_s=self.policy.bus_s)
+        await self._tenure.reserve()
         self._subscription = await ports.bus.subscribe(
             self._subjects.worker_control_all, self._heard
         )
-        state = await self._journal.open(timeout_s=self.policy.bus_s)
-        epoch, version = 1, 0
-        if state.claim is not None:
-            # A successor goes on above whatever was announced before it; holders of anything else
-            # see by the digest that they have to resync (rule 2).
-            newest = state.claim.version
-            if state.announce is not None and state.announce.stamp.epoch == state.claim.epoch:
-                newest = max(newest, state.announce.version)
-            epoch, version = state.claim.epoch + 1, newest + 1
-        _, digest = await ports.run(self._outgoing.begin, version)
-        await self._claim(epoch, version, digest, state.last_sequence)
-        self._driver.spawn(self._store_anchor())
-        self._driver.spawn(self._keep_lease())
-        self._driver.post(ev.Claimed(epoch, version))
+        claimed = await self._tenure.claim()
+        self._driver.spawn(self._archive.anchor(self._epoch))
+        self._driver.spawn(self._tenure.keep(self._driver.post))
+        self._driver.post(claimed)
+
+    def _epoch(self) -> int:
+        return self._tenure.epoch
 
     async def _make_ports(self) -> Ports:
         if self._open_ports is not None:
@@ -288,10 +265,7 @@ class AsyncPublisher:
             await self._windows.abort_all()
             await self._driver.stop()
             await self._outbox.close(1.0)
-            try:
-                await self._lease.release(timeout_s=1.0)
-            except SparsecastError as exc:
-                log.debug("the lease runs out by itself: %s", exc)
+            await self._tenure.release()
         if hasattr(self, "_ports"):
             if self._subscription is not None:
                 await self._subscription.unsubscribe()
@@ -352,9 +326,7 @@ class AsyncPublisher:
             self._check()
             members = core.membership.members.values()
             names = sorted(
-                m.sender.name
-                for m in members
-                if m.version is not None and m.version >= core.head
+                m.sender.name for m in members if m.version is not None and m.version >= core.head
             )
             return names if len(names) >= n else None
 
@@ -422,15 +394,15 @@ class AsyncPublisher:
             case cmd.Say(message):
                 self._outbox.put(self._subjects.trainer_control, codec.encode(message))
             case cmd.Tell(kind, member, reason):
-                self._tell(kind, member, reason)
+                self._telling.event(kind, member, reason)
             case cmd.Settled(record):
-                self._settled(record)
+                self._telling.settled(record, self._epoch())
             case cmd.Fail(error):
                 self._error = error
             case cmd.Take(unsafe):
                 return self._take(unsafe)
-            case cmd.Append():
-                return self._append(command)
+            case cmd.Append(announce):
+                return self._tenure.announce(announce)
             case cmd.OpenWindow():
                 return self._windows.open(command)
             case cmd.AbortWindow(window):
@@ -449,43 +421,6 @@ class AsyncPublisher:
         sealed: ev.Sealed | None = await self._ports.run(self._outgoing.take, unsafe)
         return sealed
 
-    async def _append(self, command: cmd.Append) -> ev.Announced | ev.AnnounceFailed:
-        announce = command.announce
-        version = announce.version
-        try:
-            sequence = await self._journal.append(
-                announce,
-                message_id=f"{self._me.incarnation}-{announce.stamp.epoch}-{version}",
-                expected_sequence=self._sequence,
-                timeout_s=self.policy.bus_s,
-            )
-        except SequenceConflict as exc:
-            return await self._conflicted(version, exc)
-        except StreamMissing as exc:
-            return ev.AnnounceFailed(version, "lost", str(exc))
-        except BusError as exc:
-            return ev.AnnounceFailed(version, "unavailable", str(exc))
-        if announce.stamp.epoch == self._epoch:
-            self._sequence = sequence  # Else of a journal that is gone: it may answer late.
-        return ev.Announced(version)
-
-    async def _conflicted(self, version: int, conflict: SequenceConflict) -> ev.AnnounceFailed:
-        """Whose word is in our way: a successor's, which has claimed the run, or a late one?"""
-        try:
-            state = await self._journal.open(timeout_s=self.policy.bus_s)
-        except BusError as exc:
-            return ev.AnnounceFailed(version, "unavailable", str(exc))
-        if state.claim is None:
-            return ev.AnnounceFailed(version, "lost", "its journal is empty")
-        if state.claim.sender != self._me:
-            reason = f"the journal moved on without us ({conflict})"
-            return ev.AnnounceFailed(version, "fenced", reason)
-        # An append of an older epoch may arrive after our claim in a journal made anew, where
-        # sequences start again; members ignore it.
-        self._sequence = state.last_sequence
-        late = f"a late word of an older epoch ({conflict})"
-        return ev.AnnounceFailed(version, "unavailable", late)
-
     async def _send(self, command: cmd.Send) -> ev.Sent:
         stamp = command.stamp
         window = self._windows[stamp.window]
@@ -500,157 +435,16 @@ class AsyncPublisher:
         return ev.Sent(stamp.window, stamp.attempt, error)
 
     async def _store(self, versions: tuple[int, ...]) -> ev.LogStored | ev.LogFailed:
-        assert self._core is not None
-        epoch = self._core.epoch
-        try:
-            entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
-            await self._ports.log.store(entry, patch.to_bytes(), timeout_s=self.policy.store_s)
-        except (LogError, BusError) as exc:
-            return ev.LogFailed(versions[-1], str(exc))
-        await self._ports.run(self._outgoing.release, entry.version)
-        if entry.version - self._last_anchor >= self.policy.anchor_every:
-            self._last_anchor = entry.version
-            self._driver.spawn(self._store_anchor())
-        return ev.LogStored(entry.version)
-
-    async def _store_anchor(self) -> None:
-        """Put a full copy into the log, as often as it takes, and drop what it makes needless."""
-        assert self._core is not None
-        failures = 0
-        while True:
-            epoch = self._epoch
-            entry, patch = await self._ports.run(self._outgoing.anchor, epoch)
-            try:
-                await self._ports.log.store(entry, patch.to_bytes(), timeout_s=self.policy.store_s)
-                await self._prune(epoch)
-            except (LogError, BusError) as exc:
-                if failures == 0:
-                    self._tell("log-failed", "trainer", f"anchor {entry.version}: {exc}")
-                failures += 1
-                await asyncio.sleep(self.policy.retry_s * 2.0 ** min(failures, 6))
-                if epoch != self._epoch:
-                    return
-                continue
-            self._last_anchor = max(self._last_anchor, entry.version)
-            return
-
-    async def _prune(self, epoch: int) -> None:
-        """Keep the newest two anchors of this epoch and all that follows the older one."""
-        entries = await self._ports.log.entries(timeout_s=self.policy.store_s)
-        ours = [entry for entry in entries if entry.epoch == epoch]
-        anchors = sorted(entry.version for entry in ours if entry.base_version is None)
-        if not anchors:
-            return
-        oldest = anchors[-2:][0]
-        keep = [entry for entry in ours if entry.version >= oldest]
-        if len(keep) < len(entries):
-            await self._ports.log.prune(keep, timeout_s=self.policy.store_s)
-
-    async def _claim(self, epoch: int, version: int, digest: int, expected_sequence: int) -> None:
-        self._epoch = self._lease.epoch = epoch
-        claim = Claim(
-            sender=self._me,
-            epoch=epoch,
-            version=version,
-            digest=digest,
-            manifest=self._outgoing.manifest,
-            nonce=self._ports.token(),
-            heartbeat_s=self.policy.heartbeat_s,
-        )
-        self._sequence = await self._journal.append(
-            claim,
-            message_id=f"{self._me.incarnation}-{epoch}-claim",
-            expected_sequence=expected_sequence,
-            timeout_s=self.policy.bus_s,
-        )
+        stored = await self._archive.store(versions, self._epoch())
+        if isinstance(stored, ev.LogStored) and self._archive.due(stored.version):
+            self._driver.spawn(self._archive.anchor(self._epoch))
+        return stored
 
     async def _reclaim(self, epoch: int) -> ev.Claimed | ev.ReclaimFailed | ev.LeaseLost:
-        """The bus has lost its memory: claim the run anew, with an anchor of what is published."""
-        try:
-            try:
-                await self._lease.renew(timeout_s=self.policy.bus_s)
-            except (Fenced, StreamMissing):
-                await self._lease.acquire(timeout_s=self.policy.bus_s)
-            state = await self._journal.open(timeout_s=self.policy.bus_s)
-            held = state.claim
-            if held is not None and held.sender != self._me:
-                return ev.LeaseLost(f"trainer {held.sender.incarnation} has the run now")
-            if held is not None:
-                # Only the lease was lost, or an earlier try was stored although it failed here.
-                epoch = max(epoch, held.epoch + 1)
-            version, digest = await self._ports.run(self._outgoing.begin)
-            await self._claim(epoch, version, digest, state.last_sequence)
-        except (SequenceConflict, Fenced) as exc:
-            return ev.LeaseLost(str(exc))
-        except BusError as exc:
-            return ev.ReclaimFailed(str(exc))
-        except SparsecastError as exc:
-            return ev.LeaseLost(str(exc))
-        self._driver.spawn(self._store_anchor())
-        return ev.Claimed(epoch, version)
-
-    async def _keep_lease(self) -> ev.LeaseLost:
-        while True:
-            await asyncio.sleep(self.policy.lease_s / 4)
-            try:
-                await self._lease.renew(timeout_s=self.policy.bus_s)
-            except Fenced as exc:
-                return ev.LeaseLost(exc.reason)
-            except StreamMissing as exc:
-                self._driver.post(ev.AnnounceFailed(self.version, "lost", str(exc)))
-            except BusError as exc:
-                # It may run out meanwhile and a successor may take the run: the journal's
-                # compare-and-set decides.
-                log.warning("the lease was not renewed: %s", exc)
-
-    # ---- metrics
-
-    def _tell(self, kind: EventKind, member: str, reason: str) -> None:
-        event = Event(
-            time_s=self._ports.wall(), run=self.run, kind=kind, member=member, reason=reason
-        )
-        log.info("%s %s: %s", kind, member, reason)
-        self._outbox.put(self._subjects.events, codec.encode_metric(event))
-
-    def _settled(self, record: cmd.RoundRecord) -> None:
-        assert self._core is not None
-        applied_at = max(record.applied.values(), default=0.0)
-        verified_at = max(record.verified.values(), default=0.0)
-        metrics = TrainerMetrics(
-            time_s=self._ports.wall(),
-            run=self.run,
-            epoch=self._core.epoch,
-            version=record.version,
-            base_version=record.base_version,
-            changed=record.changed,
-            density=record.changed / record.numel if record.numel else 0.0,
-            nbytes=record.nbytes,
-            dense_nbytes=record.dense_nbytes,
-            encoding=record.encoding,
-            window=record.window,
-            transport=record.transport,
-            attempt=record.attempt,
-            members=len(record.members),
-            applied=len(record.applied),
-            verified=len(record.verified),
-            diff_us=record.diff_us,
-            encode_us=record.encode_us,
-            seal_us=_us(record.published_at, record.sealed_at),
-            announce_us=_us(record.published_at, record.announced_at),
-            ready_us=_us(record.announced_at, record.went_at),
-            broadcast_us=_us(record.went_at, record.received_at) if record.window else 0,
-            apply_us=_us(record.received_at, applied_at),
-            verify_us=_us(applied_at, verified_at),
-            total_us=_us(record.published_at, applied_at),
-            step=record.step,
-            tags=record.tags,
-        )
-        self._outbox.put(self._subjects.metrics_trainer, codec.encode_metric(metrics))
-
-
-def _us(start: float, end: float) -> int:
-    """Microseconds between two times, 0 if either never was."""
-    return max(round((end - start) * 1e6), 0) if start and end else 0
+        claimed = await self._tenure.reclaim(epoch)
+        if isinstance(claimed, ev.Claimed):
+            self._driver.spawn(self._archive.anchor(self._epoch))
+        return claimed
 
 
 class Publisher:

@@ -13,17 +13,17 @@ from typing import Any, Self, TypeVar
 import torch
 
 from ..messages import codec
-from ..messages.control import Announce, Claim, Sender, TrainerMessage, WindowKind
+from ..messages.control import Announce, Claim, LogEntry, Sender, TrainerMessage, WindowKind
 from ..messages.errors import (
     BusError,
     Closed,
     LogError,
+    LogHole,
     PatchError,
     RemoteProtocolError,
     ReplicaLagging,
     WindowError,
 )
-from ..messages.metrics import Event, EventKind, WorkerMetrics
 from ..messages.subjects import Subjects, check_token
 from ..pipeline.bus.base import Message, Subscription
 from ..pipeline.bus.journal import Journal
@@ -36,6 +36,7 @@ from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows
 from .engine import Engine, ModuleEngine
 from .incoming import Incoming
+from .telling import Telling
 
 log = logging.getLogger("sparsecast.replica")
 
@@ -162,6 +163,7 @@ class Replica:
         )
         self._outbox = Outbox(ports.bus)
         self._windows = Windows(ports, self._subjects, self._device)
+        self._telling = Telling(self.run, ports, self._outbox)
         # Control first: what the trainer says between the journal's reading and a later
         # subscription would be lost.
         self._subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
@@ -325,7 +327,7 @@ class Replica:
             case cmd.Report(message):
                 self._outbox.put(self._subjects.worker_control(self.name), codec.encode(message))
             case cmd.Tell(kind, member, reason):
-                self._tell(kind, member, reason)
+                self._telling.event(kind, member, reason)
             case cmd.Fail(error):
                 self._error = error
             case cmd.Compared():
@@ -395,7 +397,7 @@ class Replica:
         items: list[ev.LogItem] = []
         try:
             entries = await self._ports.log.entries(timeout_s=timeout_s)
-            found = way(entries, epoch=command.epoch, held=command.held, target=command.target)
+            found = _furthest(entries, command)
             nbytes = 0
             for entry in found:
                 nbytes += entry.nbytes
@@ -419,40 +421,22 @@ class Replica:
                 return ev.FetchFailed(command.epoch, str(exc))
         return ev.Fetched(command.epoch, tuple(items))
 
-    # ---- metrics
-
-    def _tell(self, kind: EventKind, member: str, reason: str) -> None:
-        event = Event(
-            time_s=self._ports.wall(), run=self.run, kind=kind, member=member, reason=reason
-        )
-        log.info("%s %s: %s", kind, member, reason)
-        self._outbox.put(self._subjects.events, codec.encode_metric(event))
-
     def _compared(self, command: cmd.Compared) -> None:
         core, last = self._core, self._incoming.last
         assert core is not None
-        if last is None or last.version != command.version:
-            return
-        metrics = WorkerMetrics(
-            time_s=self._ports.wall(),
-            run=self.run,
-            worker=self.name,
-            epoch=core.epoch,
-            version=last.version,
-            base_version=-1 if last.base_version is None else last.base_version,
-            lag=max((core.head or 0) - last.version, 0),
-            nbytes=last.nbytes,
-            source="log" if last.transport == "log" else "window",
-            window=last.window,
-            transport=last.transport,
-            attempt=last.attempt,
-            receive_us=last.receive_us,
-            check_us=last.check_us,
-            staged_us=last.staged_us,
-            apply_us=last.apply_us,
-            verify_us=command.verify_us,
-            verified=command.ok,
-            mismatches=core.mismatches,
-            step=last.step,
+        if last is not None and last.version == command.version:
+            self._telling.compared(self.name, core, last, command)
+
+
+def _furthest(entries: list[LogEntry], command: cmd.Fetch) -> list[LogEntry]:
+    """The way to the newest version that is stored, or where a hole is before it, to the target."""
+    newest = max((e.version for e in entries if e.epoch == command.epoch), default=0)
+    try:
+        return way(
+            entries,
+            epoch=command.epoch,
+            held=command.held,
+            target=max(newest, command.target),
         )
-        self._outbox.put(self._subjects.metrics(self.name), codec.encode_metric(metrics))
+    except LogHole:
+        return way(entries, epoch=command.epoch, held=command.held, target=command.target)

@@ -564,7 +564,7 @@ class ReplicaCore:
             return
         assert self.claim is not None
         self._fetching = True
-        # One step ahead is enough of a target: the log gives the way to the furthest that it has.
+        # At least one step: the driver goes as far as the log does.
         target = self.claim.version if self.version is None else self.version + 1
         self._out.append(cmd.Fetch(self.epoch, self.version, target))
 

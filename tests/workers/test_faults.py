@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, step, weights
-from sparsecast import AsyncPublisher, Broker, Replica
+from sparsecast import AsyncPublisher, Broker, Replica, ReplicaTorn
 from sparsecast.messages.control import Announce
 from sparsecast.messages.metrics import Event, WorkerMetrics
 from sparsecast.pipeline.windows.gloo import GlooWindow
@@ -180,12 +180,12 @@ def _flipping(site: Site) -> Any:
 
 
 async def test_a_lying_announcement_is_refused(site: Site, ear: Ear) -> None:
-    """The announced digest is not the state's: the worker says mismatch and serves nothing."""
+    """The announced digest is not the state's: nothing is served until a version is proven."""
     trained, mine = weights(), weights()
     publisher = await site.publisher(trained)
     replica = await site.replica(mine)
     await publisher.wait_members(1, timeout_s=10)
-    original = publisher._journal.append
+    original = publisher._tenure._journal.append
 
     async def lie(message: Any, **options: Any) -> int:
         if isinstance(message, Announce) and message.version == 1:
@@ -194,9 +194,16 @@ async def test_a_lying_announcement_is_refused(site: Site, ear: Ear) -> None:
             message = msgspec.structs.replace(message, digest=message.digest ^ 1)
         return await original(message, **options)
 
-    publisher._journal.append = lie  # type: ignore[method-assign]
+    publisher._tenure._journal.append = lie  # type: ignore[method-assign]
     step(trained, 1)
     await publisher.publish()
     assert (await ear.until(Event, kind="mismatch")).member == "w0"
-    await eventually(lambda: replica.verified == 1)  # the log's entry has the right digest
+    await eventually(lambda: replica.engine.guard().torn is not None)
+    with pytest.raises(ReplicaTorn, match="digest"), replica.reading():
+        pass
+    step(trained, 2)
+    await publisher.publish()
+    await eventually(lambda: replica.verified == 2)
     assert same_bits(trained, mine)
+    with replica.reading() as version:
+        assert version == 2

@@ -234,7 +234,7 @@ async def test_an_ousted_trainer_is_fenced(site: Site, broker: object) -> None:
     trained = weights()
     old = await site.publisher(trained)
     # The lease gone as if the old trainer had been stopped for longer than it lasts.
-    await old._lease.release(timeout_s=2.0)
+    await old._tenure._lease.release(timeout_s=2.0)
     new = await site.publisher(weights())
 
     async def go_on() -> None:

@@ -1,0 +1,173 @@
+"""A trainer's hold on its run: the lease keeps others polite, the journal keeps them out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+
+from ..messages.control import Announce, Claim, Sender
+from ..messages.errors import (
+    BusError,
+    Fenced,
+    SequenceConflict,
+    SparsecastError,
+    StreamMissing,
+)
+from ..pipeline.bus.journal import Journal
+from ..pipeline.bus.lease import Lease
+from ..pipeline.core import events as ev
+from ..pipeline.core.policy import Policy
+from .driver import Ports
+from .outgoing import Outgoing
+
+log = logging.getLogger("sparsecast.publisher")
+
+
+class Tenure:
+    """Claims a run, appends to its journal, renews its lease."""
+
+    def __init__(
+        self, run: str, me: Sender, ports: Ports, outgoing: Outgoing, policy: Policy
+    ) -> None:
+        self._me = me
+        self._ports = ports
+        self._outgoing = outgoing
+        self._policy = policy
+        self._journal = Journal(ports.bus, run)
+        self._lease = Lease(
+            ports.bus,
+            run,
+            me,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            lease_s=policy.lease_s,
+        )
+        self._sequence = 0
+        #: The epoch of the newest claim.
+        self.epoch = 0
+
+    async def reserve(self) -> None:
+        """Take the lease. RunBusy, BusUnavailable."""
+        await self._lease.acquire(timeout_s=self._policy.bus_s)
+
+    async def claim(self) -> ev.Claimed:
+        """Claim the reserved run, above whatever was announced on it before.
+
+        A successor's weights are a version of their own: holders of anything else see by the digest
+        that they have to resync (rule 2).
+        """
+        state = await self._journal.open(timeout_s=self._policy.bus_s)
+        epoch, version = 1, 0
+        if state.claim is not None:
+            newest = state.claim.version
+            if state.announce is not None and state.announce.stamp.epoch == state.claim.epoch:
+                newest = max(newest, state.announce.version)
+            epoch, version = state.claim.epoch + 1, newest + 1
+        _, digest = await self._ports.run(self._outgoing.begin, version)
+        await self._append_claim(epoch, version, digest, state.last_sequence)
+        return ev.Claimed(epoch, version)
+
+    async def announce(self, announce: Announce) -> ev.Announced | ev.AnnounceFailed:
+        """Store an announcement in the journal, behind all that this trainer has said."""
+        version = announce.version
+        try:
+            sequence = await self._journal.append(
+                announce,
+                message_id=f"{self._me.incarnation}-{announce.stamp.epoch}-{version}",
+                expected_sequence=self._sequence,
+                timeout_s=self._policy.bus_s,
+            )
+        except SequenceConflict as exc:
+            return await self._conflicted(version, exc)
+        except StreamMissing as exc:
+            return ev.AnnounceFailed(version, "lost", str(exc))
+        except BusError as exc:
+            return ev.AnnounceFailed(version, "unavailable", str(exc))
+        if announce.stamp.epoch == self.epoch:
+            self._sequence = sequence  # Else of a journal that is gone: it may answer late.
+        return ev.Announced(version)
+
+    async def reclaim(self, epoch: int) -> ev.Claimed | ev.ReclaimFailed | ev.LeaseLost:
+        """The bus has lost its memory: claim the run anew at what is published."""
+        try:
+            try:
+                await self._lease.renew(timeout_s=self._policy.bus_s)
+            except (Fenced, StreamMissing):
+                await self._lease.acquire(timeout_s=self._policy.bus_s)
+            state = await self._journal.open(timeout_s=self._policy.bus_s)
+            held = state.claim
+            if held is not None and held.sender != self._me:
+                return ev.LeaseLost(f"trainer {held.sender.incarnation} has the run now")
+            if held is not None:
+                # Only the lease was lost, or an earlier try was stored although it failed here.
+                epoch = max(epoch, held.epoch + 1)
+            version, digest = await self._ports.run(self._outgoing.begin)
+            await self._append_claim(epoch, version, digest, state.last_sequence)
+        except (SequenceConflict, Fenced) as exc:
+            return ev.LeaseLost(str(exc))
+        except BusError as exc:
+            return ev.ReclaimFailed(str(exc))
+        except SparsecastError as exc:
+            return ev.LeaseLost(str(exc))
+        return ev.Claimed(epoch, version)
+
+    async def keep(self, forgotten: Callable[[ev.AnnounceFailed], None]) -> ev.LeaseLost:
+        """Renew the lease until it is lost. `forgotten` hears of it if the bus lost the stream."""
+        while True:
+            await asyncio.sleep(self._policy.lease_s / 4)
+            try:
+                await self._lease.renew(timeout_s=self._policy.bus_s)
+            except Fenced as exc:
+                return ev.LeaseLost(exc.reason)
+            except StreamMissing as exc:
+                forgotten(ev.AnnounceFailed(self._outgoing.version, "lost", str(exc)))
+            except BusError as exc:
+                # It may run out meanwhile and a successor may take the run: the journal's
+                # compare-and-set decides.
+                log.warning("the lease was not renewed: %s", exc)
+
+    async def release(self) -> None:
+        """Give the lease back, so that a successor need not wait for its end."""
+        try:
+            await self._lease.release(timeout_s=1.0)
+        except SparsecastError as exc:
+            log.debug("the lease runs out by itself: %s", exc)
+
+    async def _append_claim(
+        self, epoch: int, version: int, digest: int, expected_sequence: int
+    ) -> None:
+        self.epoch = self._lease.epoch = epoch
+        claim = Claim(
+            sender=self._me,
+            epoch=epoch,
+            version=version,
+            digest=digest,
+            manifest=self._outgoing.manifest,
+            nonce=self._ports.token(),
+            heartbeat_s=self._policy.heartbeat_s,
+        )
+        self._sequence = await self._journal.append(
+            claim,
+            message_id=f"{self._me.incarnation}-{epoch}-claim",
+            expected_sequence=expected_sequence,
+            timeout_s=self._policy.bus_s,
+        )
+
+    async def _conflicted(self, version: int, conflict: SequenceConflict) -> ev.AnnounceFailed:
+        """Whose words are in our way: another trainer's, or late ones of our own?"""
+        try:
+            state = await self._journal.open(timeout_s=self._policy.bus_s)
+        except BusError as exc:
+            return ev.AnnounceFailed(version, "unavailable", str(exc))
+        if state.claim is None:
+            return ev.AnnounceFailed(version, "lost", "its journal is empty")
+        last = state.announce
+        if state.claim.sender != self._me or (last is not None and last.sender != self._me):
+            reason = f"the journal moved on without us ({conflict})"
+            return ev.AnnounceFailed(version, "fenced", reason)
+        # An append of before the run was claimed anew may arrive after the new claim.
+        self._sequence = state.last_sequence
+        return ev.AnnounceFailed(version, "unavailable", f"late words of our own ({conflict})")
