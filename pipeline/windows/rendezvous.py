@@ -148,7 +148,8 @@ class Rendezvous:
                         return self._read(task.result())
                     except BusUnavailable as exc:
                         # A question cut short by the deadline tells less than those before it.
-                        trouble = trouble if deadline.passed else exc.reason
+                        if not deadline.passed:
+                            trouble = exc.reason
                 if done:  # rank 0 does not listen yet, or the connection broke
                     await asyncio.sleep(min(pause_s, deadline.remaining_s))
                     pause_s = min(2 * pause_s, _PAUSE_MAX_S)
