@@ -1,6 +1,7 @@
 """The board: what a run looks like from its messages alone, without bus, clock or terminal."""
 
 import pytest
+from msgspec.structs import fields
 
 from sparsecast.messages import control as msg
 from sparsecast.messages.control import Sender
@@ -36,7 +37,8 @@ def heartbeat(
 
 def trainer_round(version: int, *, total_us: int = 10_000, **changes: object) -> TrainerMetrics:
     """The trainer's metrics of one round."""
-    fields: dict[str, object] = {
+    times = {f.name: 1 for f in fields(TrainerMetrics) if f.name.endswith("_us")}
+    values: dict[str, object] = {
         "time_s": 0.0,
         "run": "r",
         "epoch": 1,
@@ -55,14 +57,13 @@ def trainer_round(version: int, *, total_us: int = 10_000, **changes: object) ->
         "verified": 2,
         "total_us": total_us,
     }
-    for stage in ("diff", "encode", "seal", "announce", "ready", "broadcast", "apply", "verify"):
-        fields[f"{stage}_us"] = 1
-    return TrainerMetrics(**(fields | changes))  # type: ignore[arg-type]
+    return TrainerMetrics(**(times | values | changes))  # type: ignore[arg-type]
 
 
 def worker_round(name: str, version: int, **changes: object) -> WorkerMetrics:
     """A worker's metrics of one version."""
-    fields: dict[str, object] = {
+    times = {f.name: 1 for f in fields(WorkerMetrics) if f.name.endswith("_us")}
+    values: dict[str, object] = {
         "time_s": 0.0,
         "run": "r",
         "worker": name,
@@ -83,7 +84,7 @@ def worker_round(name: str, version: int, **changes: object) -> WorkerMetrics:
         "verified": True,
         "mismatches": 0,
     }
-    return WorkerMetrics(**(fields | changes))  # type: ignore[arg-type]
+    return WorkerMetrics(**(times | values | changes))  # type: ignore[arg-type]
 
 
 def only(board: Board, now: float) -> MemberRow:

@@ -27,7 +27,7 @@ def build(seed: int) -> Qwen2ForCausalLM:
         intermediate_size=768,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.05,
         pad_token_id=task.IDS[task.PAD],

@@ -22,7 +22,8 @@ _WIDTH = 78
 @dataclass(frozen=True, slots=True)
 class Look:
     """What others know at one moment: the run as heard on the bus, the times of the RL rounds in
-    ms, the proof of each worker, the road, and the command that shows the same elsewhere."""
+    ms, the proof of each worker, the road, and the command that shows the run elsewhere (none once
+    it is over)."""
 
     snapshot: Snapshot
     round_ms: Sequence[float]
@@ -49,11 +50,18 @@ def figures(points: Sequence[Point]) -> str:
     nbytes = sum(point.nbytes for point in points)
     dense = sum(point.dense_nbytes for point in points)
     ratio = f"{dense / nbytes:.1f}" if nbytes else "∞"
+    density = median(point.density for point in points)
     return (
-        f"{share(median(point.density for point in points))} changed, "
-        f"{size(median(point.nbytes for point in points))} an update, "
+        f"{share(density)} changed, "
+        f"{size(median(point.nbytes for point in points))} an update ({smallest(density)}), "
         f"{ratio}× fewer bytes than dense"
     )
+
+
+def smallest(density: float) -> str:
+    """The smallest encoding of a tensor in bfloat16 with this share changed: 2 bytes of position
+    an element, or a bit for every element, or all elements without either."""
+    return "sparse" if density < 1 / 16 else "bitmap" if density < 15 / 16 else "dense"
 
 
 def line(progress: Progress, look: Look) -> str:
@@ -94,8 +102,9 @@ def picture(progress: Progress, look: Look, elapsed_s: float) -> RenderableType:
     ]
     if progress.early is not None:
         parts += [Text(""), _answers(progress.early, progress.newest)]
-    parts += [Text(note, style="bold red") for note in progress.notes]
-    parts.append(Text(f"\nin a second terminal: {look.top}", style="dim", overflow="fold"))
+    parts += [Text(note.splitlines()[0], style="bold red") for note in progress.notes]
+    if look.top:
+        parts.append(Text(f"\nin a second terminal: {look.top}", style="dim", overflow="fold"))
     return Group(*parts)
 
 
@@ -126,7 +135,7 @@ def _facts(progress: Progress, look: Look) -> Table:
         if not rewards:
             table.add_row("loss", f"{progress.warm[-1].loss:.3f}")
         table.add_row("warm-up", figures(progress.warm))
-        table.add_row("", Text("large supervised steps: most weights change", style="dim"))
+        table.add_row("", Text("large supervised steps: most weights change in each", style="dim"))
     return table
 
 

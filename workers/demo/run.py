@@ -118,6 +118,7 @@ class Demo:
         self.watch: Watch
         self.rollouts: Rollouts
         self.url = options.bus or ""
+        self.over = False
 
     def play(self) -> int:
         """Set up, train, settle, judge."""
@@ -127,6 +128,7 @@ class Demo:
                 self._warm_up(learner)
                 self._reinforce(learner)
                 self._settle()
+                self.over = True
             return self._conclude()
 
     # ---- set-up
@@ -312,7 +314,7 @@ class Demo:
 
             self.options.json.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
         for reason in missing:
-            view.show(f"NOT PROVEN: {reason}")
+            view.show(f"NOT PROVEN: {reason.splitlines()[0]}")
         if not missing:
             applied = sum(one.applied for one in result.workers.values())
             view.show(
@@ -337,7 +339,7 @@ class Demo:
             round_ms=round_times(self.progress, rounds),
             workers=self.watch.ask(outcomes),
             window=window,
-            top=self._top_command(),
+            top="" if self.over else self._top_command(),
         )
 
     def _top_command(self) -> str:

@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNK,
         bos_token=BOS,
         eos_token=EOS,
-        model_max_length=64,
+        model_max_length=256,
         clean_up_tokenization_spaces=False,
     )
 

@@ -241,7 +241,7 @@ def test_the_live_picture_stays_on_the_terminal(home: Path, run: str) -> None:
     assert "RL update 2 of 2" in last
     assert re.search(r"reward +[▁▂▃▄▅▆▇█]+ ", last)
     assert re.search(r"worker-0 +3 +3 +\d+ +\d+ +0 +following", last)
-    assert "in a second terminal:" in last
+    assert "in a second terminal:" in text
     assert "proven: 1 worker" in last
     assert max(len(line) for line in last.splitlines()) <= 130
     assert none_left(run, home)
