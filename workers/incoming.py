@@ -5,7 +5,7 @@ All of it runs on the driver's torch thread, one call at a time; `staged` is sha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -175,6 +175,8 @@ class Incoming:
                     names.update(apply_checked(patch.checked, tensors, begin=writer.begin_write))
                 last = patches[-1]
                 self._engine.after_apply(last.version, sorted(names))
+                # Kernels are only queued: a reader on another stream would see half an update.
+                wait_for_devices(tensors)
                 writer.commit(last.version)
         except WaitTimeout as exc:
             return ev.ApplyFailed(str(exc), torn=False, waiting=True)
@@ -200,6 +202,12 @@ class Incoming:
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
         return ev.Digested(version, found, round((self._clock() - began) * 1e6))
+
+
+def wait_for_devices(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Return once all that was queued on the CUDA devices of these tensors is done."""
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _reaches_back(base_version: int | None, other: int | None) -> bool:

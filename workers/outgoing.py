@@ -108,6 +108,9 @@ class Outgoing:
         with self._diffing:
             base = self.version
             found = self._shadow.diff(self._tensors(), base_version=base, version=base + 1)
+            # The torch thread reads the patch on a stream of its own.
+            if found.patch.buffer.is_cuda:
+                torch.cuda.synchronize(found.patch.buffer.device)
             kept = _Kept(found.patch, found.digest, now, found.diff_us, found.encode_us, step, tags)
             with self._lists:
                 self._pending.append(kept)
