@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import signal
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ...messages.errors import SparsecastError, WaitTimeout
+from ...messages.errors import SettingsError, SparsecastError, WaitTimeout
 from . import task
 from .evidence import Evidence
 from .progress import Answer, Point, Progress, outcome, round_times
@@ -64,6 +65,10 @@ class DemoFailed(SparsecastError):
 
 def run_demo(options: DemoOptions) -> int:
     """Run the whole; the exit code. Whatever happens, no process of it stays."""
+    if options.json is not None:
+        folder = options.json.absolute().parent
+        if options.json.is_dir() or not os.access(folder, os.W_OK):
+            raise SettingsError(f"--json {options.json} cannot be written")
     console = Console(soft_wrap=False)
     live = console.is_terminal and not options.plain
     view = LiveView(console) if live else PlainView(console)
@@ -152,6 +157,8 @@ class Demo:
             from .model import build, save
             from .watch import Watch
 
+            # More only wait for each other on so small a model.
+            torch.set_num_threads(min(4, torch.get_num_threads()))
             step.done = f"torch {torch.__version__}, transformers {transformers.__version__}"
         if options.bus is None:
             with view.step("starting an embedded NATS broker") as step:

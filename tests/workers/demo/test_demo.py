@@ -156,25 +156,45 @@ def test_a_worker_that_dies_is_named_and_the_others_go_on(home: Path, run: str) 
     assert none_left(run, home)
 
 
-def test_a_run_that_another_trainer_holds_is_refused(home: Path, run: str) -> None:
-    """A second demo on a live run: exit code 4, and no workers started. The first is interrupted
-    in mid-training by Ctrl-C: exit code 130, nothing left behind."""
-    first = Running(run, home, "--updates", "500", "--warmup", "500", "--workers", "1")
-    url = first.read_until(r"(nats://127\.0\.0\.1:\d+)")[1]
-    first.read_until(r"warm-up 1/500")
-    second = subprocess.run(
-        command(run, "--updates", "1", "--bus", url),
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def test_a_live_demo_answers_and_is_not_disturbed(home: Path, run: str) -> None:
+    """While a demo trains: `ask` is answered; a second demo on its run and a second worker under
+    the name of the first are refused with exit code 4. Then Ctrl-C: exit code 130, and nothing
+    is left behind."""
+    demo = Running(run, home, "--updates", "500", "--warmup", "500", "--workers", "1")
+    url = demo.read_until(r"(nats://127\.0\.0\.1:\d+)")[1]
+    demo.read_until(r"warm-up 1/500")
+
+    def other(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sparsecast.workers.cli", *arguments, "--bus", url],
+            env=environment(home),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    asked = other("ask", "5 2 9 1 3", "--run", run, "--json")
+    assert asked.returncode == 0, asked.stderr
+    reply = json.loads(asked.stdout)
+    assert reply.keys() == {
+        "text", "tokens", "logprobs", "spans", "worker", "version", "finish",
+    }  # fmt: skip
+    assert (reply["worker"], len(reply["logprobs"])) == ("worker-0", len(reply["tokens"]))
+    assert reply["spans"][-1][1:] == [len(reply["tokens"]), reply["version"]]
+
+    second = other("demo", "--plain", "--run", run, "--updates", "1")
     assert second.returncode == 4, second.stdout + second.stderr
     assert f"run {run!r} is held by trainer" in second.stderr
     assert "starting the workers" not in second.stdout
-    first.process.send_signal(signal.SIGINT)
-    code, said = first.end(30)
+
+    (model,) = home.glob("sparsecast-demo-*/model")
+    namesake = other("worker", "--run", run, "--name", "worker-0", "--model", str(model))
+    assert namesake.returncode == 4, namesake.stderr
+    assert f"worker name 'worker-0' is in use in run {run!r}" in namesake.stderr
+
+    demo.process.send_signal(signal.SIGINT)
+    code, said = demo.end(30)
     assert code == 130, said
     assert "interrupted" in said
     assert "Traceback" not in said
