@@ -44,6 +44,7 @@ from .messages.errors import (
     WindowError,
     WindowTimeout,
     WindowUnavailable,
+    WorkerDied,
     WrongBase,
 )
 
@@ -119,6 +120,7 @@ __all__ = [
     "WindowError",
     "WindowTimeout",
     "WindowUnavailable",
+    "WorkerDied",
     "WrongBase",
     "apply",
     "diff",

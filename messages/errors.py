@@ -289,6 +289,10 @@ class EngineError(SparsecastError):
     """The inference engine failed or cannot do what was asked."""
 
 
+class WorkerDied(SparsecastError):
+    """A worker process that is needed has ended; the message carries its last words."""
+
+
 class GenerationFailed(SparsecastError):
     """Prompts were not answered; `failures` maps the index of a prompt to its reason."""
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ...messages.errors import SettingsError, SparsecastError, WaitTimeout
+from ...messages.errors import SettingsError, SparsecastError, WaitTimeout, WorkerDied
 from . import task
 from .evidence import Evidence
 from .progress import Answer, Point, Progress, outcome, round_times
@@ -57,10 +57,6 @@ class DemoOptions:
     run: str | None
     #: None: an embedded broker.
     bus: str | None
-
-
-class DemoFailed(SparsecastError):
-    """The demo could not go on."""
 
 
 def run_demo(options: DemoOptions) -> int:
@@ -284,7 +280,7 @@ class Demo:
         if len(self.crew.alive) < count:
             words = [f"{name} {words}" for name, words in self.crew.newly_dead()]
             words = words or self.progress.notes
-            raise DemoFailed("\n".join(["a worker that is needed has ended", *words]))
+            raise WorkerDied("\n".join(["a worker that is needed has ended", *words]))
 
     # ---- the end
 
