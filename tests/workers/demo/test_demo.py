@@ -217,6 +217,31 @@ def test_a_demo_ended_while_it_sets_up_leaves_nothing(
     assert list(home.glob("sparsecast*")) == []
 
 
+def test_a_worker_that_dies_before_it_joined_ends_the_demo(home: Path, run: str) -> None:
+    """A worker is killed while it starts: exit code 1 at once, with how it ended, and where its
+    last words are kept."""
+    demo = Running(run, home)
+    pid = int(demo.read_until(r"worker-1 \(pid (\d+)\)")[1])
+    os.kill(pid, signal.SIGKILL)
+    code, said = demo.end(20)
+    assert code == 1, said
+    assert "a worker that is needed has ended\nworker-1 ended with SIGKILL" in said
+    assert "Traceback" not in said
+    kept = re.search(r"what the workers said: (\S+)", said)
+    assert kept is not None
+    assert (Path(kept[1]) / "worker-1.log").exists()
+    assert none_left(run, home, within_s=2.0)
+
+
+def test_an_outcome_that_cannot_be_written_is_told_before_the_start(home: Path, run: str) -> None:
+    """--json into a folder that is not there: exit code 2 at once, not after three minutes."""
+    demo = Running(run, home, "--json", str(home / "nowhere" / "o.json"))
+    code, said = demo.end(20)
+    assert code == 2
+    assert "o.json cannot be written" in said
+    assert "loading torch" not in said
+
+
 def test_a_killed_demo_leaves_no_process_behind(home: Path, run: str) -> None:
     """SIGKILL to the demo: it can clean up nothing, and yet workers and broker end."""
     demo = Running(run, home, "--workers", "1")
