@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sparsecast.messages.errors import LocalProtocolError, ReplicaTorn, WaitTimeout
 from sparsecast.workers.guard import Guard
@@ -490,9 +490,12 @@ class GuardMachine(RuleBasedStateMachine):
             self.stays_blocked(who)
         self.settle()
 
-    @precondition(lambda self: self.writer is not None)
+    # No preconditions: which of two waiting writers got in is chance, and a replay that drew other
+    # steps for it would be flaky.
     @rule(version=st.integers(0, 5), commit=st.booleans())
     def begin(self, version: int, commit: bool) -> None:
+        if self.writer is None:
+            return
         writer = self.actors[self.writer].writer
         writer.begin_write()
         self.began = True
@@ -500,9 +503,10 @@ class GuardMachine(RuleBasedStateMachine):
             writer.commit(version)
             self.version, self.began, self.torn = version, False, False
 
-    @precondition(lambda self: self.writer is not None)
     @rule(fail=st.booleans())
     def end(self, fail: bool) -> None:
+        if self.writer is None:
+            return
         actor = self.actors[self.writer]
         actor.tell(actor.fail if fail else actor.leave)
         assert self.finished(self.writer) == ("done", None)
