@@ -319,3 +319,4 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     manifest_hash: str
     chunks: int
     step: int | None = None
+    tags: Tags | None = None

@@ -1,10 +1,12 @@
-"""Generation over the bus: requests to the workers' service and the samples that come back (msgpack)."""
+"""Generation over the bus: requests to the workers' service, and samples back (msgpack)."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import msgspec
+
+from .control import Tags
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -32,6 +34,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     index: int = 0
     text: str | None = None
     step: int | None = None
+    tags: Tags | None = None
 
     @property
     def version(self) -> int:

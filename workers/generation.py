@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..messages import codec
+from ..messages.control import Tags
 from ..messages.errors import (
     BusError,
     BusUnavailable,
@@ -61,8 +62,8 @@ class GenerationService:
 
     `version()` is what the weights hold, `wait_version(version, timeout_s)` returns once they hold
     that or newer (else WaitTimeout), `refuse()` is why this worker must not generate now, or None,
-    `step(version)` is the trainer's step of a version, for the samples. At most `max_requests` are
-    taken at a time. A request for a newer version waits `patience_s` here, then goes back to the
+    `origin(version)` is the trainer's step and tags of a version, for the samples. At most
+    `max_requests` are taken at a time. A request for a newer version waits `patience_s` here, then goes back to the
     client, who may find a worker that has it. For one event loop.
     """
 
@@ -76,7 +77,7 @@ class GenerationService:
         version: Callable[[], int | None],
         wait_version: Callable[[int, float], Awaitable[object]],
         refuse: Callable[[], str | None] = lambda: None,
-        step: Callable[[int], int | None] = lambda version: None,
+        origin: Callable[[int], tuple[int | None, Tags | None]] = lambda version: (None, None),
         max_requests: int = 64,
         progress_s: float = 0.5,
         patience_s: float = 2.0,
@@ -90,7 +91,7 @@ class GenerationService:
         self._version = version
         self._wait_version = wait_version
         self._refuse = refuse
-        self._step = step
+        self._origin = origin
         self._max_requests = max_requests
         self._progress_s = progress_s
         self._patience_s = patience_s
@@ -308,9 +309,9 @@ class GenerationService:
         return answer
 
     def _signed(self, job: _Job, place: int, sample: Sample) -> Sample:
-        step = self._step(sample.version) if sample.version >= 0 else None
+        step, tags = self._origin(sample.version)
         index = job.request.first_index + place // job.request.samples
-        return msgspec.structs.replace(sample, worker=self.name, step=step, index=index)
+        return msgspec.structs.replace(sample, worker=self.name, step=step, tags=tags, index=index)
 
     def _failed_here(self, request: str, reason: str, *, retry: bool) -> bytes:
         self._count_failure(reason)

@@ -5,12 +5,13 @@ All of it runs on the driver's torch thread, one call at a time; `staged` is sha
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from ..messages.control import Announce, Claim, LogEntry
+from ..messages.control import Announce, Claim, LogEntry, Tags
 from ..messages.errors import (
     CorruptPatch,
     ManifestMismatch,
@@ -33,6 +34,9 @@ from ..pipeline.delta import (
 )
 from .engine import Engine
 
+#: How many applied versions' step and tags are remembered: a sample of an older one goes without.
+ORIGINS = 1024
+
 
 @dataclass(slots=True)
 class Staged:
@@ -49,6 +53,7 @@ class Staged:
     window: int = 0
     attempt: int = 0
     step: int | None = None
+    tags: Tags | None = None
     apply_us: int = 0
     staged_us: int = 0
 
@@ -64,6 +69,8 @@ class Incoming:
         self._staged: dict[int, Staged] = {}
         #: What was applied last, for its metrics.
         self.last: Staged | None = None
+        #: Step and tags of the versions that were applied, the newest last.
+        self.origins: OrderedDict[int, tuple[int | None, Tags | None]] = OrderedDict()
 
     # ---- proof
 
@@ -142,6 +149,7 @@ class Incoming:
             window=window,
             attempt=attempt,
             step=announce.step,
+            tags=announce.tags,
         )
 
     def drop(self, versions: tuple[int, ...] | None) -> None:
@@ -188,6 +196,9 @@ class Incoming:
         last.apply_us = round((now - began) * 1e6)
         last.staged_us = round((now - last.staged_at) * 1e6)
         self.last = last
+        self.origins[last.version] = (last.step, last.tags)
+        while len(self.origins) > ORIGINS:
+            self.origins.popitem(last=False)
         self.drop(versions)
         return ev.AppliedHere(last.version, last.staged_us, last.apply_us)
 

@@ -188,7 +188,8 @@ class Outgoing:
         for version in versions:
             self._kept.pop(version, None)
         self._kept[kept.patch.version] = kept
-        return describe(kept.patch, epoch, kept.digest, kept.step), kept.patch
+        entry = describe(kept.patch, epoch, kept.digest, kept.step, kept.tags)
+        return entry, kept.patch
 
     def release(self, version: int) -> None:
         """Kept patches up to this version are safe elsewhere."""
@@ -200,7 +201,7 @@ class Outgoing:
         with self._diffing:
             patch = self._shadow.anchor(self.version)
             digest = self._shadow.digest
-        return describe(patch, epoch, digest, None), patch
+        return describe(patch, epoch, digest), patch
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return named_tensors(
@@ -208,7 +209,9 @@ class Outgoing:
         )
 
 
-def describe(patch: Patch, epoch: int, digest: int, step: int | None) -> LogEntry:
+def describe(
+    patch: Patch, epoch: int, digest: int, step: int | None = None, tags: Tags | None = None
+) -> LogEntry:
     """The log entry of a patch; `chunks` is for the tier to fill in."""
     kind = "anchor" if patch.base_version is None else f"patch-{patch.base_version}"
     return LogEntry(
@@ -222,6 +225,7 @@ def describe(patch: Patch, epoch: int, digest: int, step: int | None) -> LogEntr
         manifest_hash=patch.manifest_hash,
         chunks=0,
         step=step,
+        tags=tags,
     )
 
 

@@ -241,7 +241,7 @@ def server_binary() -> Path:
     with contextlib.suppress(metadata.PackageNotFoundError):
         found = metadata.distribution(DISTRIBUTION)
         names = ("nats-server", "nats-server.exe")
-        named = [file for file in found.files or () if file.name in names]
+        named = [str(file) for file in found.files or () if file.name in names]
         # `pip install --target` puts scripts elsewhere than its record says.
         for place in [*named, *(f"bin/{name}" for name in names)]:
             path = Path(str(found.locate_file(place))).resolve()

@@ -178,8 +178,8 @@ async def services(connected: Any, broker: Broker, run: str) -> AsyncIterator[Se
 
 async def test_request_is_accepted_then_answered(client: Client, services: Services) -> None:
     """The client hears at once that the worker has the request, and then the samples, signed with
-    the worker's name, the trainer's step and the prompts' places."""
-    service = await services.start(step=lambda version: 100 + version)
+    the worker's name, the trainer's step and tags, and the prompts' places."""
+    service = await services.start(origin=lambda version: (100 + version, {"phase": "rl"}))
     answer = await client.ask("r1", prompts=((1, 2, 3), (4, 5)), samples=2, first_index=10)
     first, *_ = client.heard["r1"]
     assert first == Generating(request="r1", worker="w", state="queued")
@@ -188,6 +188,7 @@ async def test_request_is_accepted_then_answered(client: Client, services: Servi
     assert [s.tokens for s in answer.samples] == [(3, 2, 1)] * 2 + [(5, 4)] * 2
     assert [s.index for s in answer.samples] == [10, 10, 11, 11]
     assert {(s.worker, s.step) for s in answer.samples} == {("w", 103)}
+    assert all(s.tags == {"phase": "rl"} for s in answer.samples)
     statistics = service.statistics
     assert (statistics.requests, statistics.failures) == (1, 0)
     assert (statistics.samples, statistics.tokens) == (4, 10)
