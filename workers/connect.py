@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from ..messages.errors import Closed
@@ -16,8 +17,14 @@ from ..pipeline.bus.nats import connect as connect_nats
 from ..pipeline.log.jetstream import JetStreamLog
 from ..pipeline.windows import available_kinds, open_window
 from .driver import Ports
+from .lane import Lane
+
+log = logging.getLogger("sparsecast.driver")
 
 T = TypeVar("T")
+
+#: How long closing waits for the torch work that runs, and for coroutines to end.
+END_S = 10.0
 
 
 async def connect(
@@ -34,15 +41,17 @@ async def connect(
         await bus.close()
         raise
     # One thread: torch work of one replica or publisher never overlaps, and keeps its order.
-    executor = ThreadPoolExecutor(1, thread_name_prefix=f"sparsecast-{name}")
+    lane = Lane(f"sparsecast-{name}")
 
     async def run_blocking(function: Callable[..., T], *args: Any) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(executor, functools.partial(function, *args))
+        return await lane.run(functools.partial(function, *args))
 
     async def close() -> None:
+        lane.stop()
         await asyncio.gather(bus.close(), bulk.close())
-        executor.shutdown(wait=False, cancel_futures=True)
+        # Whoever has closed a replica may use its weights at once: no apply may still write.
+        if not await lane.ended(END_S):
+            log.error("torch work of %s did not end within %g s; it goes on", name, END_S)
 
     return Ports(
         bus=bus,
@@ -62,6 +71,8 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = _new_loop()
+        self._submitting = threading.Lock()
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -71,34 +82,47 @@ class LoopThread:
         return self._loop
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine there."""
-        if not self._thread.is_alive():
-            coroutine.close()
-            raise Closed("its event loop has ended")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Run a coroutine there; it is cancelled when the loop ends. Closed after stop()."""
+        with self._submitting:
+            if self._stopped:
+                coroutine.close()
+                raise Closed("its event loop has ended")
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there and wait for it; the coroutine bounds the wait."""
+        """Run a coroutine there and wait for it; the coroutine bounds the wait.
+
+        Closed if the loop ends meanwhile.
+        """
         future = self.submit(coroutine)
         try:
             return future.result()
+        except CancelledError:
+            raise Closed("its event loop has ended") from None
         except BaseException:
             future.cancel()
             raise
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the loop. Idempotent."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout_s)
+        # Under the lock: what is submitted behind the loop's end would never run nor be cancelled.
+        with self._submitting:
+            if not self._stopped:
+                self._stopped = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
         finally:
-            for task in asyncio.all_tasks(self._loop):
+            # Whoever waits for one of them in another thread would wait for ever.
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
                 task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.wait(tasks, timeout=END_S))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 

@@ -98,8 +98,10 @@ class Driver(Generic[E, C]):
 
     def post(self, event: E) -> None:
         """Give an event to the core. On the loop's thread."""
+        if self._stopped:
+            return
         self._events.append(event)
-        if self._handling or self._stopped:
+        if self._handling:
             return
         self._handling = True
         try:
@@ -197,8 +199,9 @@ class Outbox:
             async with asyncio.timeout(timeout_s):
                 await self._queue.join()
                 await self._bus.flush(timeout_s)
-        except (TimeoutError, BusError):
-            log.warning("%d message(s) were not sent before closing", self._queue.qsize())
+        except (TimeoutError, BusError) as exc:
+            left = self._queue.qsize()
+            log.warning("closing before the bus had the last messages (%d queued): %s", left, exc)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -253,15 +256,18 @@ class Windows:
 
     async def abort(self, window: int) -> None:
         """Break one off; nothing happens if it is not here."""
-        found = self._windows.pop(window, None)
-        if found is not None:
-            await found.abort()
+        await self._end(window, lambda found: found.abort())
 
     async def close(self, window: int) -> None:
         """Leave an idle one in order."""
-        found = self._windows.pop(window, None)
+        await self._end(window, lambda found: found.close())
+
+    async def _end(self, window: int, end: Callable[[Window], Awaitable[None]]) -> None:
+        found = self._windows.get(window)
         if found is not None:
-            await found.close()
+            # Forgotten afterwards: if this is cancelled, abort_all() waits for what it began.
+            await end(found)
+            self._windows.pop(window, None)
 
     async def abort_all(self) -> None:
         """Break off whatever is left."""

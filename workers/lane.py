@@ -15,8 +15,9 @@ T = TypeVar("T")
 class Lane:
     """One daemon thread that runs functions one after the other, for coroutines of any loop.
 
-    Not an executor: those are joined when the interpreter ends, and a generator that hangs would
-    keep the process for ever.
+    What was cancelled before its turn is left out; what runs, runs to its end. Not an executor:
+    those are joined when the interpreter ends, and a generator that hangs would keep the process
+    for ever.
     """
 
     def __init__(self, name: str) -> None:
@@ -39,6 +40,8 @@ class Lane:
                 future.set_result(result)  # type: ignore[arg-type]
 
         def call() -> None:
+            if future.cancelled():
+                return
             result, error = None, None
             try:
                 result = function()
@@ -53,6 +56,11 @@ class Lane:
     def stop(self) -> None:
         """Let the thread end after what it does now."""
         self._calls.put(None)
+
+    async def ended(self, timeout_s: float) -> bool:
+        """Whether the thread has ended, after stop(), within `timeout_s`."""
+        await asyncio.to_thread(self._thread.join, timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:

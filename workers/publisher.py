@@ -7,15 +7,22 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 
 from ..messages import codec
 from ..messages.control import Sender, Tags, WorkerMessage
-from ..messages.errors import Closed, PublisherBusy, RemoteProtocolError, WindowError
+from ..messages.errors import (
+    Closed,
+    LocalProtocolError,
+    PublisherBusy,
+    RemoteProtocolError,
+    SettingsError,
+    WindowError,
+)
 from ..messages.subjects import Subjects, sender
-from ..pipeline.bus.base import Message, Subscription
+from ..pipeline.bus.base import Message
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
@@ -32,6 +39,7 @@ log = logging.getLogger("sparsecast.publisher")
 T = TypeVar("T")
 
 OnBusy = Literal["coalesce", "wait", "error"]
+NOT_OPEN = "the publisher is not open: use it as a context manager"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,11 @@ class AsyncPublisher:
     publishes floating tensors as what inference runs. `bus` is a NATS URL, or None for an embedded
     broker that ends with this object. Use it as an async context manager: entering claims the run
     (RunBusy, BusUnavailable), leaving waits up to `linger_s` until the log has what was published.
+    It may be entered again after it was left, or after entering has failed.
+
+    `on_busy`: what publish() does while a patch still waits for the round in flight: "coalesce"
+    merges with it, "wait" waits for as long as a round may take and merges then, "error" raises
+    PublisherBusy.
     """
 
     def __init__(
@@ -141,6 +154,9 @@ class AsyncPublisher:
         linger_s: float = 10.0,
         ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
     ) -> None:
+        if on_busy not in get_args(OnBusy):
+            known = ", ".join(map(repr, get_args(OnBusy)))
+            raise SettingsError(f"on_busy is one of {known}, not {on_busy!r}")
         self.run = run
         self.policy = policy or Policy()
         self._subjects = Subjects(run)
@@ -156,29 +172,30 @@ class AsyncPublisher:
         self._linger_s = linger_s
         self._open_ports = ports
         self._error: Exception | None = None
-        self._closed = False
         self._core: TrainerCore | None = None
+        #: What is to be undone on leaving, the youngest first; None while this is not open.
+        self._life: contextlib.AsyncExitStack | None = None
 
     # ---- life
 
     async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stop()
-            raise
+        if self._life is not None:
+            raise LocalProtocolError("this publisher is open already")
+        async with contextlib.AsyncExitStack() as life:
+            await self._start(life)
+            self._life = life.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _start(self) -> None:
+    async def _start(self, life: contextlib.AsyncExitStack) -> None:
         self._loop = asyncio.get_running_loop()
+        self._error = None
         self._changes = Changes()
-        self._subscription: Subscription | None = None
-        self._broker_close: Callable[[], None] | None = None
-        ports = await self._make_ports()
-        self._ports = ports
+        life.callback(self._changes.notify)
+        self._ports = ports = await self._make_ports(life)
+        life.push_async_callback(ports.close)
         me = Sender("trainer", ports.token())
         self._outgoing: Outgoing = await ports.run(self._make_outgoing)
         self._core = TrainerCore(
@@ -196,10 +213,15 @@ class AsyncPublisher:
             on_change=self._changes.notify,
             on_error=self._broke,
         )
-        self._outbox = Outbox(ports.bus)
-        self._windows = Windows(ports, self._subjects, "cpu")
-        self._telling = Telling(self.run, ports, self._outbox)
+        # Released after the driver has stopped: a renewal would take the lease again.
         self._tenure = Tenure(self.run, me, ports, self._outgoing, self.policy)
+        life.push_async_callback(self._tenure.release)
+        self._outbox = Outbox(ports.bus)
+        life.push_async_callback(self._outbox.close, 1.0)
+        self._windows = Windows(ports, self._subjects, "cpu")
+        life.push_async_callback(self._windows.abort_all)
+        life.push_async_callback(self._driver.stop)
+        self._telling = Telling(self.run, ports, self._outbox)
         self._archive = Archive(
             ports,
             self._outgoing,
@@ -207,9 +229,8 @@ class AsyncPublisher:
             lambda reason: self._telling.event("log-failed", "trainer", reason),
         )
         await self._tenure.reserve()
-        self._subscription = await ports.bus.subscribe(
-            self._subjects.worker_control_all, self._heard
-        )
+        subscription = await ports.bus.subscribe(self._subjects.worker_control_all, self._heard)
+        life.push_async_callback(subscription.unsubscribe)
         claimed = await self._tenure.claim()
         self._driver.spawn(self._archive.anchor(self._epoch))
         self._driver.spawn(self._tenure.keep(self._driver.post))
@@ -218,24 +239,24 @@ class AsyncPublisher:
     def _epoch(self) -> int:
         return self._tenure.epoch
 
-    async def _make_ports(self) -> Ports:
+    async def _make_ports(self, life: contextlib.AsyncExitStack) -> Ports:
         if self._open_ports is not None:
             return await self._open_ports()
-        if self._bus_url is None:
+        url = self._bus_url
+        if url is None:
             from ..pipeline.bus.broker import Broker
 
             broker = Broker(advertise=True)
-            self._bus_url = await asyncio.to_thread(broker.start)
-            self._broker_close = broker.close
-            log.info("embedded broker at %s", self._bus_url)
+            life.push_async_callback(asyncio.to_thread, broker.close)
+            url = await asyncio.to_thread(broker.start)
+            log.info("embedded broker at %s", url)
             print(
-                f"sparsecast: embedded broker at {self._bus_url}\n"
-                f"sparsecast: watch it with: sparsecast top --run {self.run} "
-                f"--bus {self._bus_url}",
+                f"sparsecast: embedded broker at {url}\n"
+                f"sparsecast: watch it with: sparsecast top --run {self.run} --bus {url}",
                 flush=True,
             )
         return await connect(
-            self._bus_url, run=self.run, name=f"{self.run}-trainer", timeout_s=self.policy.bus_s
+            url, run=self.run, name=f"{self.run}-trainer", timeout_s=self.policy.bus_s
         )
 
     def _make_outgoing(self) -> Outgoing:
@@ -243,49 +264,43 @@ class AsyncPublisher:
 
     async def close(self) -> None:
         """Let the log take what was published, up to linger_s, then leave the run. Idempotent."""
-        if self._closed:
+        life, self._life = self._life, None
+        if life is None:
             return
-        core = self._core
-        if core is not None and self._error is None:
-            try:
-                await self._changes.until(
-                    lambda: True if core.quiet or core.error or self._error else None,
-                    self._linger_s,
-                    what="the last updates are in the log",
-                    why=lambda: f"version {core.stored} of {core.published} is stored",
-                )
-            except TimeoutError as exc:
-                log.warning("closing without: %s", exc)
-            self._driver.post(ev.Close("the trainer left"))
-        await self._stop()
+        async with life:
+            if self._error is None:
+                await self._linger()
+                self._driver.post(ev.Close("the trainer left"))
 
-    async def _stop(self) -> None:
-        self._closed = True
-        if hasattr(self, "_driver"):
-            await self._windows.abort_all()
-            await self._driver.stop()
-            await self._outbox.close(1.0)
-            await self._tenure.release()
-        if hasattr(self, "_ports"):
-            if self._subscription is not None:
-                await self._subscription.unsubscribe()
-            await self._ports.close()
-        if getattr(self, "_broker_close", None) is not None:
-            assert self._broker_close is not None
-            await asyncio.to_thread(self._broker_close)
-        if hasattr(self, "_changes"):
-            self._changes.notify()
+    async def _linger(self) -> None:
+        core = self._core
+        assert core is not None
+        try:
+            await self._changes.until(
+                lambda: True if core.quiet or self._error else None,
+                self._linger_s,
+                what="the last updates are in the log",
+                why=lambda: f"version {core.stored} of {core.published} is stored",
+            )
+        except TimeoutError as exc:
+            log.warning("closing without: %s", exc)
 
     # ---- the user's face
 
     @property
     def bus(self) -> str:
-        """The URL of the bus."""
+        """The URL of the bus; Closed if it is an embedded one that was never started."""
+        if self._bus_url is None:
+            self._begun()
         return self._bus_url or self._ports.bus.url
 
     @property
     def version(self) -> int:
-        """The newest version that publish() has made, or the one that the run starts from."""
+        """The newest version that publish() has made, or the one that the run starts from.
+
+        Closed before the first entering.
+        """
+        self._begun()
         return self._outgoing.version
 
     @property
@@ -311,6 +326,7 @@ class AsyncPublisher:
             )
         if self._on_busy == "wait":
             self._outgoing.wait_taken(self.policy.send_s * self.policy.attempts)
+            self._check()
         made = self._outgoing.publish(step, tags)
         try:
             self._loop.call_soon_threadsafe(self._driver.post, ev.Published(made.version))
@@ -344,7 +360,7 @@ class AsyncPublisher:
         core = self._live_core()
 
         def done() -> bool | None:
-            self._check(closed=False)
+            self._check()
             applied, missing = core.progress(version)
             if at_least == "all":
                 return True if applied and not missing else None
@@ -357,14 +373,18 @@ class AsyncPublisher:
 
     def _live_core(self) -> TrainerCore:
         self._check()
-        assert self._core is not None
-        return self._core
+        return self._begun()
 
-    def _check(self, *, closed: bool = True) -> None:
+    def _check(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._core is None or (closed and self._closed):
-            raise Closed("the publisher is not open: use it as a context manager")
+        if self._life is None:
+            raise Closed(NOT_OPEN)
+
+    def _begun(self) -> TrainerCore:
+        if self._core is None:
+            raise Closed(NOT_OPEN)
+        return self._core
 
     # ---- what comes from the bus
 
@@ -425,11 +445,14 @@ class AsyncPublisher:
         stamp = command.stamp
         window = self._windows[stamp.window]
         payload = self._outgoing.payload(stamp.version)
-        error: str | None = "the window is gone"
-        if window is not None and payload is not None:
+        error: str | None = None
+        if window is None:
+            error = "the window is gone"
+        elif payload is None:
+            error = f"version {stamp.version} is not kept any more"
+        else:
             try:
                 await window.send(payload, attempt=stamp.attempt, timeout_s=command.timeout_s)
-                error = None
             except WindowError as exc:
                 error = exc.reason
         return ev.Sent(stamp.window, stamp.attempt, error)
@@ -545,5 +568,5 @@ class Publisher:
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self._thread is None:
             coroutine.close()
-            raise Closed("the publisher is not open: use it as a context manager")
+            raise Closed(NOT_OPEN)
         return self._thread.call(coroutine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -13,10 +14,11 @@ from typing import Any, Self, TypeVar
 import torch
 
 from ..messages import codec
-from ..messages.control import Announce, Claim, LogEntry, Sender, TrainerMessage, WindowKind
+from ..messages.control import Announce, Claim, LogEntry, Sender, Tags, TrainerMessage, WindowKind
 from ..messages.errors import (
     BusError,
     Closed,
+    LocalProtocolError,
     LogError,
     LogHole,
     PatchError,
@@ -25,7 +27,7 @@ from ..messages.errors import (
     WindowError,
 )
 from ..messages.subjects import Subjects, check_token
-from ..pipeline.bus.base import Message, Subscription
+from ..pipeline.bus.base import Message
 from ..pipeline.bus.journal import Journal
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
@@ -49,6 +51,7 @@ class Replica:
     `model` is a Module, a mapping of names to tensors, or an `Engine`. Use `async with replica`
     on an event loop, or start() / stop() from synchronous code (its loop then runs on a thread of
     its own). Entering connects and subscribes (BusUnavailable); it does not wait for a trainer.
+    It may be entered again after it was left, or after entering has failed.
     `windows` narrows the kinds of window that this worker offers. `max_lag` versions, or a trainer
     unheard for `offline_s`, make `refusal()` say so.
     """
@@ -88,17 +91,18 @@ class Replica:
             self.engine = model
         self._error: Exception | None = None
         self._core: ReplicaCore | None = None
-        self._closed = False
+        #: What is to be undone on leaving, the youngest first; None while this does not run.
+        self._life: contextlib.AsyncExitStack | None = None
         self._thread: LoopThread | None = None
 
     # ---- life
 
     async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._stop()
-            raise
+        if self._life is not None:
+            raise LocalProtocolError(f"replica {self.name!r} is running already")
+        async with contextlib.AsyncExitStack() as life:
+            await self._start(life)
+            self._life = life.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -124,11 +128,10 @@ class Replica:
             finally:
                 thread.stop()
 
-    async def _start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+    async def _start(self, life: contextlib.AsyncExitStack) -> None:
+        self._error = None
         self._changes = Changes()
-        self._subscription: Subscription | None = None
-        self._follower: Subscription | None = None
+        life.callback(self._changes.notify)
         if self._open_ports is not None:
             ports = await self._open_ports()
         else:
@@ -140,12 +143,12 @@ class Replica:
                 timeout_s=self.policy.bus_s,
             )
         self._ports = ports
-        self._me = Sender(self.name, ports.token())
+        life.push_async_callback(ports.close)
         offers = ports.kinds if self._offers is None else self._offers
         self._incoming = Incoming(self.engine, clock=ports.clock, guard_s=self.policy.guard_s)
         self._core = ReplicaCore(
             run=self.run,
-            me=self._me,
+            me=Sender(self.name, ports.token()),
             kinds=tuple(kind for kind in offers if kind in ports.kinds),
             device=self._device,
             host=socket.gethostname(),
@@ -162,37 +165,27 @@ class Replica:
             on_error=self._broke,
         )
         self._outbox = Outbox(ports.bus)
+        life.push_async_callback(self._outbox.close, 1.0)
         self._windows = Windows(ports, self._subjects, self._device)
+        life.push_async_callback(self._windows.abort_all)
+        life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
         # Control first: what the trainer says between the journal's reading and a later
         # subscription would be lost.
-        self._subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
-        self._follower = await Journal(ports.bus, self.run).follow(
+        subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
+        life.push_async_callback(subscription.unsubscribe)
+        follower = await Journal(ports.bus, self.run).follow(
             self._announced, timeout_s=self.policy.bus_s
         )
+        life.push_async_callback(follower.unsubscribe)
         self._driver.post(ev.Tick())
 
     async def close(self) -> None:
         """Leave the run in order; the weights stay as they are. Idempotent."""
-        if not self._closed and hasattr(self, "_driver"):
-            self._driver.post(ev.Close("the worker left"))
-        await self._stop()
-
-    async def _stop(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if hasattr(self, "_driver"):
-            await self._windows.abort_all()
-            await self._driver.stop()
-            await self._outbox.close(1.0)
-        if hasattr(self, "_ports"):
-            for subscription in (self._subscription, self._follower):
-                if subscription is not None:
-                    await subscription.unsubscribe()
-            await self._ports.close()
-        if hasattr(self, "_changes"):
-            self._changes.notify()
+        life, self._life = self._life, None
+        if life is not None:
+            async with life:
+                self._driver.post(ev.Close("the worker left"))
 
     # ---- the user's face
 
@@ -221,6 +214,10 @@ class Replica:
     def mismatches(self) -> int:
         """How many digests were not the announced ones."""
         return self._core.mismatches if self._core is not None else 0
+
+    def origin(self, version: int) -> tuple[int | None, Tags | None]:
+        """The trainer's step and tags of a version that was applied here; None where unknown."""
+        return self._incoming.origins.get(version, (None, None))
 
     @property
     def status(self) -> str:
@@ -260,7 +257,7 @@ class Replica:
         core = self._core
         if self._error is not None:
             return str(self._error)
-        if core is None or self._closed:
+        if core is None or self._life is None:
             return "the replica is not running"
         if self.engine.guard().torn is not None:
             return f"the weights are being resynced: {self.engine.guard().torn}"
@@ -295,7 +292,7 @@ class Replica:
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._core is None or self._closed:
+        if self._life is None:
             raise Closed(f"replica {self.name!r} is not running")
 
     # ---- what comes from the bus
