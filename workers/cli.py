@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import os
 import select
 import signal
@@ -21,8 +20,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ..messages import errors
-from ..messages.subjects import check_token
 from . import settings
+from .options import Bus, Config, Exit, Run, WindowChoice, check_bus, check_name, exit_code
 
 T = TypeVar("T")
 
@@ -44,103 +43,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Exit(enum.IntEnum):
-    """What a command's exit code says."""
-
-    DONE = 0
-    FAILED = 1
-    USAGE = 2
-    BUS = 3
-    REFUSED = 4
-    TIMEOUT = 5
-    INTERRUPTED = 130
-
-
-_CODES: tuple[tuple[type[errors.SparsecastError], Exit], ...] = (
-    (errors.InvalidName, Exit.USAGE),
-    (errors.SettingsError, Exit.USAGE),
-    (errors.BusUnavailable, Exit.BUS),
-    (errors.NameInUse, Exit.REFUSED),
-    (errors.RunBusy, Exit.REFUSED),
-    (errors.Fenced, Exit.REFUSED),
-    (errors.ReplicaRefused, Exit.REFUSED),
-    (errors.ManifestMismatch, Exit.REFUSED),
-    (errors.PermissionDenied, Exit.REFUSED),
-    (errors.WaitTimeout, Exit.TIMEOUT),
-)
-
-
-def exit_code(error: errors.SparsecastError) -> Exit:
-    """The exit code that stands for an error."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), Exit.FAILED)
-
-
-class WindowChoice(enum.StrEnum):
-    """What --window takes."""
-
-    AUTO = "auto"
-    GLOO = "gloo"
-    BUS = "bus"
-
-
-# ---- options that several commands share
-
-
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    if path is not None and not context.resilient_parsing:
-        group = context.parent.command if context.parent else context.command
-        known = {
-            name: frozenset(
-                str(parameter.name).replace("_", "-")
-                for parameter in command.params
-                if parameter.name not in ("config", "help", "prompt", "once", "json", "json_")
-            )
-            for name, command in group.commands.items()  # type: ignore[attr-defined]  # a click.Group
-        }
-        context.default_map = settings.from_file(path, str(context.info_name), known)
-    return path
-
-
-def _check(kind: str) -> Any:
-    def check(value: str | None) -> str | None:
-        return None if value is None else check_token(kind, value)
-
-    return check
-
-
-def _check_bus(context: typer.Context, url: str | None) -> str | None:
-    source = context.get_parameter_source("bus")
-    if url is not None and source is not None and source.name == "COMMANDLINE":
-        settings.refuse_credentials(url)
-    return url
-
-
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        envvar="SPARSECAST_CONFIG",
-        is_eager=True,
-        callback=_read_config,
-        help="A TOML file with settings.",
-    ),
-]
-Bus = Annotated[
-    str | None,
-    typer.Option(
-        "--bus",
-        envvar="SPARSECAST_BUS",
-        callback=_check_bus,
-        help="URL of the NATS server. Not given: the live broker of this user. A URL with "
-        "credentials only in the variable or the file.",
-    ),
-]
-Run = Annotated[
-    str,
-    typer.Option("--run", envvar="SPARSECAST_RUN", callback=_check("run"), help="Name of the run."),
-]
 
 
 def _bus(url: str | None) -> settings.BusChoice:
@@ -188,7 +90,7 @@ def demo(
     run: Annotated[
         str | None,
         typer.Option(
-            "--run", envvar="SPARSECAST_RUN", callback=_check("run"), help="Default: demo-…"
+            "--run", envvar="SPARSECAST_RUN", callback=check_name("run"), help="Default: demo-…"
         ),
     ] = None,
     bus: Annotated[
@@ -196,7 +98,7 @@ def demo(
         typer.Option(
             "--bus",
             envvar="SPARSECAST_BUS",
-            callback=_check_bus,
+            callback=check_bus,
             help="URL of a NATS server with JetStream. Not given: an embedded one.",
         ),
     ] = None,
@@ -211,7 +113,8 @@ def demo(
     verified, mismatches, version}}, density {warmup_p50, rl_p50}, nbytes {total, dense_total},
     round_ms {p50, p99}, reward {first, last}.
     """
-    from .demo.run import DemoOptions, run_demo
+    from .demo.play import DemoOptions
+    from .demo.run import run_demo
 
     options = DemoOptions(
         updates=updates, warmup=warmup, workers=workers, window=window.value, seed=seed,
@@ -230,7 +133,7 @@ def worker(
     name: Annotated[
         str,
         typer.Option(
-            envvar="SPARSECAST_NAME", callback=_check("worker"), help="Unique within the run."
+            envvar="SPARSECAST_NAME", callback=check_name("worker"), help="Unique within the run."
         ),
     ] = "worker-0",
     bus: Bus = None,
@@ -295,7 +198,7 @@ def ask(
     worker: Annotated[
         str | None,
         typer.Option(
-            envvar="SPARSECAST_WORKER", callback=_check("worker"), help="Ask this one, not any."
+            envvar="SPARSECAST_WORKER", callback=check_name("worker"), help="Ask this one, not any."
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(envvar="SPARSECAST_MAX_TOKENS", min=1)] = 64,
@@ -373,7 +276,7 @@ def top(
     run: Annotated[
         str | None,
         typer.Option(
-            "--run", envvar="SPARSECAST_RUN", callback=_check("run"),
+            "--run", envvar="SPARSECAST_RUN", callback=check_name("run"),
             help="Name of the run. Not given: the only one that is heard.",
         ),
     ] = None,

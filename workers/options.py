@@ -1,0 +1,117 @@
+"""What the commands of the command line share: options, the settings file, exit codes."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..messages import errors
+from ..messages.subjects import check_token
+from . import settings
+
+
+class Exit(enum.IntEnum):
+    """What a command's exit code says."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    BUS = 3
+    REFUSED = 4
+    TIMEOUT = 5
+    INTERRUPTED = 130
+
+
+_CODES: tuple[tuple[type[errors.SparsecastError], Exit], ...] = (
+    (errors.InvalidName, Exit.USAGE),
+    (errors.SettingsError, Exit.USAGE),
+    (errors.BusUnavailable, Exit.BUS),
+    (errors.NameInUse, Exit.REFUSED),
+    (errors.RunBusy, Exit.REFUSED),
+    (errors.Fenced, Exit.REFUSED),
+    (errors.ReplicaRefused, Exit.REFUSED),
+    (errors.ManifestMismatch, Exit.REFUSED),
+    (errors.PermissionDenied, Exit.REFUSED),
+    (errors.WaitTimeout, Exit.TIMEOUT),
+)
+
+
+def exit_code(error: errors.SparsecastError) -> Exit:
+    """The exit code that stands for an error."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), Exit.FAILED)
+
+
+#: What belongs to one call and not into a file.
+_NOT_IN_FILES = frozenset({"config", "help", "prompt", "once", "json", "until_stdin_closes"})
+
+
+class WindowChoice(enum.StrEnum):
+    """What --window takes."""
+
+    AUTO = "auto"
+    GLOO = "gloo"
+    BUS = "bus"
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    if path is not None and not context.resilient_parsing:
+        group = context.parent.command if context.parent else context.command
+        known = {
+            name: frozenset(
+                str(parameter.name).replace("_", "-")
+                for parameter in command.params
+                if parameter.name not in _NOT_IN_FILES
+            )
+            for name, command in group.commands.items()  # type: ignore[attr-defined]  # a click.Group
+        }
+        context.default_map = settings.from_file(path, str(context.info_name), known)
+    return path
+
+
+def check_name(kind: str) -> Callable[[str | None], str | None]:
+    """A callback that refuses what cannot be a name of this kind (InvalidName)."""
+
+    def check(value: str | None) -> str | None:
+        return None if value is None else check_token(kind, value)
+
+    return check
+
+
+def check_bus(context: typer.Context, url: str | None) -> str | None:
+    """A callback that refuses credentials on the command line (SettingsError)."""
+    source = context.get_parameter_source("bus")
+    if url is not None and source is not None and source.name == "COMMANDLINE":
+        settings.refuse_credentials(url)
+    return url
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        envvar="SPARSECAST_CONFIG",
+        is_eager=True,
+        callback=_read_config,
+        help="A TOML file with settings.",
+    ),
+]
+Bus = Annotated[
+    str | None,
+    typer.Option(
+        "--bus",
+        envvar="SPARSECAST_BUS",
+        callback=check_bus,
+        help="URL of the NATS server. Not given: the live broker of this user. A URL with "
+        "credentials only in the variable or the file.",
+    ),
+]
+Run = Annotated[
+    str,
+    typer.Option(
+        "--run", envvar="SPARSECAST_RUN", callback=check_name("run"), help="Name of the run."
+    ),
+]
