@@ -28,11 +28,11 @@ async def happen(world: "World", fault: Fault) -> None:
         case "cut":
             if anyone is not None:
                 for bus in anyone.buses:
-                    bus.cut(fault.for_s)
+                    bus.cut(min(fault.for_s, 12.0))
         case "stall":
             if anyone is not None:
                 for bus in anyone.buses:
-                    bus.stall(fault.for_s)
+                    bus.stall(min(fault.for_s, 8.0))
         case "broker restarts" | "broker forgets":
             if world.broker.up:
                 world.broker.stop(keep_store=fault.kind == "broker restarts")
@@ -90,7 +90,7 @@ async def happen(world: "World", fault: Fault) -> None:
             world.broker.full = lambda stream: False
         case "long reader":
             if isinstance(worker, WorkerLife):
-                worker.hold_s = fault.for_s * 2
+                worker.hold_s = min(fault.for_s * 2, 12.0)
         case "engine fails":
             if isinstance(worker, WorkerLife) and worker.engine is not None:
                 worker.engine.fail_next = True

@@ -17,7 +17,7 @@ KINDS = {
     "broker forgets": 2,
     "trainer killed": 2,
     "trainer frozen": 2,
-    "second trainer": 1,
+    "second trainer": 3,
     "worker killed": 3,
     "worker frozen": 3,
     "worker leaves": 1,

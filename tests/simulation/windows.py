@@ -69,6 +69,9 @@ class Fabric:
         self.faults = Faults()
         self.counts: dict[str, int] = {}
         self._meetings: dict[str, _Meeting] = {}
+        #: The last window of each process, and who hears of a process that is in two at once.
+        self._latest: dict[Process, SimWindow] = {}
+        self.on_second: Callable[[SimWindow, SimWindow], None] = lambda window, other: None
 
     def factory(self, process: Process) -> "Callable[[WindowSpec, Courier], SimWindow]":
         """What makes the windows of one process."""
@@ -86,6 +89,10 @@ class Fabric:
     def enter(self, window: "SimWindow") -> asyncio.Future[None]:
         """A rank comes to the opening; the future ends when all are there."""
         spec = window.spec
+        latest = self._latest.get(window.process)
+        if latest is not None and not latest.ended:
+            self.on_second(window, latest)
+        self._latest[window.process] = window
         meeting = self._meetings.setdefault(spec.prefix, _Meeting(spec.size))
         future: asyncio.Future[None] = self.loop.create_future()
         if spec.rank in meeting.present:
