@@ -77,17 +77,19 @@ class Incoming:
     def prove(self, claim: Claim) -> ev.Proved | ev.Unfit:
         """Compare the engine's tensors with the claim's manifest, and digest them as a reader."""
         try:
-            mine = manifest_of(self._engine.tensors())
-            claim.manifest.require_same(mine)
+            claim.manifest.require_same(manifest_of(self._engine.tensors()))
+            self._manifest = claim.manifest
+            try:
+                with self._engine.guard().reading(timeout_s=self._guard_s):
+                    found = digest(self._engine.tensors())
+            except (ReplicaTorn, WaitTimeout):
+                found = -1  # no state has this digest: the anchor decides
+        except ManifestMismatch as exc:
+            return ev.Unfit(claim.epoch, exc.difference)
         except SparsecastError as exc:
-            reason = exc.difference if isinstance(exc, ManifestMismatch) else str(exc)
-            return ev.Unfit(claim.epoch, reason)
-        self._manifest = claim.manifest
-        try:
-            with self._engine.guard().reading(timeout_s=self._guard_s):
-                found = digest(self._engine.tensors())
-        except (ReplicaTorn, WaitTimeout):
-            found = -1  # no state has this digest: the anchor decides
+            return ev.Unfit(claim.epoch, str(exc))
+        except Exception as exc:
+            return ev.Unfit(claim.epoch, f"its weights cannot be read: {type(exc).__name__}: {exc}")
         return ev.Proved(claim.epoch, claim.manifest.hash, found)
 
     def hold(self, version: int) -> None:
@@ -152,6 +154,13 @@ class Incoming:
             tags=announce.tags,
         )
 
+    def stage_bytes(self, data: bytes, entry: LogEntry, *, receive_us: int) -> None:
+        """stage() for what the log gave."""
+        if not data:
+            raise CorruptPatch(f"log entry {entry.name!r} has no bytes")
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.stage(buffer, entry, receive_us=receive_us, transport="log")
+
     def drop(self, versions: tuple[int, ...] | None) -> None:
         """Forget staged patches (None: all)."""
         for version in list(self._staged) if versions is None else versions:
@@ -165,8 +174,10 @@ class Incoming:
         if len(patches) != len(versions):
             return ev.ApplyFailed("a resync has dropped what was staged", torn=False)
         guard = self._engine.guard()
+        entered = False
         try:
             with guard.writing(self._guard_s) as writer:
+                entered = True
                 began = self._clock()
                 held = guard.version if guard.torn is None else None
                 for patch in patches:
@@ -186,12 +197,11 @@ class Incoming:
                 # Kernels are only queued: a reader on another stream would see half an update.
                 wait_for_devices(tensors)
                 writer.commit(last.version)
-        except WaitTimeout as exc:
-            return ev.ApplyFailed(str(exc), torn=False, waiting=True)
-        except PatchError as exc:
-            return ev.ApplyFailed(str(exc), torn=guard.torn is not None)
         except Exception as exc:
-            return ev.ApplyFailed(f"{type(exc).__name__}: {exc}", torn=guard.torn is not None)
+            if isinstance(exc, WaitTimeout) and not entered:
+                return ev.ApplyFailed(str(exc), torn=False, waiting=True)
+            reason = str(exc) if isinstance(exc, PatchError) else f"{type(exc).__name__}: {exc}"
+            return ev.ApplyFailed(reason, torn=guard.torn is not None)
         now = self._clock()
         last.apply_us = round((now - began) * 1e6)
         last.staged_us = round((now - last.staged_at) * 1e6)

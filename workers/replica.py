@@ -24,6 +24,7 @@ from ..messages.errors import (
     PatchError,
     RemoteProtocolError,
     ReplicaLagging,
+    SparsecastError,
     WindowError,
 )
 from ..messages.subjects import Subjects, check_token
@@ -365,8 +366,12 @@ class Replica:
         if window is None:
             return ev.ReceiveFailed(*identity, stamp.version, "the window is gone", corrupt=False)
         began = self._ports.clock()
-        # Fresh memory for each attempt: what an aborted one still writes to is nobody's staging.
-        buffer = torch.empty(announce.nbytes, dtype=torch.uint8)
+        try:
+            # Fresh memory for each attempt: an aborted one may still write to its own.
+            buffer = torch.empty(announce.nbytes, dtype=torch.uint8)
+        except (RuntimeError, TypeError) as exc:  # more than there is, or no size at all
+            reason = f"no staging for the announced {announce.nbytes} bytes: {_brief(exc)}"
+            return ev.ReceiveFailed(*identity, stamp.version, reason, corrupt=False)
         try:
             await window.receive(buffer, attempt=stamp.attempt, timeout_s=command.timeout_s)
         except WindowError as exc:
@@ -384,8 +389,8 @@ class Replica:
                     scratch=command.scratch,
                 )
             )
-        except PatchError as exc:
-            return ev.ReceiveFailed(*identity, stamp.version, str(exc), corrupt=True)
+        except (PatchError, RuntimeError, MemoryError) as exc:
+            return ev.ReceiveFailed(*identity, stamp.version, _brief(exc), corrupt=True)
         return ev.Staged(*identity, announce.base_version, stamp.version, announce.nbytes)
 
     async def _fetch(self, command: cmd.Fetch) -> ev.Fetched | ev.FetchFailed:
@@ -403,19 +408,20 @@ class Replica:
                 began = self._ports.clock()
                 data = await self._ports.log.load(entry, timeout_s=timeout_s)
                 receive_us = round((self._ports.clock() - began) * 1e6)
-                buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 await self._ports.run(
-                    lambda buffer=buffer, entry=entry, us=receive_us: self._incoming.stage(
-                        buffer, entry, receive_us=us, transport="log"
+                    lambda data=data, entry=entry, us=receive_us: self._incoming.stage_bytes(
+                        data, entry, receive_us=us
                     )
                 )
                 items.append(
                     ev.LogItem(entry.base_version, entry.version, entry.digest, entry.nbytes)
                 )
-        except (LogError, BusError, PatchError) as exc:
+        except (LogError, BusError, PatchError, RuntimeError, MemoryError) as exc:
+            # A hole is what a worker meets that is quicker than the log; the rest is trouble.
+            level = logging.DEBUG if isinstance(exc, LogHole) else logging.WARNING
+            log.log(level, "worker %s: the log gives nothing: %s", self.name, _brief(exc))
             if not items:
-                log.debug("the log gives nothing yet: %s", exc)
-                return ev.FetchFailed(command.epoch, str(exc))
+                return ev.FetchFailed(command.epoch, _brief(exc))
         return ev.Fetched(command.epoch, tuple(items))
 
     def _compared(self, command: cmd.Compared) -> None:
@@ -423,6 +429,13 @@ class Replica:
         assert core is not None
         if last is not None and last.version == command.version:
             self._telling.compared(self.name, core, last, command)
+
+
+def _brief(exc: Exception) -> str:
+    """An error of ours in its own words, a foreign one by its name and first line."""
+    if isinstance(exc, SparsecastError):
+        return str(exc)
+    return f"{type(exc).__name__}: {exc}".split("\n", 1)[0]
 
 
 def _furthest(entries: list[LogEntry], command: cmd.Fetch) -> list[LogEntry]:
