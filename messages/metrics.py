@@ -30,7 +30,7 @@ class TrainerMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="trainer"):
     #: Bytes of the patch, and of the same weights sent dense.
     nbytes: int
     dense_nbytes: int
-    #: "none", "sparse", "bitmap", "dense" or "mixed": how the patch's sections are encoded.
+    #: "none", "sparse", "bitmap" or "dense": the encoding of the most of the patch's bytes.
     encoding: str
     #: Number of the window, its kind ("log" if no window carried the round), and the attempt.
     window: int

@@ -5,6 +5,7 @@ Thread-safe. publish() runs on the caller's thread, all else on the driver's tor
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from ..messages.control import LogEntry, Tags
 from ..messages.errors import LogError
 from ..pipeline.core.events import Sealed
 from ..pipeline.delta import Patch, Shadow, checksum, merge, named_tensors
+
+log = logging.getLogger("sparsecast.publisher")
 
 #: Pending patches beyond this many are merged at once, so that a bus that is away for long costs
 #: memory for one patch and not for each.
@@ -33,6 +36,7 @@ class Published:
     numel: int
     nbytes: int
     dense_nbytes: int
+    encoding: str
 
 
 @dataclass(slots=True)
@@ -76,6 +80,7 @@ class Outgoing:
         self._exclude = exclude
         self._rename = rename
         self._clock = clock
+        #: Held over a diff and by whoever changes what is pending; `_lists` tells of the latter.
         self._diffing = threading.Lock()
         self._lists = threading.Condition()
         self._pending: list[_Kept] = []
@@ -112,16 +117,14 @@ class Outgoing:
             if found.patch.buffer.is_cuda:
                 torch.cuda.synchronize(found.patch.buffer.device)
             kept = _Kept(found.patch, found.digest, now, found.diff_us, found.encode_us, step, tags)
-            with self._lists:
-                self._pending.append(kept)
-                crowd = self._pending if len(self._pending) >= PENDING else None
-                if crowd is not None:
-                    self._pending = []
-            if crowd is not None:
-                merged = _merged(crowd)
-                with self._lists:
-                    self._pending.insert(0, merged)
+            # The shadow has moved: this version is made, whatever becomes of what follows.
+            self._pending.append(kept)
             self.version = base + 1
+            if len(self._pending) >= PENDING:
+                try:
+                    self._pending = [_merged(self._pending)]
+                except (RuntimeError, MemoryError) as exc:
+                    log.warning("%d patches wait unmerged: %s", len(self._pending), exc)
         patch = found.patch
         return Published(
             base_version=base,
@@ -130,6 +133,7 @@ class Outgoing:
             numel=self._numel,
             nbytes=patch.nbytes,
             dense_nbytes=patch.dense_nbytes,
+            encoding=patch.encoding,
         )
 
     def wait_taken(self, timeout_s: float) -> bool:

@@ -82,6 +82,8 @@ class _Made:
         self.changed = made.changed
         self.nbytes = made.nbytes
         self.dense_nbytes = made.dense_nbytes
+        #: "none", "sparse", "bitmap" or "dense": what carries the most of those bytes.
+        self.encoding = made.encoding
         self._numel = made.numel
 
     @property

@@ -87,6 +87,7 @@ async def serve(options: WorkerOptions) -> int:
                 version=lambda: replica.version,
                 wait_version=replica.wait_version,
                 refuse=replica.refusal,
+                origin=replica.origin,
             )
             await generation.start()
             service = await register_service(

@@ -22,7 +22,7 @@ from .layout import (
     parse_table,
 )
 
-EncodingName = Literal["none", "sparse", "bitmap", "dense", "mixed"]
+EncodingName = Literal["none", "sparse", "bitmap", "dense"]
 
 
 class Patch:
@@ -142,18 +142,19 @@ class Patch:
 
     @property
     def encoding(self) -> EncodingName:
-        """The encoding of its sections, "mixed" if they differ, "none" if there are none."""
+        """The encoding that carries the most of its bytes; "none" if nothing changed."""
         if self.full:
             return "dense"
-        found = {section.encoding for section in self.sections}
-        if not found:
-            return "none"
         names: dict[Encoding, EncodingName] = {
             Encoding.SPARSE: "sparse",
             Encoding.BITMAP: "bitmap",
             Encoding.DENSE: "dense",
         }
-        return names[found.pop()] if len(found) == 1 else "mixed"
+        nbytes = dict.fromkeys(names, 0)
+        for section in self.sections:
+            nbytes[section.encoding] += section.end - section.offset
+        most = max(names, key=lambda encoding: nbytes[encoding])
+        return names[most] if nbytes[most] else "none"
 
     def __repr__(self) -> str:
         base = "anchor" if self.base_version is None else self.base_version

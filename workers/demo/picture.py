@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -51,17 +52,12 @@ def figures(points: Sequence[Point]) -> str:
     dense = sum(point.dense_nbytes for point in points)
     ratio = f"{dense / nbytes:.1f}" if nbytes else "∞"
     density = median(point.density for point in points)
+    encoding = Counter(point.encoding for point in points).most_common(1)[0][0]
     return (
         f"{share(density)} changed, "
-        f"{size(median(point.nbytes for point in points))} an update ({smallest(density)}), "
+        f"{size(median(point.nbytes for point in points))} an update ({encoding}), "
         f"{ratio}× fewer bytes than dense"
     )
-
-
-def smallest(density: float) -> str:
-    """The smallest encoding of a tensor in bfloat16 with this share changed: 2 bytes of position
-    an element, or a bit for every element, or all elements without either."""
-    return "sparse" if density < 1 / 16 else "bitmap" if density < 15 / 16 else "dense"
 
 
 def line(progress: Progress, look: Look) -> str:

@@ -319,4 +319,5 @@ def _point(update: Update, learnt: Learnt) -> Point:
         density=update.density,
         nbytes=update.nbytes,
         dense_nbytes=update.dense_nbytes,
+        encoding=update.encoding,
     )

@@ -26,6 +26,7 @@ class Point:
     density: float
     nbytes: int
     dense_nbytes: int
+    encoding: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ def test_facts_of_a_patch() -> None:
     assert (patch.base_version, patch.version, patch.changed, patch.numel) == (8, 9, 1, 8000)
     assert (patch.density, patch.dense_nbytes, patch.encoding) == (1 / 8000, 16_000, "sparse")
     new["b"][:] = 1
-    assert diff(old, new, base_version=8, version=9).encoding == "mixed"
+    assert diff(old, new, base_version=8, version=9).encoding == "dense", "most of the bytes"
     anchor = Shadow(new).anchor(9)
     assert (anchor.base_version, anchor.encoding, anchor.density) == (None, "dense", 1.0)
     assert "8 → 9" in repr(patch)

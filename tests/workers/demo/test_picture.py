@@ -8,18 +8,18 @@ from rich.console import Console
 from sparsecast.messages.metrics import TrainerMetrics
 from sparsecast.workers.board import Board
 from sparsecast.workers.demo.evidence import WorkerOutcome
-from sparsecast.workers.demo.picture import Look, figures, line, picture, smallest, sparkline
+from sparsecast.workers.demo.picture import Look, figures, line, picture, sparkline
 from sparsecast.workers.demo.progress import Answer, Point, Progress, outcome
 
 
 def warm(version: int) -> Point:
     """A warm-up update."""
-    return Point(version, 0.5, None, 0.57, 4_000_000, 6_308_352)
+    return Point(version, 0.5, None, 0.57, 4_000_000, 6_308_352, "bitmap")
 
 
 def rl(version: int, reward: float) -> Point:
     """An RL update."""
-    return Point(version, 0.01, reward, 0.0123, 157_000, 6_308_352)
+    return Point(version, 0.01, reward, 0.0123, 157_000, 6_308_352, "sparse")
 
 
 def progress(warm_count: int, rewards: list[float]) -> Progress:
@@ -47,7 +47,7 @@ def round_of(version: int, applied: int) -> TrainerMetrics:
     times = [field.name for field in fields(TrainerMetrics) if field.name.endswith("_us")]
     return TrainerMetrics(
         time_s=0.0, run="r", epoch=1, version=version, base_version=version - 1, changed=1,
-        density=0.1, nbytes=1, dense_nbytes=2, encoding="mixed", window=1, transport="gloo",
+        density=0.1, nbytes=1, dense_nbytes=2, encoding="sparse", window=1, transport="gloo",
         attempt=1, members=2, applied=applied, verified=applied,
         **dict.fromkeys(times, 1000 * version),
     )  # fmt: skip
@@ -75,14 +75,6 @@ def test_the_figures_are_medians_and_a_ratio_of_sums() -> None:
         "1.23% changed, 157 kB an update (sparse), 40.2× fewer bytes than dense"
     )
     assert figures([warm(1)]).startswith("57.0% changed, 4.00 MB an update (bitmap), 1.6×")
-
-
-def test_the_smallest_encoding_changes_where_the_bytes_cross() -> None:
-    """For two-byte elements: 4c bytes sparse, N/8 + 2c as a bitmap, 2N dense."""
-    n = 65_536
-    for changed in (1, n // 16 - 1, n // 16 + 1, n // 2, 15 * n // 16 - 1, 15 * n // 16 + 1, n):
-        nbytes = {"sparse": 4 * changed, "bitmap": n // 8 + 2 * changed, "dense": 2 * n}
-        assert smallest(changed / n) == min(nbytes, key=nbytes.__getitem__), changed
 
 
 def test_the_warm_up_is_labelled_as_what_it_is() -> None:
