@@ -1,6 +1,7 @@
 """Words for a trace: what happened, without what differs between two runs of one seed."""
 
 import dataclasses
+import re
 from typing import Any
 
 import msgspec
@@ -18,6 +19,8 @@ LEFT_OUT = {
     "dense_nbytes",
     "numel",
 }
+#: A process and its machine, in the words of an error.
+HERE = re.compile(r"\(pid \d+ on [^)]*\)")
 
 
 def describe(thing: Any) -> str:
@@ -38,9 +41,9 @@ def describe(thing: Any) -> str:
     elif isinstance(thing, float):
         return f"{thing:.4f}"
     elif isinstance(thing, BaseException):
-        return f"{type(thing).__name__}: {thing}"
+        return HERE.sub("(pid)", f"{type(thing).__name__}: {thing}")
     else:
-        return str(thing)
+        return HERE.sub("(pid)", str(thing))
     shown = []
     for name in names:
         value = getattr(thing, name)

@@ -239,9 +239,7 @@ class WorkerLife(Life):
         if engine is None or version is None:
             return
         bits = fingerprint(engine.weights)
-        origins = [
-            trainer for trainer in world.trainers if trainer.table.get(version) == bits
-        ]
+        origins = [trainer for trainer in world.trainers if trainer.table.get(version) == bits]
         if not origins:
             world.violation(
                 f"{self.name} serves as version {version} what no trainer published as that"

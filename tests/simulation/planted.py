@@ -28,7 +28,7 @@ def base_unchecked() -> Iterator[None]:
 
     with (
         mock.patch.object(ReplicaCore, "_chain", chain),
-        mock.patch.object(incoming, "_fits", lambda patch, held: True),
+        mock.patch.object(incoming, "_fits", return_value=True),
     ):
         yield
 
@@ -40,7 +40,7 @@ def old_epoch_kept() -> Iterator[None]:
 
     def of_claim(self: ReplicaCore, claim: Claim) -> None:
         version, verified = self.version, self.verified
-        with mock.patch.object(ReplicaCore, "_drop_all", lambda self: None):
+        with mock.patch.object(ReplicaCore, "_drop_all"):
             claimed(self, claim)
         if self.claim is claim:
             self.version, self.verified = version, verified
@@ -68,7 +68,7 @@ def lower_window_kept() -> Iterator[None]:
     asked = ReplicaCore._asked_to_open
 
     def to_open(self: ReplicaCore, opening: Any) -> None:
-        with mock.patch.object(ReplicaCore, "_leave_window", lambda self: None):
+        with mock.patch.object(ReplicaCore, "_leave_window"):
             asked(self, opening)
 
     with mock.patch.object(ReplicaCore, "_asked_to_open", to_open):

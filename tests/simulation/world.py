@@ -226,9 +226,7 @@ class World:
         """Who is reported to hold a version has held it."""
         for name in report.applied:
             held = [
-                life.held.get(trainer.tokens[0], -1)
-                for life in self.workers
-                if life.worker == name
+                life.held.get(trainer.tokens[0], -1) for life in self.workers if life.worker == name
             ]
             if max(held, default=-1) < report.version:
                 self.violation(
@@ -369,9 +367,11 @@ class World:
             return [trainer.name for trainer in self.trainers if trainer.present]
 
         await self._until(
-            lambda: len(there()) == 1
-            and bool(self._live_trainers())
-            and self._live_trainers()[0].publisher._error is None,
+            lambda: (
+                len(there()) == 1
+                and bool(self._live_trainers())
+                and self._live_trainers()[0].publisher._error is None
+            ),
             40.0,
             lambda: f"not one trainer but {there()}",
         )
