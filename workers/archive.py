@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from ..messages.control import LogEntry
 from ..messages.errors import BusError, LogError
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
+from ..pipeline.delta import Patch
 from .driver import Ports
 from .outgoing import Outgoing
 
@@ -23,52 +25,69 @@ class Archive:
         self._policy = policy
         self._tell = tell
         self._last_anchor = 0
+        self._on_their_way = 0
 
     async def store(self, versions: tuple[int, ...], epoch: int) -> ev.LogStored | ev.LogFailed:
         """Store these kept versions as one entry, and let go of them."""
         try:
             entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
-            await self._ports.log.store(entry, patch.to_bytes(), timeout_s=self._policy.store_s)
+            await self._put(entry, patch)
         except (LogError, BusError) as exc:
             return ev.LogFailed(versions[-1], str(exc))
         await self._ports.run(self._outgoing.release, entry.version)
         return ev.LogStored(entry.version)
 
     def due(self, version: int) -> bool:
-        """Whether an anchor is due at this version; it counts as begun then."""
-        due = version - self._last_anchor >= self._policy.anchor_every
-        if due:
-            self._last_anchor = version
-        return due
+        """Whether an anchor is due at this version, and none is on its way."""
+        late = version - self._last_anchor >= self._policy.anchor_every
+        # Where patches fit and anchors do not, they would pile up, each with its full copy.
+        return late and not self._on_their_way
 
     async def anchor(self, epoch: Callable[[], int]) -> None:
-        """Put a full copy into the log, as often as it takes, and drop what it makes needless.
+        """Put a full copy into the log, trying until it is there, and drop what it makes needless.
 
         Gives up when another epoch has begun: that one stores an anchor of its own.
         """
         began, failures = epoch(), 0
-        while epoch() == began:
-            entry, patch = await self._ports.run(self._outgoing.anchor, began)
-            try:
-                await self._ports.log.store(entry, patch.to_bytes(), timeout_s=self._policy.store_s)
+        self._on_their_way += 1
+        try:
+            while epoch() == began:
+                try:
+                    entry, patch = await self._ports.run(self._outgoing.anchor, began)
+                    await self._put(entry, patch)
+                except (LogError, BusError, RuntimeError, MemoryError) as exc:
+                    if failures == 0:
+                        self._tell(f"an anchor: {exc}")
+                    failures += 1
+                    await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
+                    continue
+                self._last_anchor = max(self._last_anchor, entry.version)
                 await self._prune(began)
-            except (LogError, BusError) as exc:
-                if failures == 0:
-                    self._tell(f"anchor {entry.version}: {exc}")
-                failures += 1
-                await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
-                continue
-            self._last_anchor = max(self._last_anchor, entry.version)
-            return
+                return
+        finally:
+            self._on_their_way -= 1
+
+    async def _put(self, entry: LogEntry, patch: Patch) -> None:
+        # Copied on the torch thread: an anchor would hold the event loop up for long.
+        payload = await self._ports.run(patch.to_bytes)
+        await self._ports.log.store(entry, payload, timeout_s=self._policy.store_s)
 
     async def _prune(self, epoch: int) -> None:
-        """Keep the newest two anchors of this epoch and all that follows the older one."""
-        entries = await self._ports.log.entries(timeout_s=self._policy.store_s)
-        ours = [entry for entry in entries if entry.epoch == epoch]
-        anchors = sorted(entry.version for entry in ours if entry.base_version is None)
-        if not anchors:
-            return
-        oldest = anchors[-2:][0]
-        keep = [entry for entry in ours if entry.version >= oldest]
-        if len(keep) < len(entries):
-            await self._ports.log.prune(keep, timeout_s=self._policy.store_s)
+        """Keep the newest two anchors of this epoch and all from the older one's version on."""
+        timeout_s = self._policy.store_s
+        try:
+            entries = await self._ports.log.entries(timeout_s=timeout_s)
+            ours = [entry for entry in entries if entry.epoch == epoch]
+            anchors = sorted(entry.version for entry in ours if entry.base_version is None)
+            # A later epoch's is a successor's: whoever is fenced off must not take it along.
+            keep = [
+                entry
+                for entry in entries
+                if entry.epoch > epoch
+                or (anchors and entry.epoch == epoch and entry.version >= anchors[-2:][0])
+            ]
+            if anchors and len(keep) < len(entries):
+                await self._ports.log.prune(keep, timeout_s=timeout_s)
+        except (LogError, BusError) as exc:
+            # The next anchor's turn drops what this one left.
+            self._tell(f"pruning: {exc}")

@@ -12,6 +12,7 @@ from ..messages.control import Announce, Claim, Sender
 from ..messages.errors import (
     BusError,
     Fenced,
+    RunBusy,
     SequenceConflict,
     SparsecastError,
     StreamMissing,
@@ -26,12 +27,17 @@ from .outgoing import Outgoing
 log = logging.getLogger("sparsecast.publisher")
 
 
+#: How often a claim is tried while the holder before, whose lease is over, goes on announcing.
+CLAIMS = 5
+
+
 class Tenure:
     """Claims a run, appends to its journal, renews its lease."""
 
     def __init__(
         self, run: str, me: Sender, ports: Ports, outgoing: Outgoing, policy: Policy
     ) -> None:
+        self._run = run
         self._me = me
         self._ports = ports
         self._outgoing = outgoing
@@ -54,21 +60,27 @@ class Tenure:
         await self._lease.acquire(timeout_s=self._policy.bus_s)
 
     async def claim(self) -> ev.Claimed:
-        """Claim the reserved run, above whatever was announced on it before.
+        """Claim the reserved run, above whatever was announced on it before. RunBusy,
+        BusUnavailable.
 
         A successor's weights are a version of their own: holders of anything else see by the digest
         that they have to resync (rule 2).
         """
-        state = await self._journal.open(timeout_s=self._policy.bus_s)
-        epoch, version = 1, 0
-        if state.claim is not None:
-            newest = state.claim.version
-            if state.announce is not None and state.announce.stamp.epoch == state.claim.epoch:
-                newest = max(newest, state.announce.version)
-            epoch, version = state.claim.epoch + 1, newest + 1
-        _, digest = await self._ports.run(self._outgoing.begin, version)
-        await self._append_claim(epoch, version, digest, state.last_sequence)
-        return ev.Claimed(epoch, version)
+        for _ in range(CLAIMS):
+            state = await self._journal.open(timeout_s=self._policy.bus_s)
+            epoch, version = 1, 0
+            if state.claim is not None:
+                newest = state.claim.version
+                if state.announce is not None and state.announce.stamp.epoch == state.claim.epoch:
+                    newest = max(newest, state.announce.version)
+                epoch, version = state.claim.epoch + 1, newest + 1
+            _, digest = await self._ports.run(self._outgoing.begin, version)
+            try:
+                await self._append_claim(epoch, version, digest, state.last_sequence)
+            except SequenceConflict:
+                continue  # whoever held the run has not noticed yet, and announced once more
+            return ev.Claimed(epoch, version)
+        raise RunBusy(self._run, "that still announces in it", lease_s=self._policy.lease_s)
 
     async def announce(self, announce: Announce) -> ev.Announced | ev.AnnounceFailed:
         """Store an announcement in the journal, behind all that this trainer has said."""

@@ -3,10 +3,11 @@
 import asyncio
 import threading
 import time
+from typing import Any
 
 import pytest
 
-from runs import QUICK, Ear, Site, same_bits, step, weights
+from runs import QUICK, Ear, Site, eventually, same_bits, step, weights
 from sparsecast import (
     AsyncPublisher,
     Broker,
@@ -19,6 +20,7 @@ from sparsecast import (
     SettingsError,
 )
 from sparsecast.messages.metrics import TrainerMetrics
+from sparsecast.pipeline.bus.journal import Journal, JournalState
 
 
 def _threads(part: str) -> list[str]:
@@ -154,3 +156,44 @@ def test_a_synchronous_replica_is_awaited_on_any_loop(broker: Broker, run: str) 
             replica.stop()
             replica.stop()
             assert replica.refusal() == "the replica is not running"
+
+
+async def test_a_claim_is_tried_again_behind_a_last_announcement(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old trainer's lease is over, and it announces once more while its successor claims."""
+    trained = weights()
+    old = await site.publisher(trained)
+    await old._tenure.release()
+    look, looks = Journal.open, []
+
+    async def look_and_be_overtaken(journal: Journal, timeout_s: float) -> JournalState:
+        state = await look(journal, timeout_s)
+        if not looks:
+            looks.append(state)
+            step(trained, 1)
+            await old.publish()
+            await eventually(lambda: old._core is not None and old._core.head == 1)
+        return state
+
+    monkeypatch.setattr(Journal, "open", look_and_be_overtaken)
+    new = await site.publisher(weights())
+    assert new.version == 2
+    monkeypatch.undo()
+    replica = await site.replica(weights(seed=4))
+    assert await replica.wait_version(2, timeout_s=10) == 2
+
+
+async def test_a_run_that_never_stands_still_is_busy(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's announcement comes before every try to claim: RunBusy, and not for ever."""
+    original = Journal.append
+
+    async def overtaken(journal: Journal, message: object, **options: Any) -> int:
+        options["expected_sequence"] += 7
+        return await original(journal, message, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, "append", overtaken)
+    with pytest.raises(RunBusy, match="still announces"):
+        await site.publisher(weights())
