@@ -43,6 +43,10 @@ class Policy:
     guard_s: float = 5.0
     """How long an apply waits for readers before the member counts as lagging."""
 
+    verify_after_s: float = 0.03
+    """From an apply until the digest of it begins, unless the next patch comes earlier: members
+    that share the host finish their round first, and waiting readers go first."""
+
     settle_s: float = 10.0
     """From the last receipt until a round's metrics are told, whoever has not verified."""
 
