@@ -22,7 +22,9 @@ from typing import Self
 _NAME = "sparsecast-bench"
 _NETWORK = "10.213.77"
 _CHUNK = 1 << 18
-_SAMPLE_NBYTES = 32 << 20
+_SAMPLE_NBYTES = 16 << 20
+#: The fastest of so many counts: a busy machine is slower than its link, never faster.
+_SAMPLES = 3
 _PINGS = 200
 
 
@@ -128,17 +130,19 @@ def serve_sample(listener: socket.socket) -> dict[str, float]:
             end.sendall(b"p")
             _read(end, 1)
             trips.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        _write(end, _SAMPLE_NBYTES)
-        _read(end, 1)
-        there_s = time.perf_counter() - began
-        began = time.perf_counter()
-        end.sendall(b"g")
-        _read(end, _SAMPLE_NBYTES)
-        back_s = time.perf_counter() - began
+        there_s, back_s = [], []
+        for _ in range(_SAMPLES):
+            began = time.perf_counter()
+            _write(end, _SAMPLE_NBYTES)
+            _read(end, 1)
+            there_s.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            end.sendall(b"g")
+            _read(end, _SAMPLE_NBYTES)
+            back_s.append(time.perf_counter() - began)
     return {
-        "there_mbit_s": round(8e-6 * _SAMPLE_NBYTES / there_s, 1),
-        "back_mbit_s": round(8e-6 * _SAMPLE_NBYTES / back_s, 1),
+        "there_mbit_s": round(8e-6 * _SAMPLE_NBYTES / min(there_s), 1),
+        "back_mbit_s": round(8e-6 * _SAMPLE_NBYTES / min(back_s), 1),
         "round_trip_ms": round(1e3 * sorted(trips)[_PINGS // 2], 3),
     }
 
@@ -151,10 +155,11 @@ def take_sample(address: str, port: int) -> None:
         for _ in range(_PINGS):
             _read(end, 1)
             end.sendall(b"p")
-        _read(end, _SAMPLE_NBYTES)
-        end.sendall(b"d")
-        _read(end, 1)
-        _write(end, _SAMPLE_NBYTES)
+        for _ in range(_SAMPLES):
+            _read(end, _SAMPLE_NBYTES)
+            end.sendall(b"d")
+            _read(end, 1)
+            _write(end, _SAMPLE_NBYTES)
 
 
 def _write(end: socket.socket, nbytes: int) -> None:

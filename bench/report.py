@@ -132,7 +132,8 @@ def show(document: dict[str, Any], console: Console) -> None:
         f"trip {sample['round_trip_ms']} ms)\n",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
         f"torch {versions['torch']}, nats-server {versions['nats-server']}; "
-        f"load {document['load']['before']} → {document['load']['after']}",
+        f"load {document['load']['before']} → {document['load']['after']}"
+        + (", this bench first" if settings["first"] else ""),
     )
     parts: list[Any] = [head]
     for section in document["densities"]:

@@ -71,6 +71,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             threads=arguments.threads,
             seed=arguments.seed,
             window=arguments.window,
+            first=arguments.first,
             addresses=tuple(link.address(r) if link else "127.0.0.1" for r in range(size)),
         )
         status = stack.enter_context(console.status(cut.describe()))
@@ -103,6 +104,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             "rounds": arguments.rounds,
             "warmup": arguments.warmup,
             "link": arguments.link,
+            "first": arguments.first,
         },
         "window": result["window"],
         "link": sample,
@@ -142,6 +144,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--link", default="none", help="none, or a rate for tc: 1gbit (root)")
     parser.add_argument("--window", choices=["gloo", "bus"], default="gloo", help="ours (gloo)")
     parser.add_argument("--threads", type=_count, default=1, help="torch threads a process (1)")
+    parser.add_argument(
+        "--first", action="store_true", help="go before all that else runs here (root)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and changes (0)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for it all (1800)")
     parser.add_argument("--json", type=Path, help="where to write what was measured")
