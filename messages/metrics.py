@@ -70,7 +70,7 @@ class WorkerMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     epoch: int
     version: int
     base_version: int
-    #: Versions between the newest that was announced and this one, when it was applied.
+    #: Versions between the newest that was announced and this one, when its digest was compared.
     lag: int
     nbytes: int
     #: "window" or "log": the road by which the patch came.

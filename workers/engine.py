@@ -24,8 +24,9 @@ PauseMode = Literal["abort", "wait", "keep"]
 class Engine(Protocol):
     """Weights that a replica patches in place, and the engine that computes with them.
 
-    The replica calls tensors(), guard() and after_apply() on its apply and digest threads, never on
-    the event loop's thread. An engine may compute on any thread, but only inside guard().reading().
+    The replica calls tensors() and after_apply() on one thread of its own, never on the event
+    loop's, and guard() on any. An engine may compute on any thread, but only inside
+    guard().reading().
     """
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
