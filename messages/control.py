@@ -182,7 +182,8 @@ class Bye(Control, frozen=True, kw_only=True):
 class Join(Control, frozen=True, kw_only=True):
     """A member wants in: its model (by manifest hash), what it offers, what it holds.
 
-    `version` is None until the digest has shown which version the weights are.
+    `version` is None until the digest has shown which version the weights are. `trainer` is the
+    incarnation whose claim the member follows: another of the same epoch is not meant.
     """
 
     epoch: int
@@ -192,6 +193,7 @@ class Join(Control, frozen=True, kw_only=True):
     host: str
     pid: int
     version: int | None = None
+    trainer: str = ""
 
 
 class Ready(Control, frozen=True, kw_only=True):
@@ -306,7 +308,9 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One stored patch or anchor, written after its chunks: if the entry is there, they are.
 
     A patch carries weights at any version v with base_version ≤ v < version to `version`; an
-    anchor (`base_version` None) is a full copy. `name` names its chunks.
+    anchor (`base_version` None) is a full copy. `name` names its chunks. `writer` is the trainer's
+    incarnation: when the bus has forgotten, two trainers may claim one epoch, each in a journal of
+    its own, and what one stored is nothing to followers of the other.
     """
 
     name: str
@@ -318,5 +322,6 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     digest: int
     manifest_hash: str
     chunks: int
+    writer: str = ""
     step: int | None = None
     tags: Tags | None = None

@@ -77,14 +77,19 @@ class Archive:
         timeout_s = self._policy.store_s
         try:
             entries = await self._ports.log.entries(timeout_s=timeout_s)
-            ours = [entry for entry in entries if entry.epoch == epoch]
+            mine = (epoch, self._outgoing.writer)
+            ours = [entry for entry in entries if (entry.epoch, entry.writer) == mine]
             anchors = sorted(entry.version for entry in ours if entry.base_version is None)
-            # A later epoch's is a successor's: whoever is fenced off must not take it along.
+            # A later epoch's is a successor's, and one of this epoch may be another trainer's whose
+            # journal was forgotten: whoever is fenced off must not take it along.
             keep = [
                 entry
                 for entry in entries
-                if entry.epoch > epoch
-                or (anchors and entry.epoch == epoch and entry.version >= anchors[-2:][0])
+                if (
+                    entry.epoch >= epoch
+                    if entry not in ours
+                    else anchors and entry.version >= anchors[-2:][0]
+                )
             ]
             if anchors and len(keep) < len(entries):
                 await self._ports.log.prune(keep, timeout_s=timeout_s)

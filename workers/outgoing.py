@@ -74,12 +74,15 @@ class Outgoing:
         exclude: Sequence[str] | None,
         rename: Callable[[str], str] | Mapping[str, str] | None,
         clock: Callable[[], float],
+        writer: str = "",
     ) -> None:
         self._model = model
         self._include = include
         self._exclude = exclude
         self._rename = rename
         self._clock = clock
+        #: The trainer's incarnation, by which its log entries are told from another's.
+        self.writer = writer
         #: Held over a diff and by whoever changes what is pending; `_lists` tells of the latter.
         self._diffing = threading.Lock()
         self._lists = threading.Condition()
@@ -192,7 +195,7 @@ class Outgoing:
         for version in versions:
             self._kept.pop(version, None)
         self._kept[kept.patch.version] = kept
-        entry = describe(kept.patch, epoch, kept.digest, kept.step, kept.tags)
+        entry = describe(kept.patch, epoch, kept.digest, kept.step, kept.tags, self.writer)
         return entry, kept.patch
 
     def release(self, version: int) -> None:
@@ -205,7 +208,7 @@ class Outgoing:
         with self._diffing:
             patch = self._shadow.anchor(self.version)
             digest = self._shadow.digest
-        return describe(patch, epoch, digest), patch
+        return describe(patch, epoch, digest, writer=self.writer), patch
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return named_tensors(
@@ -214,12 +217,17 @@ class Outgoing:
 
 
 def describe(
-    patch: Patch, epoch: int, digest: int, step: int | None = None, tags: Tags | None = None
+    patch: Patch,
+    epoch: int,
+    digest: int,
+    step: int | None = None,
+    tags: Tags | None = None,
+    writer: str = "",
 ) -> LogEntry:
     """The log entry of a patch; `chunks` is for the tier to fill in."""
     kind = "anchor" if patch.base_version is None else f"patch-{patch.base_version}"
     return LogEntry(
-        name=f"{epoch}-{kind}-{patch.version}",
+        name=f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else ""),
         epoch=epoch,
         base_version=patch.base_version,
         version=patch.version,
@@ -228,6 +236,7 @@ def describe(
         digest=digest,
         manifest_hash=patch.manifest_hash,
         chunks=0,
+        writer=writer,
         step=step,
         tags=tags,
     )

@@ -199,7 +199,7 @@ class AsyncPublisher:
         self._ports = ports = await self._make_ports(life)
         life.push_async_callback(ports.close)
         me = Sender("trainer", ports.token())
-        self._outgoing: Outgoing = await ports.run(self._make_outgoing)
+        self._outgoing: Outgoing = await ports.run(self._make_outgoing, me.incarnation)
         self._core = TrainerCore(
             run=self.run,
             me=me,
@@ -261,8 +261,8 @@ class AsyncPublisher:
             url, run=self.run, name=f"{self.run}-trainer", timeout_s=self.policy.bus_s
         )
 
-    def _make_outgoing(self) -> Outgoing:
-        return Outgoing(self._model, clock=self._ports.clock, **self._choice)
+    def _make_outgoing(self, writer: str) -> Outgoing:
+        return Outgoing(self._model, clock=self._ports.clock, writer=writer, **self._choice)
 
     async def close(self) -> None:
         """Let the log take what was published, up to linger_s, then leave the run. Idempotent."""

@@ -406,15 +406,26 @@ class Replica:
             )
         except (PatchError, RuntimeError, MemoryError) as exc:
             return ev.ReceiveFailed(*identity, stamp.version, _brief(exc), corrupt=True)
+        claim = self._core.claim if self._core is not None else None
+        if claim is None or claim.sender != announce.sender:
+            await self._ports.run(self._incoming.drop, (stamp.version,))
+            return ev.ReceiveFailed(
+                *identity, stamp.version, "another claim came meanwhile", corrupt=False
+            )
         return ev.Staged(*identity, announce.base_version, stamp.version, announce.nbytes)
 
     async def _fetch(self, command: cmd.Fetch) -> ev.Fetched | ev.FetchFailed:
         """Stage the way from the log, as far as staging reaches."""
+        assert self._core is not None
+        claim = self._core.claim
+        assert claim is not None
         timeout_s = self.policy.store_s
         items: list[ev.LogItem] = []
         try:
             entries = await self._ports.log.entries(timeout_s=timeout_s)
-            found = _furthest(entries, command)
+            # An entry of the same epoch may be of another trainer, whose journal was forgotten.
+            mine = [entry for entry in entries if entry.writer in ("", claim.sender.incarnation)]
+            found = _furthest(mine, command)
             nbytes = 0
             for entry in found:
                 nbytes += entry.nbytes
@@ -437,6 +448,9 @@ class Replica:
             log.log(level, "worker %s: the log gives nothing: %s", self.name, _brief(exc))
             if not items:
                 return ev.FetchFailed(command.epoch, _brief(exc))
+        if self._core.claim is not claim:
+            await self._ports.run(self._incoming.drop, tuple(item.version for item in items))
+            return ev.FetchFailed(command.epoch, "another claim came while the log was read")
         return ev.Fetched(command.epoch, tuple(items))
 
     def _compared(self, command: cmd.Compared) -> None:

@@ -328,6 +328,7 @@ class ReplicaCore:
                     host=self.host,
                     pid=self.pid,
                     version=self.version,
+                    trainer=self.claim.sender.incarnation if self.claim is not None else "",
                 )
             )
         )
