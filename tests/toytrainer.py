@@ -82,8 +82,8 @@ class Trainer(Process):
         core = self.core
         if core.state not in (State.UNCLAIMED, State.CLOSED, State.FENCED):
             assert core.next_deadline() is not None
-        assert len(core._records) <= 400
-        assert len(core._unsafe) <= 400
+        assert len(core._ledger) <= 400
+        assert len(core._safekeeping.unsafe) <= 400
         # What was announced is in the log, or kept here with all that leads to it.
         at = max((p.version for e, p in self.world.log if e == core.epoch), default=None)
         if self.journals != self.world.journals:

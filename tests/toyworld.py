@@ -19,6 +19,7 @@ from sparsecast.messages.control import Sender, Stamp
 from sparsecast.messages.manifest import Manifest, TensorSpec
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
+from sparsecast.pipeline.core.ledger import RoundRecord
 from sparsecast.pipeline.core.policy import Policy
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class World:
         self.zombies: list[Trainer] = []
         self.lives = 0
         self.tells: list[cmd.Tell] = []
-        self.settled: list[cmd.RoundRecord] = []
+        self.settled: list[RoundRecord] = []
 
     # ---- time
 

@@ -7,7 +7,8 @@ import logging
 from ..messages import codec
 from ..messages.metrics import Event, EventKind, TrainerMetrics, WorkerMetrics
 from ..messages.subjects import Subjects
-from ..pipeline.core.commands import Compared, RoundRecord
+from ..pipeline.core.commands import Compared
+from ..pipeline.core.ledger import RoundRecord
 from ..pipeline.core.replica import ReplicaCore
 from .driver import Outbox, Ports
 from .incoming import Staged

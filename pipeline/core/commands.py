@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ...messages.control import (
     Announce,
     Claim,
-    Sender,
     Stamp,
-    Tags,
     TrainerMessage,
     WindowKind,
     WorkerMessage,
 )
 from ...messages.errors import SparsecastError
 from ...messages.metrics import EventKind
+from .ledger import RoundRecord
 
 # ---- both sides
 
@@ -119,38 +118,6 @@ class Settled:
     """A round is over for everyone: tell its metrics."""
 
     record: RoundRecord
-
-
-@dataclass(slots=True)
-class RoundRecord:
-    """What happened to one announced version. Times: seconds on the driver's clock, 0 for never."""
-
-    base_version: int
-    version: int
-    published_at: float
-    nbytes: int
-    dense_nbytes: int
-    changed: int
-    numel: int
-    encoding: str
-    digest: int
-    diff_us: int
-    encode_us: int
-    step: int | None
-    tags: Tags | None
-    sealed_at: float = 0.0
-    announced_at: float = 0.0
-    went_at: float = 0.0
-    received_at: float = 0.0
-    window: int = 0
-    transport: str = "log"
-    attempt: int = 0
-    members: tuple[Sender, ...] = ()
-    #: Members that have staged it through the window.
-    received: tuple[Sender, ...] = ()
-    #: When each member had applied and verified it, by the driver's clock.
-    applied: dict[str, float] = field(default_factory=dict)
-    verified: dict[str, float] = field(default_factory=dict)
 
 
 # ---- the replica's side

@@ -54,6 +54,11 @@ class Exchange:
         return None
 
     @property
+    def opening(self) -> bool:
+        """Whether it is to open its window, rather than to bring a version through it."""
+        return self.stamp.attempt == 0
+
+    @property
     def over(self) -> bool:
         """Whether it is done or failed."""
         return self.phase in (Phase.DONE, Phase.FAILED)

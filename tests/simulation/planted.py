@@ -56,7 +56,7 @@ def log_given_up() -> Iterator[None]:
 
     def once(self: TrainerCore, *args: Any) -> None:
         failed(self, *args)
-        self._store_at = float("inf")
+        self._safekeeping._store_at = float("inf")
 
     with mock.patch.object(TrainerCore, "_log_failed", once):
         yield

@@ -122,7 +122,7 @@ def live_through(seed: int, seconds: float) -> World:
         told = [f"{r}: {r.core.why()}, {r.version} torn={r.torn}" for r in world.replicas.values()]
         raise AssertionError(
             f"after 60 s of peace: {core.state}, head {core.head} of {trainer.version}, stored "
-            f"{core.stored}, unsafe {core._unsafe}; {told}"
+            f"{core.stored}, unsafe {core._safekeeping.unsafe}; {told}"
         )
     world.run(5.0)
     assert not core_awaits(world)
@@ -133,10 +133,11 @@ def core_awaits(world: World) -> list[str]:
     """What is still awaited when all is quiet: nothing should be."""
     trainer = world.trainer
     assert trainer is not None
-    state = trainer.core
+    inner = trainer.core
+    exchange, ledger, log = inner._windows.exchange, inner._ledger, inner._safekeeping
     left = []
-    if state._exchange is not None or state._records or state._storing or state._unsafe:
-        left.append(f"trainer: {state._exchange}, {state._records}, {state._storing}")
+    if exchange is not None or len(ledger) or log.storing or log.unsafe:
+        left.append(f"trainer: {exchange}, {ledger}, {log}")
     for replica in world.replicas.values():
         core = replica.core
         if core._commitment or core._receiving or core._staged or replica.staged:

@@ -65,7 +65,7 @@ class Talk:
         )  # fmt: skip
 
     def open_window(self) -> None:
-        exchange = self.core._exchange
+        exchange = self.core._windows.exchange
         assert exchange is not None
         stamp = exchange.stamp
         for member in exchange.members:
@@ -211,7 +211,7 @@ def test_a_window_that_never_opens_does_not_hold_every_round_up() -> None:
     for _ in range(200):
         if talk.core.state is State.OPENING:
             tries.append(talk.now)
-            exchange = talk.core._exchange
+            exchange = talk.core._windows.exchange
             assert exchange is not None
             talk.go(exchange.stamp, A)
             error = "no route between the hosts"
@@ -287,7 +287,7 @@ def test_a_log_that_fails_and_recovers() -> None:
     assert talk.only(cmd.Store, talk.wait(POLICY.retry_s, alive=[A])).versions == (1, 2)
     talk.feed(ev.LogFailed(2, "disk full"))
     assert talk.told("log-failed") == []
-    assert talk.core._unsafe == [2], "kept as one patch, under the last"
+    assert talk.core._safekeeping.unsafe == (2,), "kept as one patch, under the last"
     assert talk.only(cmd.Store, talk.wait(2 * POLICY.retry_s, alive=[A])).versions == (2,)
     talk.feed(ev.LogStored(2))
     assert [m.version for m in talk.said(msg.Stored)] == [2]

@@ -1,0 +1,176 @@
+"""The trainer's end of windows: the one that is open or being opened, and the exchange that is
+under way in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...messages import control as msg
+from ...messages.control import Sender, Stamp, WindowKind
+from . import commands as cmd
+from .commands import TrainerCommand
+from .exchange import Exchange, Phase
+from .membership import Membership
+from .openings import Openings
+from .policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A communicator of one epoch over a fixed list of ranks: the trainer is 0, members follow."""
+
+    epoch: int
+    number: int
+    kind: WindowKind
+    members: tuple[Sender, ...]
+
+    def stamp(self, attempt: int = 0, version: int = 0) -> Stamp:
+        """The stamp of an attempt in it; attempt 0 is its opening."""
+        return Stamp(self.epoch, self.number, attempt, version)
+
+
+class Windows:
+    """One window and one exchange at a time. Methods return what is to be said and done."""
+
+    def __init__(
+        self,
+        me: Sender,
+        kinds: tuple[WindowKind, ...],
+        policy: Policy,
+        membership: Membership,
+    ) -> None:
+        self.open: Window | None = None
+        self.exchange: Exchange | None = None
+        self.openings = Openings(policy)
+        self._me = me
+        self._kinds = kinds
+        self._policy = policy
+        self._membership = membership
+        #: The window that the exchange under way is to open.
+        self._next: Window | None = None
+        self._count = 0
+
+    # ---- which window
+
+    def wanted(self, head: int, now: float) -> tuple[WindowKind | None, tuple[Sender, ...]]:
+        """The kind and the members of the window that the membership calls for."""
+        inside = frozenset(self.open.members) if self.open is not None else frozenset()
+        return self._membership.fit(self.openings.usable(self._kinds, now), inside, head, now)
+
+    def is_open(self, kind: WindowKind | None, members: tuple[Sender, ...]) -> bool:
+        """Whether the open window is just that one."""
+        return self.open is not None and (self.open.kind, self.open.members) == (kind, members)
+
+    def ask(
+        self, epoch: int, kind: WindowKind, members: tuple[Sender, ...], head: int, now: float
+    ) -> list[TrainerCommand]:
+        """Ask members to commit to a new window, which they enter at version `head`."""
+        out = self.leave("another window follows")
+        self._count += 1
+        self._next = Window(epoch, self._count, kind, members)
+        stamp = self._next.stamp(version=head)
+        self.exchange = Exchange(stamp, members, now, self._policy.ready_s, self._policy.open_s)
+        opening = msg.Opening(
+            sender=self._me, stamp=stamp, kind=kind, members=members, enters_at=head
+        )
+        return [*out, cmd.Say(opening)]
+
+    def leave(self, reason: str) -> list[TrainerCommand]:
+        """Leave the idle window, if one is open: in order, if all of its members are there."""
+        window, self.open = self.open, None
+        if window is None:
+            return []
+        sound = all(self._membership.get(member) is not None for member in window.members)
+        way = cmd.CloseWindow(window.number) if sound else cmd.AbortWindow(window.number)
+        return [way, self._abort(window.stamp(), reason)]
+
+    # ---- the exchange
+
+    def attempt(self, number: int, version: int, nbytes: int, now: float) -> Stamp:
+        """Begin an attempt to bring `nbytes` through the open window; its stamp."""
+        window = self.open
+        assert window is not None
+        stamp = window.stamp(number, version)
+        work_s = self._policy.send_deadline_s(nbytes)
+        self.exchange = Exchange(stamp, window.members, now, self._policy.ready_s, work_s)
+        return stamp
+
+    def under(self, stamp: Stamp) -> Exchange | None:
+        """The exchange under way, if it is the one of this stamp."""
+        return self.exchange if self.exchange is not None and self.exchange.stamp == stamp else None
+
+    def go(self) -> list[TrainerCommand]:
+        """All have committed: all enter."""
+        exchange = self.exchange
+        assert exchange is not None
+        stamp, work_s = exchange.stamp, exchange.work_s
+        said = cmd.Say(msg.Go(sender=self._me, stamp=stamp))
+        if not exchange.opening:
+            return [said, cmd.Send(stamp, work_s)]
+        window = self._next
+        assert window is not None
+        ranks = len(window.members) + 1
+        return [said, cmd.OpenWindow(stamp, window.kind, 0, ranks, work_s)]
+
+    def local(self, stamp: Stamp, error: str | None, now: float) -> None:
+        """Our own part of the exchange is over, well or with `error`."""
+        exchange = self.exchange
+        if exchange is None or exchange.phase is not Phase.WORKING:
+            return
+        at = exchange.stamp
+        if (at.epoch, at.window, at.attempt) == (stamp.epoch, stamp.window, stamp.attempt):
+            exchange.local(error, now)
+
+    def over(self) -> Exchange | None:
+        """The exchange, once: if it has just ended."""
+        exchange = self.exchange
+        if exchange is None or not exchange.over:
+            return None
+        self.exchange = None
+        return exchange
+
+    def opened(self) -> list[TrainerCommand]:
+        """Every rank has its end of the window: it is open."""
+        window, self._next = self._next, None
+        assert window is not None
+        self.open = window
+        self.openings.opened(window.kind)
+        names = ", ".join(member.name for member in window.members)
+        return [cmd.Tell("window-open", "trainer", f"{window.kind} {window.number}: {names}")]
+
+    def failed(
+        self, exchange: Exchange, left_out: tuple[Sender, ...], now: float
+    ) -> list[TrainerCommand]:
+        """It came to nothing: the window goes, and whoever is left out stays out for a while."""
+        stamp, reason = exchange.stamp, exchange.reason
+        out: list[TrainerCommand] = []
+        for member in left_out:
+            pause = self._membership.strike(member, now)
+            if pause:
+                out.append(cmd.Tell("evict", member.name, f"{reason}; out for {pause:g} s"))
+        out.append(self._abort(stamp, reason))
+        if not exchange.opening or exchange.went is not None:
+            out.append(cmd.AbortWindow(stamp.window))
+        out.append(cmd.Tell("window-abort", "trainer", f"window {stamp.window}: {reason}"))
+        self.open = None
+        window, self._next = self._next, None
+        if exchange.opening and not left_out:
+            assert window is not None
+            self.openings.failed(window.kind, now)
+        return out
+
+    def abandon(self, reason: str) -> list[TrainerCommand]:
+        """Break off whatever there is: the epoch or the trainer ends."""
+        stamp = None
+        if self.exchange is not None:
+            stamp = self.exchange.stamp
+        elif self.open is not None:
+            stamp = self.open.stamp()
+        self.exchange = self.open = self._next = None
+        if stamp is None:
+            return []
+        return [self._abort(stamp, reason), cmd.AbortWindow(stamp.window)]
+
+    def _abort(self, stamp: Stamp, reason: str) -> cmd.Say:
+        return cmd.Say(msg.Abort(sender=self._me, stamp=stamp, reason=reason))
