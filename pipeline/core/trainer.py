@@ -241,7 +241,7 @@ class TrainerCore:
         self._out += self._roster.hear(sender, now)
         if isinstance(message, msg.Join):
             # Another trainer may have claimed this epoch in a journal that was forgotten.
-            if message.epoch == self.epoch:
+            if message.epoch == self.epoch and message.trainer in ("", self.me.incarnation):
                 self._join(message)
             return
         member = self.membership.get(sender)
