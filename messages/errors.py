@@ -50,12 +50,15 @@ class RemoteProtocolError(ProtocolError):
 
 
 class InvalidName(SparsecastError, ValueError):
-    """A run or worker name that cannot be one token of a subject."""
+    """A run or worker name that cannot be one token of a subject, or is the trainer's."""
 
-    def __init__(self, kind: str, name: str) -> None:
-        super().__init__(
-            f"{kind} {name!r} cannot be used: names have 1 to 64 letters, digits, '-' or '_'"
-        )
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        reason: str = "names have 1 to 64 letters, digits, '-' or '_'",
+    ) -> None:
+        super().__init__(f"{kind} {name!r} cannot be used: {reason}")
         self.kind = kind
         self.name = name
 

@@ -22,6 +22,9 @@ def check_token(kind: str, name: str) -> str:
     """Return `name` if it can be one token of a subject, else raise InvalidName."""
     if not _TOKEN.fullmatch(name):
         raise InvalidName(kind, name)
+    if kind == "worker" and name == "trainer":
+        # Its metrics would go to the trainer's subject, and its events would be the trainer's.
+        raise InvalidName(kind, name, "that is what the trainer is called")
     return name
 
 

@@ -200,8 +200,8 @@ class Outbox:
                 await self._queue.join()
                 await self._bus.flush(timeout_s)
         except (TimeoutError, BusError) as exc:
-            left = self._queue.qsize()
-            log.warning("closing before the bus had the last messages (%d queued): %s", left, exc)
+            why = str(exc) or f"not within {timeout_s:g} s"
+            log.warning("closing before the bus had the last messages: %s", why)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 

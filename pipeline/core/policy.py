@@ -22,9 +22,6 @@ class Policy:
     silence_s: float = 4.0
     """A member unheard for so long is put out of the membership."""
 
-    offline_s: float = 10.0
-    """A trainer unheard for so long counts as away, to its members."""
-
     ready_s: float = 2.0
     """From asking for commitments until whoever has not committed is left out."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sparsecast.messages.errors import InvalidName
@@ -13,6 +13,7 @@ from sparsecast.messages.subjects import Subjects, check_token, sender
 @given(name=st.from_regex(r"\A[A-Za-z0-9_-]{1,64}\Z"))
 def test_good_names_pass(name: str) -> None:
     """Letters, digits, dashes and underscores make one token."""
+    assume(name != "trainer")
     assert check_token("worker", name) == name
     subjects = Subjects(name)
     assert sender(subjects.worker_control(name)) == name
@@ -26,6 +27,13 @@ def test_names_that_would_escape_their_token_are_refused(name: str) -> None:
         check_token("worker", name)
     with pytest.raises(InvalidName):
         Subjects(name)
+
+
+def test_no_worker_is_called_as_the_trainer_is() -> None:
+    """Its metrics would be taken for the trainer's; a run may well have that name."""
+    with pytest.raises(InvalidName, match="what the trainer is called"):
+        check_token("worker", "trainer")
+    assert Subjects("trainer").run == "trainer"
 
 
 def test_everything_is_under_the_run() -> None:
