@@ -63,8 +63,8 @@ class GenerationService:
     `version()` is what the weights hold, `wait_version(version, timeout_s)` returns once they hold
     that or newer (else WaitTimeout), `refuse()` is why this worker must not generate now, or None,
     `origin(version)` is the trainer's step and tags of a version, for the samples. At most
-    `max_requests` are taken at a time. A request for a newer version waits `patience_s` here, then goes back to the
-    client, who may find a worker that has it. For one event loop.
+    `max_requests` are taken at a time. A request for a newer version waits `patience_s` here, then
+    goes back to the client, who may find a worker that has it. For one event loop.
     """
 
     def __init__(
