@@ -267,7 +267,9 @@ class Windows:
         if found is not None:
             # Forgotten afterwards: if this is cancelled, abort_all() waits for what it began.
             await end(found)
-            self._windows.pop(window, None)
+            # A new epoch counts from one again: its window may have this number by now.
+            if self._windows.get(window) is found:
+                del self._windows[window]
 
     async def abort_all(self) -> None:
         """Break off whatever is left."""
