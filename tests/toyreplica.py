@@ -65,8 +65,8 @@ class Replica(Process):
         core = self.core
         if not self.closed and core.error is None:
             assert core.next_deadline() is not None
-        assert len(core._staged) <= 200
-        assert len(core._digests) <= 1024
+        assert len(core._lane.staging.patches) <= 200
+        assert len(core._announced.digests) <= 1024
 
     def once(self, what: str) -> None:
         assert what not in self.busy, f"{self}: two of {what} at once"
@@ -213,7 +213,7 @@ class Replica(Process):
             self.weights[0] ^= 1
             self.flipped = True
         right = world.history.get((self.trainer_life, held))
-        stale = self.core._to_prove  # A claim came meanwhile: it is about to look for itself.
+        stale = self.core._lane.to_prove  # A claim came meanwhile: it is about to look for itself.
         assert self.flipped or stale or self.weights == right, f"{self}: wrong at {held}"
         return ev.AppliedHere(held, 1, 1)
 

@@ -70,18 +70,16 @@ class ReplicaCore:
         if self._closed or (self.error is not None and not isinstance(event, ev.Close)):
             return []
         self._dispatch(event)
-        if not self._closed and self.error is None:
-            self._out += self._lane.next(self._seat.coming, now)
+        self._go_on()
         return self._out
 
     def next_deadline(self) -> float | None:
         """When a Tick is due, on the clock of `now`."""
         if self._closed or self.error is not None:
             return None
-        commitment = self._seat.commitment
         times = (
             self._belonging.beat_at,
-            commitment[1] if commitment is not None else None,
+            self._seat.next_change(),
             self._lane.next_change(self._seat.coming, self._now),
         )
         return max(min(time for time in times if time is not None), self._now)
@@ -187,7 +185,7 @@ class ReplicaCore:
                 assert_never(event)
 
     def _tick(self) -> None:
-        self._seat.expire(self._now)
+        self._seat.tick(self._now)
         if self._belonging.beats(self._now) and self._lane.manifest_hash:
             if self._belonging.joined:
                 self._out.append(self._lane.heartbeat())
@@ -310,6 +308,11 @@ class ReplicaCore:
             return
         self._out += self._lane.received(event)
         self._out.append(cmd.Report(msg.Received(sender=self.me, stamp=stamp)))
+
+    def _go_on(self) -> None:
+        """Whatever has happened, the weights may need something now."""
+        if not self._closed and self.error is None:
+            self._out += self._lane.next(self._seat.coming, self._now)
 
     # ---- ends
 

@@ -275,7 +275,8 @@ class WorkerLife(Life):
             world.violation(f"{self.name} has {staged} bytes in staging, {most} are the bound")
         if core.mismatches:
             world.violation(f"{self.name}: a digest was not the announced one")
-        if core.version is None or core._applying is not None or core._to_prove:
+        lane = core._lane
+        if core.version is None or lane.applying is not None or lane.to_prove:
             return
         incarnation = core.claim.sender.incarnation
         self.held[incarnation] = max(self.held.get(incarnation, -1), core.version)

@@ -408,7 +408,7 @@ class World:
             and worker.replica.refusal() is None
             and worker.served[1] == trainer.table[newest]
             and worker.replica._core is not None
-            and worker.replica._core._applying is None
+            and worker.replica._core._lane.applying is None
             and core.membership.members.get(worker.worker) is not None
             and core.membership.members[worker.worker].verified == newest
             for worker in present

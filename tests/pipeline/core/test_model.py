@@ -139,9 +139,9 @@ def core_awaits(world: World) -> list[str]:
     if exchange is not None or len(ledger) or log.storing or log.unsafe:
         left.append(f"trainer: {exchange}, {ledger}, {log}")
     for replica in world.replicas.values():
-        core = replica.core
-        if core._commitment or core._receiving or core._staged or replica.staged:
-            left.append(f"{replica}: {core._commitment}, {core._staged}, {replica.staged}")
+        seat, staged = replica.core._seat, replica.core._lane.staging.patches
+        if seat.commitment or seat.receiving or staged or replica.staged:
+            left.append(f"{replica}: {seat.commitment}, {staged}, {replica.staged}")
     return left
 
 

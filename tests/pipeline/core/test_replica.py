@@ -220,7 +220,7 @@ def test_a_digest_that_nobody_announced_proves_nothing() -> None:
     """The applied version's digest is unknown: it is not called right, and an anchor decides."""
     talk = Talk(window=True)
     talk.receive(1)
-    talk.core._digests.clear()
+    talk.core._announced.digests.clear()
     talk.feed(ev.AppliedHere(1, 5, 5))
     talk.feed(ev.Digested(1, 1, 5))
     assert [m.ok for m in talk.said(msg.Verified)] == [False]
@@ -312,7 +312,7 @@ def test_window_and_log_bring_the_same_version_with_different_bases() -> None:
     assert talk.only(cmd.Apply) is None
     talk.stage(stamp, base=0)
     assert talk.only(cmd.Apply).versions == (3,)
-    assert talk.core._staged[3].base_version == 0
+    assert talk.core._lane.staging.patches[3].base_version == 0
 
 
 def test_a_claim_while_the_weights_are_busy() -> None:

@@ -1,0 +1,76 @@
+"""Patches that are here, whole and checked, and wait to be applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .commands import Drop
+
+Source = Literal["window", "log"]
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """It carries weights at any version from base_version on (None: at any at all) to version."""
+
+    base_version: int | None
+    version: int
+    nbytes: int
+    source: Source
+
+    def wider(self, other: Patch | None) -> bool:
+        """Whether it goes back further than `other`: of two for one version that one is kept."""
+        if other is None or other.base_version is None:
+            return other is None
+        return self.base_version is None or self.base_version < other.base_version
+
+
+@dataclass(slots=True)
+class Staging:
+    """Staged patches by version. What is dropped here the driver has to drop as well."""
+
+    patches: dict[int, Patch] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """How much is held."""
+        return sum(patch.nbytes for patch in self.patches.values())
+
+    def add(self, patch: Patch) -> None:
+        """A patch is here; a wider one for its version stays."""
+        if patch.wider(self.patches.get(patch.version)):
+            self.patches[patch.version] = patch
+
+    def chain(self, at: int | None) -> tuple[int, ...]:
+        """The versions that follow, without a hole, on weights at `at` (None: worth nothing)."""
+        chain: list[int] = []
+        for version, patch in sorted(self.patches.items()):
+            if at is not None and version <= at:
+                continue
+            if patch.base_version is None:
+                chain = [version]
+            elif at is not None and patch.base_version <= at:
+                chain.append(version)
+            else:
+                continue
+            at = version
+        return tuple(chain)
+
+    def useless(self, at: int | None) -> tuple[int, ...]:
+        """The versions that weights at `at` hold already."""
+        return tuple(v for v in sorted(self.patches) if at is not None and v <= at)
+
+    def take(self, versions: tuple[int, ...]) -> Source:
+        """These were applied; returns by which road the last of them came."""
+        source: Source = "window"
+        for version in versions:
+            patch = self.patches.pop(version, None)
+            source = patch.source if patch is not None else source
+        return source
+
+    def drop(self, versions: tuple[int, ...]) -> Drop:
+        """These are not needed any more."""
+        for version in versions:
+            self.patches.pop(version, None)
+        return Drop(versions)
