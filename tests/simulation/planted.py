@@ -8,8 +8,10 @@ from unittest import mock
 from sparsecast.messages import codec
 from sparsecast.messages.control import Claim
 from sparsecast.pipeline.bus.journal import Journal
-from sparsecast.pipeline.core.replica import ReplicaCore
-from sparsecast.pipeline.core.trainer import TrainerCore
+from sparsecast.pipeline.core.lane import Lane
+from sparsecast.pipeline.core.safekeeping import Safekeeping
+from sparsecast.pipeline.core.seat import Seat
+from sparsecast.pipeline.core.staging import Staging
 from sparsecast.workers import incoming
 from sparsecast.workers.outgoing import Outgoing
 
@@ -22,12 +24,11 @@ Plant = Callable[[], contextlib.AbstractContextManager[Any]]
 def base_unchecked() -> Iterator[None]:
     """Patches are applied on whatever the weights are: neither core nor apply looks at the base."""
 
-    def chain(self: ReplicaCore) -> tuple[int, ...]:
-        at = self.version
-        return tuple(version for version in sorted(self._staged) if at is None or version > at)
+    def chain(self: Staging, at: int | None) -> tuple[int, ...]:
+        return tuple(version for version in sorted(self.patches) if at is None or version > at)
 
     with (
-        mock.patch.object(ReplicaCore, "_chain", chain),
+        mock.patch.object(Staging, "chain", chain),
         mock.patch.object(incoming, "_fits", return_value=True),
     ):
         yield
@@ -36,42 +37,43 @@ def base_unchecked() -> Iterator[None]:
 @contextlib.contextmanager
 def old_epoch_kept() -> Iterator[None]:
     """A claim leaves what the epoch before has staged, and the weights as they were."""
-    claimed = ReplicaCore._claimed
+    claimed = Lane.claimed
 
-    def of_claim(self: ReplicaCore, claim: Claim) -> None:
+    def of_claim(self: Lane, now: float) -> Any:
         version, verified = self.version, self.verified
-        with mock.patch.object(ReplicaCore, "_drop_all"):
-            claimed(self, claim)
-        if self.claim is claim:
-            self.version, self.verified = version, verified
+        with mock.patch.object(Lane, "_drop_all", return_value=[]):
+            commands = claimed(self, now)
+        self.version, self.verified = version, verified
+        return commands
 
-    with mock.patch.object(ReplicaCore, "_claimed", of_claim):
+    with mock.patch.object(Lane, "claimed", of_claim):
         yield
 
 
 @contextlib.contextmanager
 def log_given_up() -> Iterator[None]:
     """A log that failed once is never asked again."""
-    failed = TrainerCore._log_failed
+    failed = Safekeeping.failed
 
-    def once(self: TrainerCore, *args: Any) -> None:
-        failed(self, *args)
-        self._safekeeping._store_at = float("inf")
+    def once(self: Safekeeping, *args: Any) -> bool:
+        first = failed(self, *args)
+        self._store_at = float("inf")
+        return first
 
-    with mock.patch.object(TrainerCore, "_log_failed", once):
+    with mock.patch.object(Safekeeping, "failed", once):
         yield
 
 
 @contextlib.contextmanager
 def lower_window_kept() -> Iterator[None]:
     """A member commits to a new window without breaking off the old one."""
-    asked = ReplicaCore._asked_to_open
+    asked = Seat.asked
 
-    def to_open(self: ReplicaCore, opening: Any) -> None:
-        with mock.patch.object(ReplicaCore, "_leave_window"):
-            asked(self, opening)
+    def to_open(self: Seat, *args: Any) -> Any:
+        with mock.patch.object(Seat, "leave", return_value=[]):
+            return asked(self, *args)
 
-    with mock.patch.object(ReplicaCore, "_asked_to_open", to_open):
+    with mock.patch.object(Seat, "asked", to_open):
         yield
 
 
