@@ -31,6 +31,10 @@ from .store import BusStore
 _HEADER = struct.Struct("<8sQQQQ")
 _MAGIC = b"spcast-1"
 
+#: A payload that is passed on goes in at most so many pieces, none but the last below this size.
+_PIECES = 16
+_PIECE_NBYTES = 1 << 17
+
 #: How often a wait looks whether it still makes sense.
 _SLICE_S = 0.1
 #: How long a broadcast may go on after a connection of the window was lost: a rank that has all
@@ -139,8 +143,7 @@ class GlooWindow(Lifecycle):
             body.copy_(payload)
         head = torch.frombuffer(bytearray(self._header(attempt, body.numel())), dtype=torch.uint8)
         works = [self._broadcast(head, deadline)]
-        if body.numel():
-            works.append(self._broadcast(body, deadline))
+        works += [self._broadcast(piece, deadline) for piece in self._pieces(body)]
         self._finish(works, deadline)
 
     def _broadcast_in(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
@@ -152,10 +155,18 @@ class GlooWindow(Lifecycle):
         if staging.numel() == 0:
             return
         body = staging if staging.device.type == "cpu" else self._host_buffer(staging.numel())
-        self._finish([self._broadcast(body, deadline)], deadline)
+        self._finish([self._broadcast(p, deadline) for p in self._pieces(body)], deadline)
         if body is not staging:
             staging.copy_(body)
             torch.cuda.synchronize(staging.device)
+
+    def _pieces(self, body: torch.Tensor) -> Sequence[torch.Tensor]:
+        # With more than three ranks some pass on what they get, and gloo begins that when it has
+        # the whole of a tensor: in pieces the links are busy at the same time.
+        if self._spec.size <= 3 or not body.numel():
+            return [body] if body.numel() else []
+        size = max(_PIECE_NBYTES, -(-body.numel() // _PIECES))
+        return [body[start : start + size] for start in range(0, body.numel(), size)]
 
     def _broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Any:
         if self._group is None or self._aborted:

@@ -140,11 +140,15 @@ async def _many_rounds(me: Rank) -> list[str]:
     return hashes
 
 
-def test_rounds_of_all_sizes_arrive_whole(window: str, prefix: str, broker_url: str) -> None:
-    """One window carries a byte, nothing at all, a mebibyte, five megabytes and one, a byte."""
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_rounds_of_all_sizes_arrive_whole(
+    window: str, ranks: int, prefix: str, broker_url: str
+) -> None:
+    """One window carries a byte, nothing at all, a mebibyte, five megabytes and one, a byte; with
+    four ranks gloo passes payloads on, in pieces."""
     expected = [digest(pattern(nbytes, attempt)) for attempt, nbytes in enumerate(SIZES)]
-    results = spawn(3, _many_rounds, window, prefix, timeout_s=60, broker_url=broker_url)
-    assert results == [expected] * 3
+    results = spawn(ranks, _many_rounds, window, prefix, timeout_s=60, broker_url=broker_url)
+    assert results == [expected] * ranks
 
 
 def _weights(dtype: torch.dtype) -> torch.Tensor:

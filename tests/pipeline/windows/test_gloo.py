@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed
 
-from sparsecast.messages.errors import WindowTimeout, WindowUnavailable
+from sparsecast.messages.errors import WindowError, WindowTimeout, WindowUnavailable
 from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.pipeline.windows import WindowSpec, available_kinds, open_window
 from sparsecast.pipeline.windows.addresses import INTERFACE_VARIABLE
@@ -19,8 +20,8 @@ def _spec(run: str, rank: int, size: int = 2) -> WindowSpec:
     return WindowSpec("gloo", f"sparsecast.{run}.window.1.1", 1, 1, rank, size)
 
 
-async def _opened(bus: Any, run: str, **options: Any) -> list[GlooWindow]:
-    windows = [GlooWindow(_spec(run, rank), bus, **options) for rank in (0, 1)]
+async def _opened(bus: Any, run: str, size: int = 2, **options: Any) -> list[GlooWindow]:
+    windows = [GlooWindow(_spec(run, rank, size), bus, **options) for rank in range(size)]
     await asyncio.gather(*(window.open(10) for window in windows))
     return windows
 
@@ -110,3 +111,20 @@ async def test_the_factory_makes_what_is_available(bus: NatsBus, run: str) -> No
         await window.abort()
     with pytest.raises(WindowUnavailable, match="no nccl window here, only gloo and bus"):
         open_window(WindowSpec("nccl", "p", 1, 1, 0, 2), bus)
+
+
+async def test_a_rank_that_passes_nothing_on_costs_one_deadline(bus: NatsBus, run: str) -> None:
+    """Of four ranks, the one that would pass the pieces on to another never enters: the others
+    get an error at the deadline, and gloo lets go of all the pieces that were queued."""
+    windows = await _opened(bus, run, size=4)
+    memory = [torch.zeros(40_000_000, dtype=torch.uint8) for _ in windows]
+    started = time.monotonic()
+    works = [windows[0].send(memory[0], attempt=1, timeout_s=1.0)]
+    works += [windows[rank].receive(memory[rank], attempt=1, timeout_s=1.0) for rank in (1, 3)]
+    ended = await asyncio.gather(*works, return_exceptions=True)
+    took_s = time.monotonic() - started
+    assert isinstance(ended[2], WindowError), ended
+    # Rank 1 hears from rank 0 itself: it may have it all.
+    assert all(found is None or isinstance(found, WindowError) for found in ended), ended
+    await asyncio.gather(*(window.abort() for window in windows))
+    assert took_s < 4.0
