@@ -75,15 +75,13 @@ def run_rank(main: Callable[[Control, Any], Any]) -> None:
         control.send("error", traceback.format_exc())
 
 
-def prefer(pid: int) -> None:
-    """Let a process, its threads to come, and the group of its session go before all others.
+def go_first() -> None:
+    """Let this process, and all that it starts from now on, run before all others (SCHED_RR).
 
-    PermissionError without root. On Linux a session is a group of its own to the scheduler, and
-    niceness counts within it alone.
+    PermissionError without root. Niceness would count within the session alone: to the scheduler
+    a session is a group of its own.
     """
-    os.setpriority(os.PRIO_PROCESS, pid, -20)
-    with contextlib.suppress(FileNotFoundError):
-        Path(f"/proc/{pid or 'self'}/autogroup").write_text("-20")
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 class Ranks:

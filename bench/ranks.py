@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import baselines
-from control import Control, prefer, run_rank
+from control import Control, go_first, run_rank
 from link import serve_sample, take_sample
 from shapes import Cut, Tensors, make_weights, train_step
 from sparsecast import Broker, Policy, Publisher, Replica, digest
@@ -52,9 +52,9 @@ class Config:
 
 def main(control: Control, config: Config) -> Any:
     """Run a rank to its end; the trainer's result is the measurement."""
-    torch.set_num_threads(config.threads)
     if config.first:
-        prefer(0)
+        go_first()
+    torch.set_num_threads(config.threads)
     if control.rank:
         return _Worker(control, config).run()
     return _Trainer(control, config).run()
@@ -125,10 +125,7 @@ class _Trainer:
         config = self._config
         own = config.addresses[0]
         with ExitStack() as stack:
-            broker = Broker(host=own)
-            url = stack.enter_context(broker)
-            if config.first:
-                prefer(broker.pid)
+            url = stack.enter_context(Broker(host=own))
             group = baselines.Group(
                 0, config.workers + 1, own=own, trainer=own, port=0, timeout_s=PATIENCE_S
             )

@@ -133,7 +133,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
         f"torch {versions['torch']}, nats-server {versions['nats-server']}; "
         f"load {document['load']['before']} → {document['load']['after']}"
-        + (", this bench first" if settings["first"] else ""),
+        + (", this bench first (SCHED_RR)" if settings["first"] else ""),
     )
     parts: list[Any] = [head]
     for section in document["densities"]:
