@@ -230,7 +230,10 @@ class ReplicaCore:
             case msg.Rejoin(to=to):
                 if to == self.me:
                     self._leave_run()
-                    self._join()
+                    # Not before our model is proven to be the claim's: a Join without a manifest
+                    # would be refused for good.
+                    if self._lane.manifest_hash:
+                        self._join()
             case msg.Resync(to=to, reason=reason):
                 # Without a version it is on its way to an anchor already.
                 if to == self.me and (self._lane.version is not None or self._lane.proving):
