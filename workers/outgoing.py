@@ -156,8 +156,15 @@ class Outgoing:
             self._lists.notify_all()
         if not taken:
             return None
-        earlier = [self._kept.pop(version) for version in unsafe if version in self._kept]
-        kept = _merged([*earlier, *taken])
+        earlier = [self._kept[version] for version in unsafe if version in self._kept]
+        try:
+            kept = _merged([*earlier, *taken])
+        except BaseException:
+            with self._lists:
+                self._pending[:0] = taken
+            raise
+        for old in earlier:
+            self._kept.pop(old.patch.version, None)
         patch = kept.patch
         assert patch.base_version is not None
         self._kept[patch.version] = kept

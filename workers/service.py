@@ -89,35 +89,43 @@ async def serve(options: WorkerOptions) -> int:
                 refuse=replica.refusal,
                 origin=replica.origin,
             )
-            await generation.start()
-            service = await register_service(
-                bus,
-                generation,
-                metadata={
-                    "run": options.run,
-                    "worker": options.name,
-                    "device": options.device,
-                    "model": options.model,
-                },
-            )
-            narrator = asyncio.create_task(_narrate(replica))
-            failure = asyncio.create_task(replica.failed())
-            stopped = asyncio.create_task(stop.wait())
             try:
-                await asyncio.wait({failure, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if failure.done():
-                    raise failure.result()
-                _say("draining")
-                await generation.drain(options.drain_s)
+                await _answer(replica, generation, stop, options)
             finally:
-                tasks = (narrator, failure, stopped)
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                await service.stop()
                 await generation.close()
     _say(f"left at version {replica.version}, {replica.mismatches} mismatches")
     return 0
+
+
+async def _answer(
+    replica: Replica, generation: GenerationService, stop: asyncio.Event, options: WorkerOptions
+) -> None:
+    """Answer requests until `stop` is set, then drain; raise what ends the replica before."""
+    await generation.start()
+    service = await register_service(
+        replica.ports.bus,
+        generation,
+        metadata={
+            "run": options.run,
+            "worker": options.name,
+            "device": options.device,
+            "model": options.model,
+        },
+    )
+    narrator = asyncio.create_task(_narrate(replica))
+    failure = asyncio.create_task(replica.failed())
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({failure, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            raise failure.result()
+        _say("draining")
+        await generation.drain(options.drain_s)
+    finally:
+        for task in (narrator, failure, stopped):
+            task.cancel()
+        await asyncio.gather(narrator, failure, stopped, return_exceptions=True)
+        await service.stop()
 
 
 def _kinds(window: str) -> tuple[WindowKind, ...]:

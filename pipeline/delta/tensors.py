@@ -150,7 +150,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _first_repeated(names: Iterator[str]) -> str:
     seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    raise LookupError("no name is repeated")
 
 
 def _is_adapter(name: str) -> bool:

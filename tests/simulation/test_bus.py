@@ -140,9 +140,11 @@ def test_a_broker_that_restarts(keep_store: bool) -> None:
 def test_requests_are_answered_or_told() -> None:
     """One asks two, and then a subject that nobody listens on."""
 
+    replies: list[asyncio.Future[None]] = []
+
     async def program(broker: Broker, one: SimBus, two: SimBus) -> None:
         def answer(message: Message) -> None:
-            asyncio.ensure_future(two.publish(message.reply, message.data * 2))  # noqa: RUF006
+            replies.append(asyncio.ensure_future(two.publish(message.reply, message.data * 2)))
 
         await two.subscribe("q", answer, queue="workers")
         await two.flush(1)

@@ -41,9 +41,11 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bus is not None:
-            self._thread.call(self._bus.close())
-        self._thread.stop()
+        try:
+            if self._bus is not None:
+                self._thread.call(self._bus.close())
+        finally:
+            self._thread.stop()
 
     async def _start(self) -> None:
         self._bus = await connect(self._url, name="demo-watch", timeout_s=5.0)
