@@ -42,9 +42,9 @@ def old_epoch_kept() -> Iterator[None]:
     def of_claim(self: Lane, now: float) -> Any:
         version, verified = self.version, self.verified
         with mock.patch.object(Lane, "_drop_all", return_value=[]):
-            commands = claimed(self, now)
+            out = claimed(self, now)
         self.version, self.verified = version, verified
-        return commands
+        return out
 
     with mock.patch.object(Lane, "claimed", of_claim):
         yield

@@ -332,19 +332,25 @@ class World:
 
     async def _converge(self) -> None:
         healed = self.loop.time()
-        trainer = await self._last_trainer()
-        try:
-            for _ in range(2):
-                await self._in(trainer, trainer.publish())
-                await asyncio.sleep(0.2)
-        except Fenced as exc:
-            # A successor had the run before it died: this one had not heard of it.
-            self.note(trainer.name, "fenced", exc)
+        while True:
             trainer = await self._last_trainer()
-            for _ in range(2):
-                await self._in(trainer, trainer.publish())
-                await asyncio.sleep(0.2)
-        await self._until(lambda: self._settled(trainer), BOUND_S, lambda: self._why(trainer))
+            try:
+                for _ in range(2):
+                    await self._in(trainer, trainer.publish())
+                    await asyncio.sleep(0.2)
+            except Fenced as exc:
+                self.note(trainer.name, "fenced", exc)
+                continue
+            await self._until(
+                lambda trainer=trainer: self._settled(trainer) or self._lost(trainer),
+                BOUND_S,
+                lambda trainer=trainer: self._why(trainer),
+            )
+            if self._settled(trainer):
+                break
+            # A successor had the run before it died, and this one had not heard of it: its own
+            # successor follows. That can happen as often as there were trainers.
+            self.note(trainer.name, "lost the run")
         self.result.converged_s = self.loop.time() - healed
         self.note("converged", f"after {self.result.converged_s:.1f} s")
         report = await self._in(trainer, trainer.last.wait_applied(10.0))
@@ -395,6 +401,9 @@ class World:
 
     def _live_workers(self) -> list[WorkerLife]:
         return [worker for worker in self.workers if worker.present and worker.live]
+
+    def _lost(self, trainer: TrainerLife) -> bool:
+        return isinstance(trainer.publisher._error, Fenced)
 
     def _settled(self, trainer: TrainerLife) -> bool:
         core = trainer.publisher._core
