@@ -52,6 +52,8 @@ class Tenure:
             lease_s=policy.lease_s,
         )
         self._sequence = 0
+        #: The message id of the last that we have put into the journal; "": not known.
+        self._last_id = ""
         #: The epoch of the newest claim.
         self.epoch = 0
 
@@ -85,11 +87,13 @@ class Tenure:
     async def announce(self, announce: Announce) -> ev.Announced | ev.AnnounceFailed:
         """Store an announcement in the journal, behind all that this trainer has said."""
         version = announce.version
+        message_id = f"{self._me.incarnation}-{announce.stamp.epoch}-{version}"
         try:
             sequence = await self._journal.append(
                 announce,
-                message_id=f"{self._me.incarnation}-{announce.stamp.epoch}-{version}",
+                message_id=message_id,
                 expected_sequence=self._sequence,
+                expected_message_id=self._last_id,
                 timeout_s=self._policy.bus_s,
             )
         except SequenceConflict as exc:
@@ -99,7 +103,8 @@ class Tenure:
         except BusError as exc:
             return ev.AnnounceFailed(version, "unavailable", str(exc))
         if announce.stamp.epoch == self.epoch:
-            self._sequence = sequence  # Else of a journal that is gone: it may answer late.
+            # Else of a journal that is gone: it may answer late.
+            self._sequence, self._last_id = sequence, message_id
         return ev.Announced(version)
 
     async def reclaim(self, epoch: int) -> ev.Claimed | ev.ReclaimFailed | ev.LeaseLost:
@@ -161,12 +166,14 @@ class Tenure:
             nonce=self._ports.token(),
             heartbeat_s=self._policy.heartbeat_s,
         )
+        message_id = f"{self._me.incarnation}-{epoch}-claim"
         self._sequence = await self._journal.append(
             claim,
-            message_id=f"{self._me.incarnation}-{epoch}-claim",
+            message_id=message_id,
             expected_sequence=expected_sequence,
             timeout_s=self._policy.bus_s,
         )
+        self._last_id = message_id
 
     async def _conflicted(self, version: int, conflict: SequenceConflict) -> ev.AnnounceFailed:
         """Whose words are in our way: another trainer's, or late ones of our own?"""
@@ -181,5 +188,5 @@ class Tenure:
             reason = f"the journal moved on without us ({conflict})"
             return ev.AnnounceFailed(version, "fenced", reason)
         # An append of before the run was claimed anew may arrive after the new claim.
-        self._sequence = state.last_sequence
+        self._sequence, self._last_id = state.last_sequence, ""
         return ev.AnnounceFailed(version, "unavailable", f"late words of our own ({conflict})")

@@ -131,13 +131,14 @@ class Bus(Protocol):
         message_id: str = "",
         expected_sequence: int | None = None,
         expected_subject_sequence: int | None = None,
+        expected_message_id: str = "",
         ttl_s: int | None = None,
         timeout_s: float,
     ) -> int:
         """Store a message and return its sequence.
 
-        SequenceConflict if the stream's (or the subject's) last sequence is another than the
-        expected one, StreamMissing if the stream is not there, BusUnavailable at the deadline (the
+        SequenceConflict if the stream's (or the subject's) last sequence, or the `message_id` of
+        the stream's last message, is another than the expected one, StreamMissing if the stream is not there, BusUnavailable at the deadline (the
         message may still be stored later: try again with the same `message_id`). A duplicate
         `message_id` returns the sequence of the first.
         """

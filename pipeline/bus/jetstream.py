@@ -22,7 +22,8 @@ NOT_ENABLED = frozenset({10039, 10076})
 STREAM_NOT_FOUND = 10059
 STREAM_NAME_IN_USE = 10058
 WRONG_STREAM = 10060
-WRONG_SEQUENCE = frozenset({10071, 10164})
+#: Another last sequence, of the stream or of the subject, or another last message id.
+WRONG_LAST = frozenset({10070, 10071, 10164})
 TEMPORARY = frozenset({10008, 10077})
 
 OTHERS_METADATA = "_nats."
@@ -91,7 +92,7 @@ def error_of(
     """Our error for an error object of the API."""
     fields = error if isinstance(error, dict) else {}
     code, description = fields.get("err_code"), str(fields.get("description", error))
-    if code in WRONG_SEQUENCE:
+    if code in WRONG_LAST:
         last = re.search(r"wrong last sequence: (\d+)", description)
         return SequenceConflict(subject, expected, int(last[1]) if last else None)
     if code in (STREAM_NOT_FOUND, WRONG_STREAM):
@@ -117,6 +118,7 @@ def append_headers(
     expected_sequence: int | None,
     expected_subject_sequence: int | None,
     ttl_s: int | None,
+    expected_message_id: str = "",
 ) -> dict[str, str]:
     """The headers that carry the conditions of an append."""
     headers = {"Nats-Expected-Stream": stream}
@@ -124,6 +126,8 @@ def append_headers(
         headers["Nats-Msg-Id"] = message_id
     if expected_sequence is not None:
         headers["Nats-Expected-Last-Sequence"] = str(expected_sequence)
+    if expected_message_id:
+        headers["Nats-Expected-Last-Msg-Id"] = expected_message_id
     if expected_subject_sequence is not None:
         headers["Nats-Expected-Last-Subject-Sequence"] = str(expected_subject_sequence)
     if ttl_s is not None:

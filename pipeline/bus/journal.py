@@ -103,10 +103,13 @@ class Journal:
         *,
         message_id: str,
         expected_sequence: int,
+        expected_message_id: str = "",
         timeout_s: float,
     ) -> int:
         """Append to the journal and return the sequence, if `expected_sequence` is its last.
 
+        `expected_message_id` is the id of what was appended there: a journal that was made anew
+        may have come to the same sequence by another trainer's words.
         SequenceConflict: another trainer has spoken (what we find there being our own message is
         success). StreamMissing: the bus has forgotten the run. BusUnavailable: try again with the
         same `message_id`.
@@ -126,6 +129,7 @@ class Journal:
                 data,
                 message_id=message_id,
                 expected_sequence=expected_sequence,
+                expected_message_id=expected_message_id,
                 timeout_s=timeout_s,
             )
         except SequenceConflict:

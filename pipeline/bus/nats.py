@@ -110,6 +110,7 @@ class NatsBus(Conversation):
         message_id: str = "",
         expected_sequence: int | None = None,
         expected_subject_sequence: int | None = None,
+        expected_message_id: str = "",
         ttl_s: int | None = None,
         timeout_s: float,
     ) -> int:
@@ -121,7 +122,12 @@ class NatsBus(Conversation):
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         headers = jetstream.append_headers(
-            stream, message_id, expected_sequence, expected_subject_sequence, ttl_s
+            stream,
+            message_id,
+            expected_sequence,
+            expected_subject_sequence,
+            ttl_s,
+            expected_message_id,
         )
         answer = await self._ask(
             subject,

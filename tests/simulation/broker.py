@@ -45,6 +45,7 @@ class Stream:
 
     config: StreamConfig
     last: int = 0
+    last_id: str = ""
     messages: dict[int, Stored] = field(default_factory=dict)
     #: Message ids of the last duplicate_window_s, with their sequence and time.
     ids: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -184,6 +185,7 @@ class Broker:
         message_id: str,
         expected: int | None,
         expected_of_subject: int | None,
+        expected_id: str,
         ttl_s: int | None,
     ) -> int:
         """Append, as the server does: expectations are looked at before duplicates."""
@@ -193,12 +195,15 @@ class Broker:
         before = max(stream.of(subject), default=0)
         if expected is not None and expected != stream.last:
             raise SequenceConflict(subject, expected, stream.last)
+        if expected_id and expected_id != stream.last_id:
+            raise SequenceConflict(subject, expected or 0)
         if expected_of_subject is not None and expected_of_subject != before:
             raise SequenceConflict(subject, expected_of_subject, before)
         if message_id in stream.ids:
             return stream.ids[message_id][0]
         now = self.loop.time()
         stream.last += 1
+        stream.last_id = message_id
         stream.messages[stream.last] = Stored(
             subject, data, message_id, None if ttl_s is None else now + ttl_s
         )

@@ -332,6 +332,7 @@ class SimBus:
         message_id: str = "",
         expected_sequence: int | None = None,
         expected_subject_sequence: int | None = None,
+        expected_message_id: str = "",
         ttl_s: int | None = None,
         timeout_s: float,
     ) -> int:
@@ -351,6 +352,7 @@ class SimBus:
                 message_id=message_id,
                 expected=expected_sequence,
                 expected_of_subject=expected_subject_sequence,
+                expected_id=expected_message_id,
                 ttl_s=ttl_s,
             )
 
