@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, assert_never
 
 from ...messages import control as msg
 from ...messages.control import Sender
@@ -33,7 +33,7 @@ class Roster:
 
     # ---- in and out
 
-    def hear(self, sender: Sender, now: float) -> list[TrainerCommand]:
+    def heard(self, sender: Sender, now: float) -> list[TrainerCommand]:
         """Any word of a member is a sign of life, and an answer to a probe for its name."""
         refuted = self._membership.hear(sender, now)
         if refuted is None:
@@ -60,14 +60,6 @@ class Roster:
         welcome = msg.Welcome(sender=self._me, to=join.sender, epoch=epoch, version=head)
         return [*out, cmd.Say(welcome)]
 
-    def stranger(self, message: msg.WorkerMessage, epoch: int) -> list[TrainerCommand]:
-        """The word of someone who is not in."""
-        # A member that was put out while it was stopped or cut off does not know: without a word
-        # it would wait for rounds that never come.
-        if isinstance(message, msg.Heartbeat) and message.epoch == epoch:
-            return [cmd.Say(msg.Rejoin(sender=self._me, to=message.sender))]
-        return []
-
     def remove(self, sender: Sender, kind: EventKind, reason: str) -> list[TrainerCommand]:
         """A member is out; nothing is said if it was not in."""
         if not self._membership.remove(sender):
@@ -77,8 +69,48 @@ class Roster:
 
     # ---- what they hold
 
-    def beaten(self, member: Member, beat: msg.Heartbeat, now: float) -> list[TrainerCommand]:
-        """A heartbeat, which repeats what the member holds."""
+    def told(
+        self,
+        message: msg.Applied | msg.Verified | msg.Heartbeat | msg.Refused,
+        epoch: int,
+        now: float,
+    ) -> list[TrainerCommand]:
+        """A word about a member's weights, which counts in its own epoch."""
+        member = self._membership.get(message.sender)
+        current = isinstance(message, msg.Refused) or message.epoch == epoch
+        if member is None:
+            # A member that was put out while it was stopped or cut off does not know: without a
+            # word it would wait for rounds that never come.
+            if current and isinstance(message, msg.Heartbeat):
+                return [cmd.Say(msg.Rejoin(sender=self._me, to=message.sender))]
+            return []
+        if not current:
+            return []
+        match message:
+            case msg.Applied(version=version):
+                member.lagging = None
+                self._advanced(member, version, member.verified, now)
+                return []
+            case msg.Verified():
+                return self._verified(member, message, now)
+            case msg.Heartbeat():
+                return self._beaten(member, message, now)
+            case msg.Refused(version=version, reason=reason):
+                return [cmd.Tell("refused", member.sender.name, f"version {version}: {reason}")]
+            case _:
+                assert_never(message)
+
+    def have(self, version: int) -> bool:
+        """Whether every member, and at least one, has it in staging or already in its weights."""
+        record = self._ledger.at(version)
+        received = record.received if record is not None else ()
+        members = self._membership.members.values()
+        return bool(members) and all(
+            member.sender in received or (member.version is not None and member.version >= version)
+            for member in members
+        )
+
+    def _beaten(self, member: Member, beat: msg.Heartbeat, now: float) -> list[TrainerCommand]:
         out: list[TrainerCommand] = []
         if beat.lagging is not None and member.lagging is None:
             out.append(cmd.Tell("lagging", member.sender.name, beat.lagging))
@@ -87,13 +119,7 @@ class Roster:
             self._advanced(member, beat.version, beat.verified, now)
         return out
 
-    def applied(self, member: Member, version: int, now: float) -> None:
-        """A member's weights hold `version`."""
-        member.lagging = None
-        self._advanced(member, version, member.verified, now)
-
-    def verified(self, member: Member, message: msg.Verified, now: float) -> list[TrainerCommand]:
-        """A member has compared the digest of its whole state; we compare it as well."""
+    def _verified(self, member: Member, message: msg.Verified, now: float) -> list[TrainerCommand]:
         version, name = message.version, member.sender.name
         record = self._ledger.at(version)
         if message.ok and (record is None or record.digest == message.digest):

@@ -238,39 +238,23 @@ class TrainerCore:
             # it anew will find out, or the bus has forgotten an epoch that members have seen.
             self._reclaim(message.epoch + 1, f"{sender.name} has seen epoch {message.epoch}")
             return
-        self._out += self._roster.hear(sender, now)
-        if isinstance(message, msg.Join):
-            # Another trainer may have claimed this epoch in a journal that was forgotten.
-            if message.epoch == self.epoch and message.trainer in ("", self.me.incarnation):
-                self._join(message)
-            return
-        member = self.membership.get(sender)
-        if member is None:
-            self._out += self._roster.stranger(message, self.epoch)
-            return
+        self._out += self._roster.heard(sender, now)
         match message:
+            case msg.Join(epoch=epoch, trainer=trainer):
+                # Another trainer may have claimed this epoch in a journal that was forgotten.
+                if epoch == self.epoch and trainer in ("", self.me.incarnation):
+                    self._join(message)
             case msg.Ready() | msg.NotReady() | msg.Opened() | msg.Received():
                 self._answered(message)
-            case msg.Applied(epoch=epoch, version=version):
-                if epoch == self.epoch:
-                    self._roster.applied(member, version, now)
-            case msg.Verified(epoch=epoch):
-                if epoch == self.epoch:
-                    self._out += self._roster.verified(member, message, now)
-            case msg.Heartbeat(epoch=epoch):
-                if epoch == self.epoch:
-                    self._out += self._roster.beaten(member, message, now)
-            case msg.Refused(version=version, reason=reason):
-                self._tell("refused", sender.name, f"version {version}: {reason}")
             case msg.Leave(reason=reason):
                 self._remove(sender, "leave", reason)
             case _:
-                assert_never(message)
+                self._out += self._roster.told(message, self.epoch, now)
 
     def _answered(self, message: msg.Ready | msg.NotReady | msg.Opened | msg.Received) -> None:
         sender, now = message.sender, self._now
         exchange = self._windows.under(message.stamp)
-        if exchange is None:
+        if exchange is None or self.membership.get(sender) is None:
             return
         match message:
             case msg.Ready():
@@ -327,20 +311,10 @@ class TrainerCore:
         elif self.published > self.head:
             if not right:
                 self._out += windows.leave("its members are not the run's")
-            self._out.append(cmd.Take(self._safekeeping.mergeable(self._with_everyone)))
+            self._out.append(cmd.Take(self._safekeeping.mergeable(self._roster.have)))
             self.state = State.TAKING
         elif kind is None:
             self._out += windows.leave("no member is left")
-
-    def _with_everyone(self, version: int) -> bool:
-        """Whether every member, and at least one, has it in staging or already in its weights."""
-        record = self._ledger.at(version)
-        received = record.received if record is not None else ()
-        members = self.membership.members.values()
-        return bool(members) and all(
-            member.sender in received or (member.version is not None and member.version >= version)
-            for member in members
-        )
 
     def _local(self, stamp: Stamp, error: str | None) -> None:
         self._windows.local(stamp, error, self._now)
