@@ -138,9 +138,9 @@ class Bus(Protocol):
         """Store a message and return its sequence.
 
         SequenceConflict if the stream's (or the subject's) last sequence, or the `message_id` of
-        the stream's last message, is another than the expected one, StreamMissing if the stream is not there, BusUnavailable at the deadline (the
-        message may still be stored later: try again with the same `message_id`). A duplicate
-        `message_id` returns the sequence of the first.
+        the stream's last message, is another than the expected one, StreamMissing if the stream is
+        not there, BusUnavailable at the deadline (the message may still be stored later: try again
+        with the same `message_id`). A duplicate `message_id` returns the sequence of the first.
         """
 
     async def last(self, stream: str, subject: str, *, timeout_s: float) -> Record | None:
