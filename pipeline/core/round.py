@@ -29,11 +29,12 @@ class Round:
         """The journal has its announcement: by its own word, or a member's Ready."""
         self.record.announced_at = self.record.announced_at or now
 
-    def went(self, now: float) -> None:
-        """All have committed to the attempt."""
-        # The journal republishes before our append returns: a Ready is proof enough.
-        self.announced(now)
-        self.record.went_at = now
+    def follow(self, exchange: Exchange) -> None:
+        """How its attempt stands."""
+        if exchange.went is not None:
+            # The journal republishes before our append returns: a Ready is proof enough.
+            self.announced(exchange.went)
+            self.record.went_at = exchange.went
 
     def blamed(self, failed: Exchange) -> tuple[Sender, ...]:
         """Whom to leave out after an attempt that failed."""

@@ -28,7 +28,7 @@ from .policy import Policy
 from .roster import Roster
 from .round import Round, announcement, begin
 from .safekeeping import Safekeeping
-from .window import Window, Windows
+from .window import Answer, Window, Windows
 
 
 class State(Enum):
@@ -230,7 +230,7 @@ class TrainerCore:
     # ---- members
 
     def _hear(self, message: msg.WorkerMessage) -> None:
-        sender, now = message.sender, self._now
+        sender = message.sender
         if self.state is State.UNCLAIMED:
             return
         if isinstance(message, msg.Join | msg.Heartbeat) and message.epoch > self.epoch:
@@ -238,7 +238,7 @@ class TrainerCore:
             # it anew will find out, or the bus has forgotten an epoch that members have seen.
             self._reclaim(message.epoch + 1, f"{sender.name} has seen epoch {message.epoch}")
             return
-        self._out += self._roster.heard(sender, now)
+        self._out += self._roster.heard(sender, self._now)
         match message:
             case msg.Join(epoch=epoch, trainer=trainer):
                 # Another trainer may have claimed this epoch in a journal that was forgotten.
@@ -249,30 +249,15 @@ class TrainerCore:
             case msg.Leave(reason=reason):
                 self._remove(sender, "leave", reason)
             case _:
-                self._out += self._roster.told(message, self.epoch, now)
+                self._out += self._roster.told(message, self.epoch, self._now)
 
-    def _answered(self, message: msg.Ready | msg.NotReady | msg.Opened | msg.Received) -> None:
-        sender, now = message.sender, self._now
+    def _answered(self, message: Answer) -> None:
         exchange = self._windows.under(message.stamp)
-        if exchange is None or self.membership.get(sender) is None:
+        if exchange is None or self.membership.get(message.sender) is None:
             return
-        match message:
-            case msg.Ready():
-                if exchange.ready(sender, now):
-                    if not exchange.opening and self._round is not None:
-                        self._round.went(now)
-                    self._out += self._windows.go()
-            case msg.NotReady(reason=reason):
-                exchange.refuse(sender, reason, now)
-            case msg.Opened(error=error) if error is not None:
-                # A window that one rank has not will never open: why wait for the rest?
-                exchange.refuse(sender, error, now)
-            case msg.Opened(error=error) | msg.Received(error=error):
-                exchange.report(sender, error, now)
-                if error is not None:
-                    self._tell("refused", sender.name, f"version {message.stamp.version}: {error}")
-            case _:
-                assert_never(message)
+        self._out += self._windows.answered(exchange, message, self._now)
+        if self._round is not None and not exchange.opening:
+            self._round.follow(exchange)
         self._resolve()
 
     def _join(self, join: msg.Join) -> None:

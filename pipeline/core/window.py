@@ -5,6 +5,7 @@ under way in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from ...messages import control as msg
 from ...messages.control import Sender, Stamp, WindowKind
@@ -14,6 +15,9 @@ from .exchange import Exchange, Phase
 from .membership import Membership
 from .openings import Openings
 from .policy import Policy
+
+#: What members answer in an exchange.
+Answer = msg.Ready | msg.NotReady | msg.Opened | msg.Received
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +104,27 @@ class Windows:
         """The exchange under way, if it is the one of this stamp."""
         return self.exchange if self.exchange is not None and self.exchange.stamp == stamp else None
 
-    def go(self) -> list[TrainerCommand]:
-        """All have committed: all enter."""
-        exchange = self.exchange
-        assert exchange is not None
+    def answered(self, exchange: Exchange, message: Answer, now: float) -> list[TrainerCommand]:
+        """A member's word on the exchange."""
+        sender = message.sender
+        match message:
+            case msg.Ready():
+                return self._go(exchange) if exchange.ready(sender, now) else []
+            case msg.NotReady(reason=reason):
+                exchange.refuse(sender, reason, now)
+            case msg.Opened(error=error) if error is not None:
+                # A window that one rank has not will never open: why wait for the rest?
+                exchange.refuse(sender, error, now)
+            case msg.Opened(error=error) | msg.Received(error=error):
+                exchange.report(sender, error, now)
+                if error is not None:
+                    told = f"version {message.stamp.version}: {error}"
+                    return [cmd.Tell("refused", sender.name, told)]
+            case _:
+                assert_never(message)
+        return []
+
+    def _go(self, exchange: Exchange) -> list[TrainerCommand]:
         stamp, work_s = exchange.stamp, exchange.work_s
         said = cmd.Say(msg.Go(sender=self._me, stamp=stamp))
         if not exchange.opening:
