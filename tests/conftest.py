@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.bus.nats import NatsBus, connect
 
 pytest_plugins = ("harness",)
+
+# How long an example takes is the machine's affair, not the code's: no test is timed.
+settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("untimed")
 
 _numbers = itertools.count(1)
 

@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from runs import Ear, Site
 
+from runs import Ear, Site
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.bus.nats import NatsBus
 
