@@ -169,7 +169,10 @@ class Replica(Process):
         values = {key: after[key] for key in range(KEYS) if after[key] != before[key]}
         wire = Patch(base, stamp.version, values, announce.digest)
 
-        def stage() -> ev.Staged:
+        def stage() -> ev.Staged | ev.ReceiveFailed:
+            if life != self.trainer_life:
+                why = "another claim came meanwhile"
+                return ev.ReceiveFailed(*identity, stamp.version, why, corrupt=False)
             if not command.scratch:
                 self.stage(wire)
             return ev.Staged(*identity, base, stamp.version, announce.nbytes)
@@ -231,12 +234,15 @@ class Replica(Process):
             return
         self.busy.discard("fetch")
         away = world.now < max(world.bus_away, world.log_away) or world.chance(world.faults.store)
-        found = [] if away else world.way(command.epoch, command.held, command.target)
+        writer = self.trainer_life
+        found = [] if away else world.way(command.epoch, writer, command.held, command.target)
         if not found:
             self.post(ev.FetchFailed(command.epoch, "no way in the toy's log"))
             return
 
-        def stage() -> ev.Fetched:
+        def stage() -> ev.Fetched | ev.FetchFailed:
+            if writer != self.trainer_life:
+                return ev.FetchFailed(command.epoch, "another claim came meanwhile")
             for patch in found:
                 self.stage(patch)
             items = tuple(ev.LogItem(p.base, p.version, p.digest, 10) for p in found)

@@ -61,7 +61,7 @@ class Trainer(Process):
 
     def anchor(self, epoch: int) -> None:
         anchor = Patch(None, self.version, dict(self.weights), digest(self.weights))
-        self.world.log.append((epoch, anchor))
+        self.world.log.append((epoch, self.trainer_life, anchor))
 
     @property
     def trainer_life(self) -> str:
@@ -85,7 +85,8 @@ class Trainer(Process):
         assert len(core._ledger) <= 400
         assert len(core._safekeeping.unsafe) <= 400
         # What was announced is in the log, or kept here with all that leads to it.
-        at = max((p.version for e, p in self.world.log if e == core.epoch), default=None)
+        mine = (core.epoch, self.trainer_life)
+        at = max((p.version for e, w, p in self.world.log if (e, w) == mine), default=None)
         if self.journals != self.world.journals:
             return  # The log is gone, and it does not know yet.
         if at is None or core.state not in (State.IDLE, State.OPENING, State.ROUND):
@@ -215,7 +216,7 @@ class Trainer(Process):
         if world.now < max(world.log_away, world.bus_away) or world.chance(world.faults.store):
             return ev.LogFailed(versions[-1], "the toy's log")
         if self.journals == world.journals:
-            world.log.append((epoch, patch))
+            world.log.append((epoch, self.trainer_life, patch))
         if world.chance(world.faults.store):
             return ev.LogFailed(versions[-1], "stored, but nobody knows")
         for version in [v for v in self.kept if v <= patch.version]:

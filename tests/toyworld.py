@@ -133,7 +133,9 @@ class World:
         #: How often the bus has forgotten it, and whether it is there now.
         self.journals = 0
         self.journal_gone = False
-        self.log: list[tuple[int, Patch]] = []
+        #: Entries by epoch and writer: two trainers that know nothing of each other may claim one
+        #: epoch, each in a journal of its own.
+        self.log: list[tuple[int, str, Patch]] = []
         #: What each version is, by the life of the trainer that made it.
         self.history: dict[tuple[str, int], Weights] = {}
         self.trainer: Trainer | None = None
@@ -215,9 +217,9 @@ class World:
         claims = [message for message in self.journal if isinstance(message, msg.Claim)]
         return claims[-1].sender if claims else None
 
-    def way(self, epoch: int, held: int | None, target: int) -> list[Patch]:
+    def way(self, epoch: int, writer: str, held: int | None, target: int) -> list[Patch]:
         """Entries of the log from `held` to at least `target`, or nothing."""
-        known = [patch for e, patch in self.log if e == epoch]
+        known = [patch for e, w, patch in self.log if (e, w) == (epoch, writer)]
         found: list[Patch] = []
         at = held
         if at is None:
