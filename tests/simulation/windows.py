@@ -126,6 +126,7 @@ class Fabric:
                     other.spec.label, reason if other is window else "a rank has gone"
                 )
                 self._settle(other, future, error)
+        meeting.opening.pop(window.spec.rank, None)
 
     def _settle(
         self, window: "SimWindow", future: asyncio.Future[None], error: Exception | None
