@@ -2,6 +2,7 @@
 
     --seeds N --start S     play seeds S … S + N - 1 and count what happened
     --seed S --trace        replay one, event by event
+    --minutes M             stop after M minutes
 
 The exit status is 0 only if no rule was broken; a seed that failed is named with its command.
 """
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="only this one")
     parser.add_argument("--trace", action="store_true", help="show every event")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at 10 failures")
     options = parser.parse_args(argv)
     seeds = (
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     slowest = 0.0
     began = time.perf_counter()
     for seed in seeds:
+        if time.perf_counter() - began > options.minutes * 60:
+            break
         result = simulate(seed, trace=options.trace)
         for line in result.trace:
             print(line)
