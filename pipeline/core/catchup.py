@@ -15,6 +15,8 @@ class CatchUp:
 
     policy: Policy
     under_way: bool = False
+    #: Why the log gave nothing the last time; "" if it did, or was not asked.
+    trouble: str = ""
     _at: float = 0.0
     _failures: int = 0
     _held_back_until: float = 0.0
@@ -30,6 +32,7 @@ class CatchUp:
         """A new epoch, a new log: it may be asked at once."""
         self._at = self._held_back_until = now
         self._failures = self._setbacks = 0
+        self.trouble = ""
 
     def announced(self, now: float) -> None:
         """A version is new: its round may still bring it; the log is asked a little later."""
@@ -42,10 +45,12 @@ class CatchUp:
     def found(self, now: float) -> None:
         """The log gave something that is of use."""
         self._failures = 0
+        self.trouble = ""
         self._at = max(self._at, now)
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, trouble: str) -> None:
         """The log gave nothing that is."""
+        self.trouble = trouble
         self._at = now + self.policy.retry_s * 2.0 ** min(self._failures, 4)
         self._failures += 1
 

@@ -182,14 +182,19 @@ class Lane:
             self._catchup.found(now)
         else:
             # What it gave leads nowhere from here (a resync came in between, say).
-            self._catchup.failed(now)
+            self._catchup.failed(now, "it has nothing that fits")
         return out
 
-    def fetch_failed(self, epoch: int, now: float) -> None:
+    def fetch_failed(self, epoch: int, reason: str, now: float) -> None:
         """The log gave nothing."""
         self._catchup.under_way = False
         if epoch == self._announced.epoch:
-            self._catchup.failed(now)
+            self._catchup.failed(now, reason)
+
+    @property
+    def trouble(self) -> str:
+        """Why the log gave nothing the last time, in words; "" if all is well."""
+        return self._catchup.trouble
 
     # ---- applies and digests
 

@@ -140,10 +140,11 @@ class ReplicaCore:
             return f"lagging: {lane.lagging}"
         if lane.proving or lane.to_prove:
             return "comparing the weights with the trainer's"
+        trouble = f"; the log: {lane.trouble}" if lane.trouble else ""
         if lane.version is None:
-            return "waiting for an anchor from the log"
+            return f"waiting for an anchor from the log{trouble}"
         if head is not None and lane.version < head:
-            return f"at version {lane.version} of {head}"
+            return f"at version {lane.version} of {head}{trouble}"
         return f"at version {lane.version}, the newest that was announced"
 
     # ---- events
@@ -169,8 +170,8 @@ class ReplicaCore:
                 self._out += self._seat.receive_failed(event)
             case ev.Fetched():
                 self._out += self._lane.fetched(event, now)
-            case ev.FetchFailed(epoch):
-                self._lane.fetch_failed(epoch, now)
+            case ev.FetchFailed(epoch, reason):
+                self._lane.fetch_failed(epoch, reason, now)
             case ev.AppliedHere():
                 self._out += self._lane.applied(event)
             case ev.ApplyFailed():

@@ -28,13 +28,13 @@ def test_a_log_that_has_nothing_is_asked_ever_more_rarely() -> None:
     catchup = claimed()
     pauses = []
     for _ in range(7):
-        catchup.failed(10.0)
+        catchup.failed(10.0, "a hole")
         pauses.append(catchup.due - 10.0)
     assert pauses == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
     catchup.stored(10.5)
     assert catchup.due == 10.5
     catchup.found(11.0)
-    catchup.failed(12.0)
+    catchup.failed(12.0, "a hole")
     assert catchup.due == 12.25
 
 
