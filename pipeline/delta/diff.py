@@ -13,7 +13,7 @@ from torch import Tensor
 from ...messages.errors import LocalProtocolError
 from ...messages.manifest import Manifest
 from .bits import Source, quiet
-from .digest import addends, block_factors, dense_sum, sparse_sum
+from .digest import addends, block_factors, checksum, dense_sum, sparse_sum
 from .encode import Draft, Piece, assemble, empty_bits
 from .layout import ANCHOR, blocks_of
 from .patch import Patch
@@ -31,6 +31,11 @@ class Diffed:
     digest: int
     diff_us: int
     encode_us: int
+
+    @property
+    def checksum(self) -> int:
+        """The checksum of the patch's buffer; waits until it is whole."""
+        return checksum(self.patch.buffer)
 
 
 def _part(held: Tensor, start: int, stop: int) -> Tensor:
