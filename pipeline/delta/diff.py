@@ -232,14 +232,17 @@ class Shadow:
         g_K = self._factors[index][piece.start >> 16 : (piece.start + piece.numel + 0xFFFF) >> 16]
         return sparse_sum(addends(change.new_N).sub_(addends(old_N)), change.idx_N, g_K)
 
-    def anchor(self, version: int) -> Patch:
-        """A full copy of the state that is held, as the anchor of `version`."""
+    def anchor(self, version: int, *, device: torch.device | None = None) -> Patch:
+        """A full copy of the state that is held, as the anchor of `version`.
+
+        On `device`; None: where the first of what is held lies.
+        """
         if version < 0:
             raise ValueError(f"version {version} is negative")
         self._require_whole()
         with quiet():
             sources = self._sources()
-            device = _device(sources)
+            device = _device(sources) if device is None else device
             drafts = [
                 _dense_draft(index, spec.itemsize, source, device)
                 for index, (spec, source) in enumerate(
