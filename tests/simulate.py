@@ -8,12 +8,19 @@ The exit status is 0 only if no rule was broken; a seed that failed is named wit
 """
 
 import argparse
+import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
+from types import FrameType
 
+from .simulation.loop import Hung
 from .simulation.world import simulate
+
+#: A seed that takes longer has a callback that does not return; most take a quarter of a second.
+SEED_S = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds: Counter[str] = Counter()
     failed: list[int] = []
     slowest = 0.0
+    signal.signal(signal.SIGALRM, _hung)
     began = time.perf_counter()
     for seed in seeds:
         if time.perf_counter() - began > options.minutes * 60:
             break
+        signal.setitimer(signal.ITIMER_REAL, SEED_S)
         result = simulate(seed, trace=options.trace)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for line in result.trace:
             print(line)
         faults.update(result.faults)
@@ -71,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{totals['seeds']} seeds in {wall_s:.1f} s ({totals['seeds'] / wall_s:.2f} a second)")
     print(f"{len(failed)} failed: {failed}" if failed else "every rule was kept")
     return 1 if failed else 0
+
+
+def _hung(number: int, frame: FrameType | None) -> None:
+    stack = "".join(traceback.format_stack(frame, limit=12))
+    raise Hung(f"a seed takes more than {SEED_S:g} s, inside of\n{stack}")
 
 
 if __name__ == "__main__":

@@ -4,24 +4,31 @@ When nothing is ready the clock jumps to the next timer, so an hour of protocol 
 its callbacks do. All simulated processes share this one thread; what a process has scheduled is
 told by its context, so a process can be frozen (SIGSTOP: everything waits and comes late) or
 killed (SIGKILL: nothing of it runs again). Nothing depends on addresses or on the wall clock.
+
+A loop that makes no way ends with Stuck: nothing is left that could wake it, callbacks run and time
+hardly passes, or a bound of virtual time or of callbacks is reached.
 """
 
 import asyncio
 import contextvars
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 CURRENT: contextvars.ContextVar["Process | None"] = contextvars.ContextVar("process", default=None)
 
-
-#: So many callbacks without any passing of time are no progress.
+#: So many callbacks within a second of virtual time are no progress; the busiest has some 1,300.
 SPIN = 20_000
 
 
 class Stuck(Exception):
     """The simulation would wait for ever, or run for ever at one moment."""
+
+
+class Hung(KeyboardInterrupt):
+    """One callback does not return; no Exception, so that it ends the loop from inside a task."""
 
 
 class Process:
@@ -72,6 +79,13 @@ class Process:
         self.dead = True
         for exit_ in self.on_exit:
             exit_()
+
+    async def ended(self) -> None:
+        """Wait, as somebody else, until this process is no more."""
+        if not self.dead:
+            end: asyncio.Future[None] = self.loop.create_future()
+            self.on_exit.append(lambda: end.done() or end.set_result(None))
+            await end
 
     def admit(self, handle: asyncio.Handle) -> bool:
         """Whether a callback may run now; else it is kept for later, or for the burial."""
@@ -134,30 +148,46 @@ class _Clock:
 
     def __init__(self, loop: "VirtualLoop") -> None:
         self._loop = loop
-        self._rested = 0
+        #: Since when callbacks are counted, and how many there had been.
+        self._since = (loop.time(), loop.steps)
 
     def select(self, timeout: float | None) -> list[Any]:
+        loop = self._loop
         if timeout is None:
             raise Stuck("nothing is ready and no timer is set")
         if timeout > 0:
-            self._loop.jump()
-            self._rested = self._loop.steps
-        elif self._loop.steps - self._rested > SPIN:
-            raise Stuck(f"{SPIN} callbacks ran and no time passed: something spins")
+            loop.jump()
+        since, steps = self._since
+        passed_s, ran = loop.time() - since, loop.steps - steps
+        if passed_s >= 1.0:
+            self._since = (loop.time(), loop.steps)
+        elif ran > SPIN:
+            # The end of the simulation still has to run on this loop.
+            self._since = (loop.time(), loop.steps)
+            raise Stuck(f"{ran} callbacks ran and {passed_s:g} s passed: something spins")
+        loop.check_bounds()
         return []
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """The loop. `run_until_complete` it; `time()` is virtual, in seconds."""
+    """The loop. `run_until_complete` it; `time()` is virtual, in seconds.
 
-    def __init__(self, start: float = 1000.0) -> None:
+    Stuck after `limit_s` of virtual time, or after `limit_steps` callbacks.
+    """
+
+    def __init__(
+        self, start: float = 1000.0, *, limit_s: float = math.inf, limit_steps: float = math.inf
+    ) -> None:
         super().__init__()
         self._now = start
+        self._began = start
+        self._limit_s = limit_s
+        self._limit_steps = limit_steps
+        self.steps = 0
         self._numbers = itertools.count(1)
         self._selector = _Clock(self)
         #: A context that is no process's.
         self.bare_context = contextvars.Context()
-        self.steps = 0
         self.processes: list[Process] = []
         #: What the loop was told of: exceptions that nobody fetched, callbacks that raised.
         self.complaints: list[str] = []
@@ -171,6 +201,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """To the next timer."""
         when = self._scheduled[0]._when  # type: ignore[attr-defined]
         self._now = max(self._now, when)
+
+    def check_bounds(self) -> None:
+        """Stuck if this has gone on for too long."""
+        if self.time() - self._began > self._limit_s:
+            raise Stuck(f"no end after {self._limit_s:g} s of virtual time")
+        if self.steps > self._limit_steps:
+            raise Stuck(f"no end after {self._limit_steps} callbacks")
 
     def number(self) -> int:
         """The next number: what is made earlier has a lower one."""
@@ -207,6 +244,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def finish(self, timeout_s: float = 60.0) -> None:
         """End every task that is left, of the dead as well, so that nothing is left to complain."""
         self.set_exception_handler(lambda loop, context: None)
+        self._limit_s, self._limit_steps = self.time() - self._began + 2 * timeout_s, math.inf
         for process in self.processes:
             process.bury()
 

@@ -1,11 +1,13 @@
 """The virtual loop: no time passes but on its clock; processes freeze, thaw and die."""
 
 import asyncio
+import contextlib
+import itertools
 import time
 
 import pytest
 
-from .loop import Process, Stuck, VirtualLoop
+from .loop import Hung, Process, Stuck, VirtualLoop
 
 
 def test_an_hour_takes_no_time() -> None:
@@ -31,6 +33,79 @@ def test_waiting_for_nothing_is_an_error() -> None:
     loop = VirtualLoop()
     with pytest.raises(Stuck):
         loop.run_until_complete(asyncio.Event().wait())
+    loop.finish()
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 1e-6])
+def test_a_program_that_spins_is_ended(pause_s: float) -> None:
+    """A program goes round without sleeping, or sleeps for so little that time hardly passes: the
+    loop says so, and still ends what is left.
+    """
+    loop = VirtualLoop()
+    ended: list[str] = []
+
+    async def spin() -> None:
+        try:
+            for _ in itertools.count():
+                await asyncio.sleep(pause_s)
+        finally:
+            ended.append("spin")
+
+    with pytest.raises(Stuck, match="something spins"):
+        loop.run_until_complete(spin())
+    loop.finish()
+    assert ended == ["spin"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"limit_s": 60.0}, "no end after 60 s"),
+        ({"limit_steps": 50}, "no end after 50 callbacks"),
+    ],
+)
+def test_a_program_without_an_end_is_ended(limits: dict[str, float], words: str) -> None:
+    """A program idles for ever, at its ease: nothing spins, and a bound ends it."""
+    loop = VirtualLoop(**limits)
+
+    async def idle() -> None:
+        for _ in itertools.count():
+            await asyncio.sleep(1)
+
+    with pytest.raises(Stuck, match=words):
+        loop.run_until_complete(idle())
+    assert loop.time() <= 1000 + 61
+    loop.finish()
+
+
+def test_a_callback_that_does_not_return_is_ended() -> None:
+    """A task never comes back to the loop; the alarm's Hung passes what answers exceptions."""
+    loop = VirtualLoop()
+
+    async def spin() -> None:
+        for turns in itertools.count():
+            with contextlib.suppress(Exception):
+                if turns == 1000:
+                    raise Hung("too long")
+
+    with pytest.raises(Hung):
+        loop.run_until_complete(spin())
+    loop.finish()
+
+
+def test_the_end_of_a_process_is_heard() -> None:
+    """Somebody waits for the end of a process: of one that is killed later, and of a dead one."""
+    loop = VirtualLoop(0.0)
+    process = Process(loop, "killed")
+
+    async def main() -> tuple[float, float]:
+        loop.call_at(3.0, process.kill)
+        await process.ended()
+        first = loop.time()
+        await process.ended()
+        return first, loop.time()
+
+    assert loop.run_until_complete(main()) == (3.0, 3.0)
     loop.finish()
 
 

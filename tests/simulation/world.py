@@ -34,15 +34,16 @@ from .broker import Broker
 from .describe import describe
 from .faults import happen
 from .lives import Life, TrainerLife, WorkerLife
-from .loop import CURRENT, Stuck, VirtualLoop
+from .loop import CURRENT, Hung, Stuck, VirtualLoop
 from .plan import Plan
 from .windows import Fabric, Faults, SimWindow
 
 #: After the last fault: until everyone holds the newest version, and until all have left.
 BOUND_S = 60.0
 LEAVE_S = 60.0
-#: A run that takes more steps than this spins.
-STEPS = 2_000_000
+#: A run has an end: the longest take 60 s of virtual time, and 13,000 callbacks.
+LIMIT_S = 600.0
+LIMIT_STEPS = 300_000
 
 
 @dataclass
@@ -73,7 +74,7 @@ class World:
     def __init__(self, seed: int, *, trace: bool) -> None:
         self.plan = Plan.of(seed)
         self.result = Result(seed)
-        self.loop = VirtualLoop()
+        self.loop = VirtualLoop(limit_s=LIMIT_S, limit_steps=LIMIT_STEPS)
         self.rng = random.Random(f"world {seed}")
         self.broker = Broker(self.loop, random.Random(f"broker {seed}"))
         self.broker.watch = self._watch
@@ -263,8 +264,8 @@ class World:
         main = self.loop.create_task(self._main())
         try:
             self.loop.run_until_complete(main)
-        except Stuck as exc:
-            self.violation(f"stuck: {exc}")
+        except (Stuck, Hung) as exc:
+            self.violation(f"stuck: {exc}; the run {_where(main)}")
         result, loop = self.result, self.loop
         result.virtual_s = loop.time() - self._began
         result.published = self.published
@@ -276,7 +277,10 @@ class World:
         for complaint in loop.complaints:
             self.violation(complaint)
         self.over = True
-        loop.finish()
+        try:
+            loop.finish()
+        except (Stuck, Hung) as exc:
+            result.violations.append(f"stuck at the end: {exc}")
         result.wall_s = time.perf_counter() - began
         return result
 
@@ -338,8 +342,8 @@ class World:
                 for _ in range(2):
                     await self._in(trainer, trainer.publish())
                     await asyncio.sleep(0.2)
-            except Fenced as exc:
-                self.note(trainer.name, "fenced", exc)
+            except (Fenced, Gone) as exc:
+                self.note(trainer.name, "lost the run", exc)
                 continue
             await self._until(
                 lambda trainer=trainer: self._settled(trainer) or self._lost(trainer),
@@ -449,17 +453,21 @@ class World:
         task.add_done_callback(self._tasks.discard)
 
     async def _in(self, life: Life, coroutine: Any) -> Any:
-        """Have a life's process do something."""
-        return await life.process.spawn(coroutine)
+        """Have a life's process do something; Gone if it ends before that is done."""
+        task = life.process.spawn(coroutine)
+        gone = asyncio.ensure_future(life.process.ended())
+        # Nothing of a process that has ended runs again: its task alone would never be done.
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not task.done():
+            raise Gone(f"{life.name} ended meanwhile")
+        return task.result()
 
     async def _until(self, condition: Any, timeout_s: float | None, why: Any = None) -> None:
         """Look every tenth of a second; Broken at the first violation, or at the deadline."""
         end = None if timeout_s is None else self.loop.time() + timeout_s
         while not condition():
             if self.result.violations or self.loop.complaints:
-                raise Broken
-            if self.loop.steps > STEPS:
-                self.violation(f"{self.loop.steps} steps: something spins")
                 raise Broken
             if end is not None and self.loop.time() > end:
                 self.violation(f"{timeout_s:g} s after the faults: {why()}")
@@ -471,6 +479,20 @@ class World:
 
 class Broken(Exception):
     """A rule was broken: the run ends here."""
+
+
+class Gone(Exception):
+    """The process has ended that was asked to do something."""
+
+
+def _where(task: asyncio.Task[Any]) -> str:
+    """Where a task waits, from the outside in."""
+    names: list[str] = []
+    awaited: Any = task.get_coro()
+    while (code := getattr(awaited, "cr_code", None)) is not None:
+        names.append(code.co_name)
+        awaited = awaited.cr_await
+    return "has ended" if task.done() else f"waits in {' > '.join(names)}"
 
 
 class _Ears(logging.Handler):
