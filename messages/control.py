@@ -183,7 +183,9 @@ class Join(Control, frozen=True, kw_only=True):
     """A member wants in: its model (by manifest hash), what it offers, what it holds.
 
     `version` is None until the digest has shown which version the weights are. `trainer` is the
-    incarnation whose claim the member follows: another of the same epoch is not meant.
+    incarnation whose claim the member follows: another of the same epoch is not meant. `gpu` names
+    the GPU that its weights are on (by UUID), "" if they are on none or it cannot be told: an nccl
+    window takes one rank a GPU.
     """
 
     epoch: int
@@ -194,6 +196,7 @@ class Join(Control, frozen=True, kw_only=True):
     pid: int
     version: int | None = None
     trainer: str = ""
+    gpu: str = ""
 
 
 class Ready(Control, frozen=True, kw_only=True):

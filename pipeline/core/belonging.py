@@ -19,6 +19,7 @@ class Belonging:
         device: str,
         host: str,
         pid: int,
+        gpu: str,
         policy: Policy,
         announced: Announced,
         started: float,
@@ -33,6 +34,7 @@ class Belonging:
         self._device = device
         self._host = host
         self._pid = pid
+        self._gpu = gpu
         self._policy = policy
         self._announced = announced
 
@@ -70,5 +72,6 @@ class Belonging:
                 pid=self._pid,
                 version=version,
                 trainer=claim.sender.incarnation if claim is not None else "",
+                gpu=self._gpu,
             )
         )

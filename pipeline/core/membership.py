@@ -19,6 +19,7 @@ class Member:
     offers: tuple[WindowKind, ...]
     device: str
     host: str
+    gpu: str
     heard: float
     version: int | None = None
     verified: int | None = None
@@ -38,6 +39,8 @@ class Membership:
 
     policy: Policy
     members: dict[str, Member] = field(default_factory=dict)
+    #: The trainer's GPU: its rank in a window is there.
+    gpu: str = ""
 
     def get(self, sender: Sender) -> Member | None:
         """The member with this name and life, or None."""
@@ -51,6 +54,7 @@ class Membership:
             offers=join.offers,
             device=join.device,
             host=join.host,
+            gpu=join.gpu,
             heard=now,
             version=join.version,
         )
@@ -144,15 +148,57 @@ class Membership:
             and m.version is not None
             and (m.sender in inside or self._may_enter(m, head))
         ]
-        wanted = PREFERENCE if self.policy.window == "auto" else (self.policy.window,)
         best: WindowKind | None = None
         members: tuple[Sender, ...] = ()
-        for kind in wanted:
+        for kind in self._wanted():
             # The best kind that all can, else the one that the most can.
-            able = tuple(m.sender for m in ready if kind in kinds and kind in m.offers)
+            able = [m for m in ready if kind in kinds and kind in m.offers]
+            if kind == "nccl":
+                able = self._one_a_gpu(able, inside)
             if len(able) > len(members):
-                best, members = kind, able
+                best, members = kind, tuple(m.sender for m in able)
         return best, members
+
+    def unseated(self, sender: Sender) -> str | None:
+        """Why no window has a place for this member as things are; None if one has.
+
+        Of two ranks on one GPU, NCCL takes neither: a member that can do nothing else needs a GPU
+        that is known, and nobody else's.
+        """
+        member = self.get(sender)
+        if member is None or [kind for kind in self._wanted() if kind in member.offers] != ["nccl"]:
+            return None
+        others = (m for m in self.members.values() if m is not member and "nccl" in m.offers)
+        shared = next((m.sender.name for m in others if m.gpu == member.gpu), None)
+        if not self.gpu:
+            why = "it is not known which GPU the trainer's weights are on"
+        elif not member.gpu:
+            why = "it is not known which GPU its weights are on"
+        elif member.gpu == self.gpu:
+            why = f"it shares {member.gpu} with the trainer"
+        elif shared is not None:
+            why = f"it shares {member.gpu} with {shared}"
+        else:
+            return None
+        return (
+            f"{why}, and nccl takes one rank a GPU: updates reach it by the log until it has a GPU "
+            "of its own, or gloo or bus is offered and allowed"
+        )
+
+    def _wanted(self) -> tuple[WindowKind, ...]:
+        return PREFERENCE if self.policy.window == "auto" else (self.policy.window,)
+
+    def _one_a_gpu(self, able: list[Member], inside: frozenset[Sender]) -> list[Member]:
+        """One of those that share a GPU, and none that shares the trainer's or is nowhere known."""
+        if not self.gpu:
+            return []
+        taken, seated = {"", self.gpu}, []
+        # Who is in the window stays in: a newcomer on the same GPU would break it.
+        for member in sorted(able, key=lambda m: m.sender not in inside):
+            if member.gpu not in taken:
+                taken.add(member.gpu)
+                seated.append(member)
+        return sorted(seated, key=lambda m: m.sender.name)
 
     def _may_enter(self, member: Member, head: int) -> bool:
         # A name in question stays where it is: anyone could break a window by asking for it.

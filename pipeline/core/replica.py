@@ -24,7 +24,8 @@ from .seat import Seat
 
 
 class ReplicaCore:
-    """Events in, commands out. `me` is this worker; `kinds` the windows that it can open."""
+    """Events in, commands out. `me` is this worker; `kinds` the windows that it can open, `gpu`
+    where its weights are ("": on none)."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class ReplicaCore:
         pid: int,
         policy: Policy,
         started: float,
+        gpu: str = "",
     ) -> None:
         self.run = run
         self.me = me
@@ -51,6 +53,7 @@ class ReplicaCore:
             device=device,
             host=host,
             pid=pid,
+            gpu=gpu,
             policy=policy,
             announced=self._announced,
             started=started,

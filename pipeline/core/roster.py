@@ -50,6 +50,9 @@ class Roster:
         if known is None:
             self._membership.admit(join, now)
             out.append(cmd.Tell("join", join.sender.name, f"on {join.host}, {join.device}"))
+            reason = self._membership.unseated(join.sender)
+            if reason is not None:
+                out.append(cmd.Tell("log-only", join.sender.name, reason))
         elif known.sender == join.sender:
             known.version = join.version
         elif known.challenger is None:

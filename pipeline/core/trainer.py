@@ -49,7 +49,8 @@ STORING = (State.IDLE, State.OPENING, State.ROUND)
 
 
 class TrainerCore:
-    """Events in, commands out. `me` is the trainer, `kinds` the windows that it can open."""
+    """Events in, commands out. `me` is the trainer, `kinds` the windows that it can open, `gpu`
+    where its weights are ("": on none)."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class TrainerCore:
         manifest_hash: str,
         kinds: tuple[WindowKind, ...],
         policy: Policy,
+        gpu: str = "",
     ) -> None:
         self.run = run
         self.me = me
@@ -66,7 +68,7 @@ class TrainerCore:
         self.kinds = kinds
         self.policy = policy
         self.state = State.UNCLAIMED
-        self.membership = Membership(policy)
+        self.membership = Membership(policy, gpu=gpu)
         self.epoch = 0
         #: The newest version that was announced and whose round is over.
         self.head = 0

@@ -6,6 +6,7 @@ from ...messages.control import WindowKind
 from ...messages.errors import WindowUnavailable
 from .base import Courier, Window, WindowFactory, WindowSpec
 from .bus import BusWindow
+from .gpus import gpu_identity
 
 __all__ = [
     "BusWindow",
@@ -14,6 +15,7 @@ __all__ = [
     "WindowFactory",
     "WindowSpec",
     "available_kinds",
+    "gpu_identity",
     "open_window",
 ]
 

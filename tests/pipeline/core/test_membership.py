@@ -12,17 +12,22 @@ POLICY = Policy(silence_s=4.0, probe_s=1.0, backoff_s=1.0, backoff_max_s=5.0, jo
 BOTH: tuple[WindowKind, ...] = ("gloo", "bus")
 
 
-def join(name: str, life: str = "1", version: int | None = 7, offers: object = BOTH) -> Join:
+ALL: tuple[WindowKind, ...] = ("nccl", "gloo", "bus")
+
+
+def join(
+    name: str, life: str = "1", version: int | None = 7, offers: object = BOTH, gpu: str = ""
+) -> Join:
     """A worker's Join."""
     return Join(
         sender=Sender(name, life), epoch=1, manifest_hash="m", offers=offers, device="cpu",
-        host="h", pid=1, version=version,
+        host="h", pid=1, version=version, gpu=gpu,
     )  # fmt: skip
 
 
-def crew(*joins: Join, policy: Policy = POLICY) -> Membership:
+def crew(*joins: Join, policy: Policy = POLICY, gpu: str = "") -> Membership:
     """These members, admitted at 0 s."""
-    membership = Membership(policy)
+    membership = Membership(policy, gpu=gpu)
     for each in joins:
         membership.admit(each, 0.0)
     return membership
@@ -117,6 +122,64 @@ def test_the_kind_is_the_best_for_the_most(
         *(join(f"m{i}", offers=offered) for i, offered in enumerate(offers)), policy=policy
     )
     assert names(membership.fit(BOTH, frozenset(), 7, 0.0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("trainer", "gpus", "expected"),
+    [
+        ("GPU-0", ["GPU-1", "GPU-2"], ("nccl", ["m0", "m1"])),
+        ("GPU-0", ["GPU-1", "GPU-1"], ("gloo", ["m0", "m1"])),
+        ("GPU-0", ["GPU-1", "GPU-0"], ("gloo", ["m0", "m1"])),
+        ("GPU-0", ["GPU-1", ""], ("gloo", ["m0", "m1"])),
+        ("", ["GPU-1", "GPU-2"], ("gloo", ["m0", "m1"])),
+    ],
+    ids=["distinct", "two-workers", "with-the-trainer", "unknown", "trainer-unknown"],
+)
+def test_nccl_wants_a_gpu_for_each_rank(
+    trainer: str, gpus: list[str], expected: tuple[object, list[str]]
+) -> None:
+    """Two ranks share a GPU, or nobody knows: the next kind is taken, for all of them."""
+    joins = [join(f"m{i}", offers=ALL, gpu=gpu) for i, gpu in enumerate(gpus)]
+    membership = crew(*joins, gpu=trainer)
+    assert names(membership.fit(ALL, frozenset(), 7, 0.0)) == expected
+    assert [membership.unseated(j.sender) for j in joins] == [None, None]
+
+
+def test_a_newcomer_on_a_taken_gpu_does_not_break_the_window() -> None:
+    """nccl is all that is allowed, and "a" comes to the GPU of "b", who is in: "b" stays in, and
+    "a" is told why it is out; once "b" has left, "a" has a place."""
+    policy = replace(POLICY, window="nccl")
+    holder, third = join("b", offers=ALL, gpu="GPU-1"), join("c", offers=ALL, gpu="GPU-2")
+    newcomer = join("a", offers=ALL, gpu="GPU-1")
+    membership = crew(holder, third, newcomer, policy=policy, gpu="GPU-0")
+    inside = frozenset({holder.sender, third.sender})
+    assert names(membership.fit(ALL, inside, 7, 0.0)) == ("nccl", ["b", "c"])
+    reason = membership.unseated(newcomer.sender)
+    assert reason is not None
+    assert "shares GPU-1 with b" in reason
+    membership.remove(holder.sender)
+    assert names(membership.fit(ALL, inside, 7, 0.0)) == ("nccl", ["a", "c"])
+    assert membership.unseated(newcomer.sender) is None
+
+
+@pytest.mark.parametrize(
+    ("trainer", "gpu", "why"),
+    [
+        ("GPU-0", "GPU-0", "shares GPU-0 with the trainer"),
+        ("GPU-0", "", "not known which GPU its weights are on"),
+        ("", "GPU-1", "not known which GPU the trainer's weights are on"),
+    ],
+    ids=["shared", "unknown", "trainer-unknown"],
+)
+def test_who_offers_nccl_alone_and_has_no_gpu_is_told(trainer: str, gpu: str, why: str) -> None:
+    """A worker offers nothing but nccl: no window has a place for it, and the reason says why."""
+    worker = join("m", offers=("nccl",), gpu=gpu)
+    membership = crew(worker, gpu=trainer)
+    assert membership.fit(ALL, frozenset(), 7, 0.0) == (None, ())
+    reason = membership.unseated(worker.sender)
+    assert reason is not None
+    assert why in reason
+    assert "by the log" in reason
 
 
 def test_a_new_epoch_asks_everyone_anew() -> None:
