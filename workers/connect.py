@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ..messages.errors import Closed
 from ..pipeline.bus.nats import connect as connect_nats
 from ..pipeline.log.jetstream import JetStreamLog
-from ..pipeline.windows import available_kinds, open_window
+from ..pipeline.windows import available_kinds, gpu_identity, open_window
 from .driver import Ports
 from .lane import Lane
 
@@ -63,6 +63,7 @@ async def connect(
         run=run_blocking,
         token=lambda: uuid.uuid4().hex[:16],
         close=close,
+        gpu=gpu_identity(device),
     )
 
 

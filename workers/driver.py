@@ -63,6 +63,8 @@ class Ports:
     token: Callable[[], str]
     #: Let go of what was opened for this driver: connections, threads, an embedded broker.
     close: Callable[[], Awaitable[None]]
+    #: The GPU that this is, by its UUID (windows.gpu_identity); "" for none.
+    gpu: str = ""
 
 
 class Driver(Generic[E, C]):

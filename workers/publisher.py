@@ -206,6 +206,7 @@ class AsyncPublisher:
             manifest_hash=self._outgoing.manifest.hash,
             kinds=ports.kinds,
             policy=self.policy,
+            gpu=ports.gpu,
         )
         self._driver: Driver[ev.TrainerEvent, cmd.TrainerCommand] = Driver(
             self._core,

@@ -154,6 +154,7 @@ class Replica:
             device=self._device,
             host=socket.gethostname(),
             pid=os.getpid(),
+            gpu=ports.gpu,
             policy=self.policy,
             started=ports.clock(),
         )
