@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cached_property
 
 import msgspec
 
@@ -56,7 +57,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
         return self.numel * self.itemsize
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """The tensors of a model in the trainer's order; sections of a patch name them by index."""
 
     tensors: tuple[TensorSpec, ...]
@@ -72,17 +73,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"tensor {spec.name!r} is listed twice")
             seen.add(spec.name)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """32 hex digits: the first 16 bytes of SHA-256 over the msgpack of the tensors."""
         return hashlib.sha256(msgspec.msgpack.encode(self.tensors)).hexdigest()[:32]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the whole model."""
         return sum(spec.numel for spec in self.tensors)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the dense model."""
         return sum(spec.nbytes for spec in self.tensors)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,14 +18,14 @@ from .layout import (
     Form,
     Header,
     Section,
+    Table,
     blocks_of,
     fits_sections,
     full_nbytes,
-    pack_table,
-    smallest,
+    lay_out,
     table_end,
 )
-from .patch import Patch, full_sections
+from .patch import Patch, full_table
 
 # Σ 2^(56 - 7i): multiplies eight bytes of 0 or 1 so that their bits meet in the top byte.
 _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
@@ -218,52 +219,47 @@ def assemble(
     The full form is taken where the sectioned one would be larger than dense · 1.01 + 1024 bytes;
     `dense_of` then gives the bits of any tensor (by its index in `manifest`).
     """
-    sections = []
-    offset = table_end(len(drafts))
-    for draft in drafts:
-        if draft.whole:
-            section = Section(
-                draft.index, Encoding.DENSE, draft.itemsize, draft.numel, draft.count, offset
-            )
-        else:
-            section = smallest(
-                draft.index, draft.itemsize, draft.numel, draft.count, offset,
-                dense=draft.dense is not None,
-            )  # fmt: skip
-        sections.append(section)
-        offset = section.end
+    figures = np.array(
+        [(draft.index, draft.itemsize, draft.numel, draft.count) for draft in drafts], np.int64
+    ).reshape(-1, 4)
+    table = lay_out(
+        *figures.T,
+        dense=np.array([draft.dense is not None for draft in drafts], np.bool_),
+        whole=np.array([draft.whole for draft in drafts], np.bool_),
+    )
     changed = numel if base_version == ANCHOR else sum(draft.count for draft in drafts)
     full = (
         dense_of is not None
         and manifest is not None
-        and offset > full_nbytes(dense_nbytes)
-        and not fits_sections(offset, dense_nbytes)
+        and table.nbytes > full_nbytes(dense_nbytes)
+        and not fits_sections(table.nbytes, dense_nbytes)
     )
     header = Header(
         form=Form.FULL if full else Form.SECTIONS,
-        sections=0 if full else len(sections),
+        sections=0 if full else len(table),
         manifest_hash=manifest_hash,
         base_version=base_version,
         version=version,
         changed=changed,
         numel=numel,
         dense_nbytes=dense_nbytes,
-        nbytes=full_nbytes(dense_nbytes) if full else offset,
+        nbytes=full_nbytes(dense_nbytes) if full else table.nbytes,
     )
     buffer = torch.empty(header.nbytes, dtype=torch.uint8, device=device)
-    table = () if full else tuple(sections)
-    start = bytearray(header.pack() + pack_table(table))
+    if full:
+        table = Table.empty()
+    start = bytearray(header.pack() + table.pack())
     buffer[: len(start)].copy_(torch.frombuffer(start, dtype=torch.uint8))
     patch = Patch(buffer, header, table, manifest)
     if full:
         assert manifest is not None
         assert dense_of is not None
         buffer[80 + dense_nbytes :].zero_()
-        for section in full_sections(manifest):
+        for section in full_table(manifest).sections:
             _write_dense(patch, section, dense_of(section.index))
     else:
-        _zero_gaps(buffer, header, sections)
-        for section, draft in zip(sections, drafts, strict=True):
+        _zero_gaps(buffer, header, table.sections)
+        for section, draft in zip(table.sections, drafts, strict=True):
             _write(patch, section, draft)
     return patch
 

@@ -8,8 +8,16 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from ...messages.errors import CorruptPatch
+
+#: One figure a section.
+Column: TypeAlias = npt.NDArray[np.int64]
+Flags: TypeAlias = npt.NDArray[np.bool_]
 
 MAGIC = b"SPCP"
 FORMAT = 1
@@ -18,7 +26,12 @@ ALIGN = 16
 #: dense nbytes, nbytes
 HEADER = struct.Struct("<4sBBHII16sqqQQQQ")
 #: tensor, encoding, itemsize, reserved; numel, count; offset of the section, of its values
-ENTRY = struct.Struct("<IBBHQQQQ")
+ENTRY = np.dtype(
+    [
+        ("index", "<u4"), ("encoding", "u1"), ("itemsize", "u1"), ("zero", "<u2"),
+        ("numel", "<u8"), ("count", "<u8"), ("offset", "<u8"), ("values_offset", "<u8"),
+    ]
+)  # fmt: skip
 #: The sectioned form is kept up to dense · 1.01 + this; above it the full form is used.
 ALLOWANCE_NBYTES = 1024
 ANCHOR = -1
@@ -106,20 +119,9 @@ class Section:
         return aligned(self.values_offset + self.values_nbytes)
 
 
-def smallest(
-    index: int, itemsize: int, numel: int, count: int, offset: int = 0, *, dense: bool = True
-) -> Section:
-    """The section with the smallest encoding for `count` of `numel` elements."""
-    encodings = list(Encoding) if dense else [Encoding.SPARSE, Encoding.BITMAP]
-    return min(
-        (Section(index, encoding, itemsize, numel, count, offset) for encoding in encodings),
-        key=lambda section: (section.end, -section.encoding),
-    )
-
-
 def table_end(sections: int) -> int:
     """Where the first section starts."""
-    return aligned(HEADER.size + ENTRY.size * sections)
+    return aligned(HEADER.size + ENTRY.itemsize * sections)
 
 
 def full_nbytes(dense_nbytes: int) -> int:
@@ -179,7 +181,7 @@ def parse_header(data: bytes, nbytes: int) -> Header:
         raise CorruptPatch(f"an anchor must carry all {numel} elements, it says {changed}")
     if form == Form.FULL and (sections or nbytes != full_nbytes(dense_nbytes)):
         raise CorruptPatch(f"{nbytes} bytes are not a full form of {dense_nbytes} dense bytes")
-    if form == Form.SECTIONS and HEADER.size + ENTRY.size * sections > nbytes:
+    if form == Form.SECTIONS and HEADER.size + ENTRY.itemsize * sections > nbytes:
         raise CorruptPatch(f"a table of {sections} sections does not fit {nbytes} bytes")
     return Header(
         Form(form), sections, manifest.hex(), base_version, version, changed, numel,
@@ -187,46 +189,207 @@ def parse_header(data: bytes, nbytes: int) -> Header:
     )  # fmt: skip
 
 
-def pack_table(sections: tuple[Section, ...]) -> bytes:
-    """The section table."""
-    return b"".join(
-        ENTRY.pack(s.index, s.encoding, s.itemsize, 0, s.numel, s.count, s.offset, s.values_offset)
-        for s in sections
-    )
+class Table:
+    """The sections of a patch as columns: int64 arrays [sections], which nobody may change.
+
+    Each column is what Section calls so. `nbytes` is where the last section ends: the bytes of a
+    patch in the sectioned form.
+    """
+
+    __slots__ = (
+        "_sections", "blocks", "carried", "count", "encoding", "end", "index", "itemsize", "nbytes",
+        "numel", "offset", "places_nbytes", "places_offset", "values_offset",
+    )  # fmt: skip
+
+    index: Column
+    encoding: Column
+    itemsize: Column
+    numel: Column
+    count: Column
+    offset: Column
+    blocks: Column
+    places_offset: Column
+    places_nbytes: Column
+    values_offset: Column
+    carried: Column
+    end: Column
+
+    def __init__(
+        self,
+        index: Column,
+        encoding: Column,
+        itemsize: Column,
+        numel: Column,
+        count: Column,
+        offset: Column,
+    ) -> None:
+        sparse = encoding == Encoding.SPARSE
+        bitmap = encoding == Encoding.BITMAP
+        dense = encoding == Encoding.DENSE
+        self.index = index
+        self.encoding = encoding
+        self.itemsize = itemsize
+        self.numel = numel
+        self.count = count
+        self.offset = offset
+        self.blocks = np.where(dense, 0, (numel + 0xFFFF) >> 16)
+        counts_end = offset + 4 * self.blocks
+        self.places_offset = np.where(bitmap, _aligned(counts_end), counts_end)
+        self.places_nbytes = np.where(sparse, 2 * count, np.where(bitmap, (numel + 7) >> 3, 0))
+        places_end = self.places_offset + self.places_nbytes
+        self.values_offset = np.where(dense, offset, _aligned(places_end))
+        self.carried = np.where(dense, numel, count)
+        self.end = _aligned(self.values_offset + self.carried * itemsize)
+        self.nbytes = int(self.end[-1]) if len(index) else table_end(0)
+        self._sections: tuple[Section, ...] | None = None
+
+    @classmethod
+    def empty(cls) -> Table:
+        """A table of no sections, as the full form has."""
+        none = np.zeros(0, np.int64)
+        return cls(none, none, none, none, none, none)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The same, one object a section; built when first asked for."""
+        if self._sections is None:
+            columns = (
+                self.index,
+                self.encoding,
+                self.itemsize,
+                self.numel,
+                self.count,
+                self.offset,
+            )
+            self._sections = tuple(
+                Section(index, Encoding(encoding), itemsize, numel, count, offset)
+                for index, encoding, itemsize, numel, count, offset in zip(
+                    *(column.tolist() for column in columns), strict=True
+                )
+            )
+        return self._sections
+
+    def nbytes_of(self, encoding: Encoding) -> int:
+        """Bytes of the sections that have this encoding."""
+        return int(((self.end - self.offset) * (self.encoding == encoding)).sum())
+
+    def pack(self) -> bytes:
+        """The section table of the wire, 40 bytes a section."""
+        entries = np.zeros(len(self), ENTRY)
+        for name in ("index", "encoding", "itemsize", "numel", "count", "offset", "values_offset"):
+            entries[name] = getattr(self, name)
+        return entries.tobytes()
+
+    @classmethod
+    def parse(cls, data: bytes | memoryview | npt.NDArray[np.uint8], header: Header) -> Table:
+        """Read and validate the section table against its header; CorruptPatch says what is wrong.
+
+        `header` comes from parse_header(): its nbytes are those that there are.
+        """
+        entries = np.frombuffer(data, ENTRY)
+        size, count = entries["numel"], entries["count"]
+        dense = entries["encoding"] == Encoding.DENSE
+        wrong = np.zeros(len(entries), np.bool_)
+        wrong[1:] = entries["index"][1:] <= entries["index"][:-1]
+        wrong |= (entries["encoding"] < 1) | (entries["encoding"] > 3)
+        wrong |= ~np.isin(entries["itemsize"], (1, 2, 4, 8)) | (entries["zero"] != 0)
+        wrong |= (count < 1) | (count > size) | (size > np.uint64(header.numel))
+        # A block of 65,536 elements takes 4 bytes at the least, a changed element 1. What claims
+        # more cannot end in time, and with the rest nothing below passes 2^63.
+        wrong |= (size > np.uint64(header.nbytes << 14)) | (count > np.uint64(header.nbytes))
+        wrong |= dense & (size > np.uint64(header.nbytes))
+        index = entries["index"].astype(np.int64)
+        encoding = np.where(wrong, Encoding.DENSE, entries["encoding"]).astype(np.int64)
+        itemsize = np.where(wrong, 1, entries["itemsize"]).astype(np.int64)
+        numel = np.where(wrong, 0, size).astype(np.int64)
+        changed = np.where(wrong, 0, count).astype(np.int64)
+        each = np.choose(encoding - 1, _nbytes(itemsize, numel, changed))
+        each[each > header.nbytes] = header.nbytes
+        table = cls(index, encoding, itemsize, numel, changed, _starts(each))
+        wrong |= entries["offset"] != table.offset.astype(np.uint64)
+        wrong |= entries["values_offset"] != table.values_offset.astype(np.uint64)
+        wrong |= table.end > header.nbytes
+        if wrong.any():
+            # Those before the first wrong one are right, so its place is, too.
+            at = int(wrong.argmax())
+            last = int(index[at - 1]) if at else -1
+            _refuse(at, entries[at].tolist(), last, int(table.offset[at]), header)
+        table._require_sums(header)
+        return table
+
+    def _require_sums(self, header: Header) -> None:
+        if self.nbytes != header.nbytes:
+            raise CorruptPatch(f"the sections end at byte {self.nbytes} of {header.nbytes}")
+        changed, numel = int(self.count.sum()), int(self.numel.sum())
+        if changed != header.changed:
+            raise CorruptPatch(
+                f"the sections have {changed} changed elements, not {header.changed}"
+            )
+        if numel > header.numel or int((self.numel * self.itemsize).sum()) > header.dense_nbytes:
+            raise CorruptPatch(f"the sections span {numel} elements of {header.numel}")
+        if header.base_version == ANCHOR and (
+            numel != header.numel or bool((self.encoding != Encoding.DENSE).any())
+        ):
+            raise CorruptPatch("an anchor must be a dense copy of every tensor")
 
 
-def parse_table(data: bytes, header: Header) -> tuple[Section, ...]:
-    """Read and validate the section table against its header; CorruptPatch says what is wrong."""
-    sections: list[Section] = []
-    offset = table_end(header.sections)
-    last = -1
-    changed = numel = nbytes = 0
-    for index, encoding, itemsize, zero, size, count, at, values_at in ENTRY.iter_unpack(data):
-        where = f"section {len(sections)}"
-        if index <= last:
-            raise CorruptPatch(f"{where} names tensor {index} after {last}")
-        if encoding not in (1, 2, 3) or itemsize not in (1, 2, 4, 8) or zero:
-            raise CorruptPatch(f"{where} has encoding {encoding}, itemsize {itemsize}, {zero}")
-        if not 1 <= count <= size <= header.numel:
-            raise CorruptPatch(f"{where} has {count} of {size} elements, of {header.numel} in all")
-        section = Section(index, Encoding(encoding), itemsize, size, count, offset)
-        if at != offset or values_at != section.values_offset:
-            raise CorruptPatch(f"{where} lies at {at} and {values_at}, not where it must")
-        if section.end > header.nbytes:
-            raise CorruptPatch(f"{where} ends at byte {section.end} of {header.nbytes}")
-        offset, last = section.end, index
-        changed += count
-        numel += size
-        nbytes += size * itemsize
-        sections.append(section)
-    if offset != header.nbytes:
-        raise CorruptPatch(f"the sections end at byte {offset} of {header.nbytes}")
-    if changed != header.changed:
-        raise CorruptPatch(f"the sections have {changed} changed elements, not {header.changed}")
-    if numel > header.numel or nbytes > header.dense_nbytes:
-        raise CorruptPatch(f"the sections span {numel} elements of {header.numel}")
-    if header.base_version == ANCHOR and (
-        numel != header.numel or any(s.encoding is not Encoding.DENSE for s in sections)
-    ):
-        raise CorruptPatch("an anchor must be a dense copy of every tensor")
-    return tuple(sections)
+def _refuse(at: int, entry: tuple[int, ...], last: int, offset: int, header: Header) -> NoReturn:
+    """Say what is wrong with entry `at`, which starts at `offset`, after tensor `last`."""
+    index, encoding, itemsize, zero, numel, count, claimed, values_claimed = entry
+    where = f"section {at}"
+    if index <= last:
+        raise CorruptPatch(f"{where} names tensor {index} after {last}")
+    if encoding not in (1, 2, 3) or itemsize not in (1, 2, 4, 8) or zero:
+        raise CorruptPatch(f"{where} has encoding {encoding}, itemsize {itemsize}, {zero}")
+    if not 1 <= count <= numel <= header.numel:
+        raise CorruptPatch(f"{where} has {count} of {numel} elements, of {header.numel} in all")
+    section = Section(index, Encoding(encoding), itemsize, numel, count, offset)
+    if claimed != offset or values_claimed != section.values_offset:
+        raise CorruptPatch(f"{where} lies at {claimed} and {values_claimed}, not where it must")
+    raise CorruptPatch(f"{where} ends at byte {section.end} of {header.nbytes}")
+
+
+def lay_out(
+    index: Column,
+    itemsize: Column,
+    numel: Column,
+    count: Column,
+    *,
+    dense: Flags | bool = True,
+    whole: Flags | bool = False,
+) -> Table:
+    """Lay changed tensors (int64 columns, ascending by index) out as the sections of a patch.
+
+    Each takes its smallest encoding, ties going to the higher one: of all three where `dense`,
+    else of sparse and bitmap; where `whole`, it is dense whatever its size.
+    """
+    sparse, bitmap, whole_nbytes = _nbytes(itemsize, numel, count)
+    each = np.minimum(sparse, bitmap)
+    to_dense = ((whole_nbytes <= each) & dense) | whole
+    encoding = np.where(
+        to_dense, Encoding.DENSE, np.where(bitmap <= sparse, Encoding.BITMAP, Encoding.SPARSE)
+    ).astype(np.int64)
+    each = np.where(to_dense, whole_nbytes, each)
+    return Table(index, encoding, itemsize, numel, count, _starts(each))
+
+
+def _aligned(nbytes: Column) -> Column:
+    return (nbytes + (ALIGN - 1)) & -ALIGN
+
+
+def _nbytes(itemsize: Column, numel: Column, count: Column) -> tuple[Column, Column, Column]:
+    """Bytes of each section if it were sparse, bitmap, dense."""
+    counts = 4 * ((numel + 0xFFFF) >> 16)
+    values = _aligned(count * itemsize)
+    sparse = _aligned(counts + 2 * count) + values
+    bitmap = _aligned(counts) + _aligned((numel + 7) >> 3) + values
+    return sparse, bitmap, _aligned(numel * itemsize)
+
+
+def _starts(each: Column) -> Column:
+    """Where sections of so many bytes start: behind the table, one after the other."""
+    ends = each.cumsum()
+    return ends - each + table_end(len(each))

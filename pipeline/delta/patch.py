@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,28 +17,41 @@ from .layout import (
     ANCHOR,
     ENTRY,
     HEADER,
+    Column,
     Encoding,
     Form,
     Header,
     Section,
+    Table,
     parse_header,
-    parse_table,
 )
 
 EncodingName = Literal["none", "sparse", "bitmap", "dense"]
+
+Found = TypeVar("Found")
+
+#: Manifests that are remembered: a process has one or two.
+_KNOWN = 8
+#: Header and table come to the host in one copy of so many bytes: tables of up to 1,636 sections.
+_START_NBYTES = 1 << 16
+_NAMES: dict[Encoding, EncodingName] = {
+    Encoding.SPARSE: "sparse",
+    Encoding.BITMAP: "bitmap",
+    Encoding.DENSE: "dense",
+}
 
 
 class Patch:
     """A view over one contiguous 1-D uint8 tensor, on any device; made by diff, merge, from_….
 
-    The buffer must not change while the patch is in use. `sections` is the table as it was read;
-    it is empty in the full form, where sections_of(manifest) gives the places.
+    The buffer must not change while the patch is in use. `table` is the section table as it was
+    read; it is empty in the full form, where table_of(manifest) gives the places.
     """
 
-    __slots__ = ("_header", "buffer", "manifest", "sections")
+    __slots__ = ("_header", "buffer", "manifest", "table")
 
     buffer: Tensor
-    sections: tuple[Section, ...]
+    table: Table
     #: The manifest, where whoever made the patch had it; it does not travel.
     manifest: Manifest | None
 
@@ -43,11 +59,11 @@ class Patch:
         self,
         buffer: Tensor,
         header: Header,
-        sections: tuple[Section, ...],
+        table: Table,
         manifest: Manifest | None = None,
     ) -> None:
         self.buffer = buffer
-        self.sections = sections
+        self.table = table
         self.manifest = manifest
         self._header = header
 
@@ -57,7 +73,8 @@ class Patch:
     def from_buffer(cls, buffer: Tensor) -> Patch:
         """Read a patch where it lies (uint8, 1-D, contiguous; copied only if not 16-aligned).
 
-        Header and section table are validated: CorruptPatch. check() validates the rest.
+        Header and section table are validated: CorruptPatch. check() validates the rest. Waits for
+        the current stream of the buffer's device: one copy to the host, two if the table is long.
         """
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
             raise CorruptPatch(
@@ -68,12 +85,14 @@ class Patch:
             if buffer.numel() and (buffer.storage_offset() % 16 or buffer.data_ptr() % 16):
                 buffer = buffer.clone()
             nbytes = buffer.numel()
-            header = parse_header(bytes(buffer[: HEADER.size].tolist()), nbytes)
-            sections: tuple[Section, ...] = ()
-            if header.form is Form.SECTIONS:
-                table = buffer[HEADER.size : HEADER.size + ENTRY.size * header.sections]
-                sections = parse_table(table.cpu().numpy().tobytes(), header)
-            return cls(buffer, header, sections)
+            start = buffer[:_START_NBYTES].cpu().numpy()
+            header = parse_header(start[: HEADER.size].tobytes(), nbytes)
+            end = HEADER.size + ENTRY.itemsize * header.sections
+            if end > len(start):
+                start = buffer[:end].cpu().numpy()
+            if header.form is Form.FULL:
+                return cls(buffer, header, Table.empty())
+            return cls(buffer, header, Table.parse(start[HEADER.size : end], header))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Patch:
@@ -145,16 +164,9 @@ class Patch:
         """The encoding that carries the most of its bytes; "none" if nothing changed."""
         if self.full:
             return "dense"
-        names: dict[Encoding, EncodingName] = {
-            Encoding.SPARSE: "sparse",
-            Encoding.BITMAP: "bitmap",
-            Encoding.DENSE: "dense",
-        }
-        nbytes = dict.fromkeys(names, 0)
-        for section in self.sections:
-            nbytes[section.encoding] += section.end - section.offset
-        most = max(names, key=lambda encoding: nbytes[encoding])
-        return names[most] if nbytes[most] else "none"
+        nbytes = {encoding: self.table.nbytes_of(encoding) for encoding in Encoding}
+        most = max(nbytes, key=lambda encoding: nbytes[encoding])
+        return _NAMES[most] if nbytes[most] else "none"
 
     def __repr__(self) -> str:
         base = "anchor" if self.base_version is None else self.base_version
@@ -165,11 +177,18 @@ class Patch:
 
     # ---- parts
 
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The table, one object a section."""
+        return self.table.sections
+
+    def table_of(self, manifest: Manifest) -> Table:
+        """Its table; in the full form, one dense section a tensor, in order of the buffer."""
+        return full_table(manifest) if self.full else self.table
+
     def sections_of(self, manifest: Manifest) -> tuple[Section, ...]:
-        """Its sections; in the full form, one dense section a tensor, in order of the buffer."""
-        if not self.full:
-            return self.sections
-        return full_sections(manifest)
+        """table_of(), one object a section."""
+        return self.table_of(manifest).sections
 
     def counts(self, section: Section) -> Tensor:
         """Changed elements of each block: int32 [blocks], to be read as u32."""
@@ -192,16 +211,54 @@ class Patch:
         return self.buffer[at : at + section.values_nbytes].view(bits_dtype(section.itemsize))
 
 
-def full_sections(manifest: Manifest) -> tuple[Section, ...]:
-    """Where the tensors lie in the full form: larger items first, so that nothing needs padding."""
-    order = sorted(range(len(manifest.tensors)), key=lambda i: (-manifest.tensors[i].itemsize, i))
-    sections = []
-    at = HEADER.size
-    for index in order:
-        spec = manifest.tensors[index]
-        if spec.numel:
-            sections.append(
-                Section(index, Encoding.DENSE, spec.itemsize, spec.numel, spec.numel, at)
-            )
-            at += spec.nbytes
-    return tuple(sections)
+# ---- of a manifest, computed once
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Every tensor of a manifest, in its order, the empty ones too: int64 [tensors]."""
+
+    itemsize: Column
+    numel: Column
+
+
+class _Known(Generic[Found]):
+    """What was computed for the last few manifests, by their hash."""
+
+    def __init__(self, compute: Callable[[Manifest], Found]) -> None:
+        self._compute = compute
+        self._found: dict[str, Found] = {}
+
+    def __call__(self, manifest: Manifest) -> Found:
+        found = self._found.get(manifest.hash)
+        if found is None:
+            found = self._compute(manifest)
+            if len(self._found) >= _KNOWN:
+                self._found = {}
+            self._found[manifest.hash] = found
+        return found
+
+
+def _columns_of(manifest: Manifest) -> Columns:
+    tensors = manifest.tensors
+    return Columns(
+        np.array([spec.itemsize for spec in tensors], np.int64),
+        np.array([spec.numel for spec in tensors], np.int64),
+    )
+
+
+def _full_table(manifest: Manifest) -> Table:
+    """Larger items first, so that nothing needs padding."""
+    columns = columns_of(manifest)
+    index = np.argsort(-columns.itemsize, kind="stable")
+    index = index[columns.numel[index] > 0]
+    itemsize, numel = columns.itemsize[index], columns.numel[index]
+    ends = HEADER.size + (numel * itemsize).cumsum()
+    encoding = np.full_like(index, Encoding.DENSE)
+    return Table(index, encoding, itemsize, numel, numel, ends - numel * itemsize)
+
+
+#: Itemsizes and element counts of a manifest's tensors.
+columns_of = _Known(_columns_of)
+#: Where the tensors lie in the full form.
+full_table = _Known(_full_table)

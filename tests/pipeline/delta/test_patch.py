@@ -5,6 +5,7 @@ import struct
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from sparsecast.messages.errors import CorruptPatch
 from sparsecast.pipeline.delta import Patch, Section, Shadow, check, checksum, diff, manifest_of
 from sparsecast.pipeline.delta.decode import Span, block_limits, spans_of
 from sparsecast.pipeline.delta.encode import global_index, pack_mask, unpack_mask
-from sparsecast.pipeline.delta.layout import Encoding, blocks_of, smallest
+from sparsecast.pipeline.delta.layout import Encoding, blocks_of, lay_out
 from states import bits, changed, densities, raw, seeds, states
 
 PAGE = Path(__file__).parents[3] / "docs" / "patch-format.md"
@@ -260,14 +261,16 @@ def test_what_is_not_a_buffer_is_refused() -> None:
 def test_sections_beyond_two_to_the_31() -> None:
     """A tensor of 5 · 2³¹ elements, all figures exact."""
     numel = 5 << 31
-    for count, encoding in ((numel // 100, 1), (numel // 4, 2), (numel, 3)):
-        section = smallest(0, 2, numel, count, offset=160)
-        assert section.encoding == encoding
-        assert section.blocks == (0 if encoding == 3 else 5 << 15)
-    sparse = smallest(0, 2, numel, numel // 100, offset=160)
-    assert sparse.places_offset == 160 + 4 * (5 << 15)
+    counts = (numel // 100, numel // 4, numel)
+    columns = [[0, 1, 2], [2] * 3, [numel] * 3, list(counts)]
+    table = lay_out(*(np.array(column, np.int64) for column in columns))
+    sparse, bitmap, dense = table.sections
+    assert [section.encoding for section in table.sections] == [1, 2, 3]
+    assert [section.blocks for section in table.sections] == [5 << 15, 5 << 15, 0]
+    assert sparse.places_offset == 208 + 4 * (5 << 15)
     assert sparse.values_offset == up(sparse.places_offset + 2 * (numel // 100))
-    assert sparse.end == up(sparse.values_offset + 2 * (numel // 100))
+    assert sparse.end == up(sparse.values_offset + 2 * (numel // 100)) == bitmap.offset
+    assert table.nbytes == dense.end == dense.offset + 2 * numel
     assert blocks_of(numel + 1) == (5 << 15) + 1
     assert int(block_limits(Section(0, Encoding.SPARSE, 2, (1 << 31) + 7, 1, 0))[-1]) == 7
 
