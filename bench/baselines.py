@@ -8,6 +8,7 @@ Python. A worker acknowledges when its weights hold the update.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -29,11 +30,12 @@ class Group:
         self, rank: int, size: int, *, own: str, trainer: str, port: int, timeout_s: float
     ) -> None:
         self._limit = timedelta(seconds=timeout_s)
-        self._rank = rank
-        self._size = size
         self._own = own
+        self.timeout_s = timeout_s
+        self.rank = rank
+        self.size = size
         torch_dist: Any = dist  # its stubs leave the stores out
-        self._store = torch_dist.TCPStore(
+        self.store = torch_dist.TCPStore(
             trainer, port, size, rank == 0, self._limit, wait_for_workers=False
         )
         self._group: Any = None
@@ -41,7 +43,7 @@ class Group:
     @property
     def port(self) -> int:
         """Where the store of rank 0 listens."""
-        return int(self._store.port)
+        return int(self.store.port)
 
     def open(self) -> None:
         """Connect all ranks."""
@@ -49,7 +51,7 @@ class Group:
         options = gloo._Options()
         options._timeout = self._limit
         options._devices = [gloo.create_device(hostname=self._own)]
-        self._group = gloo(self._store, self._rank, self._size, options)
+        self._group = gloo(self.store, self.rank, self.size, options)
 
     def broadcast(self, tensor: Tensor) -> Any:
         """Queue a broadcast of a contiguous tensor from rank 0, as bytes."""
@@ -63,7 +65,7 @@ class Group:
 
     def gather_acks(self) -> None:
         """The trainer: wait for all workers."""
-        for rank in range(1, self._size):
+        for rank in range(1, self.size):
             ack = torch.zeros(1, dtype=torch.int64)
             self._group.recv([ack], rank, _ACK).wait()
             if not int(ack.item()):
@@ -85,7 +87,7 @@ class Method(Protocol):
 class Dense:
     """All weights, one broadcast a tensor, straight into the worker's weights."""
 
-    def __init__(self, group: Group, tensors: Tensors) -> None:
+    def __init__(self, group: Group, tensors: Tensors, *, trainer: bool) -> None:
         self._group = group
         self._tensors = list(tensors.values())
         self.nbytes = sum(t.numel() * t.element_size() for t in self._tensors)
@@ -113,7 +115,7 @@ class DenseSafe:
     writes nothing before all of them are right.
     """
 
-    def __init__(self, group: Group, tensors: Tensors) -> None:
+    def __init__(self, group: Group, tensors: Tensors, *, trainer: bool) -> None:
         self._group = group
         self._tensors = list(tensors.values())
         self.nbytes = sum(t.numel() * t.element_size() for t in self._tensors)
@@ -207,6 +209,14 @@ class Peers:
         everything = _ms(began)
         self._group.acknowledge(True)
         return {"receive": everything - applied, "apply": applied}
+
+
+#: Those of a run on CPUs, by name; each takes the group, the tensors and whether it is the trainer.
+METHODS: dict[str, Callable[..., Method]] = {
+    "dense": Dense,
+    "dense_safe": DenseSafe,
+    "peers": Peers,
+}
 
 
 def _checksum(tensor: Tensor) -> int:

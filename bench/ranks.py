@@ -4,50 +4,62 @@ from __future__ import annotations
 
 import itertools
 import socket
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import baselines
+import collectives
+import ours
 from control import Control, go_first, run_rank
+from devices import Device
 from link import serve_sample, take_sample
+from ours import Ear, Round
 from shapes import Cut, Tensors, make_weights, train_step
 from sparsecast import Broker, Policy, Publisher, Replica, digest
-from sparsecast.messages import codec
-from sparsecast.messages.metrics import Metric, TrainerMetrics, WorkerMetrics
-from sparsecast.messages.subjects import Subjects
-from sparsecast.pipeline.bus.nats import NatsBus, connect
 from sparsecast.pipeline.delta import Shadow
-from sparsecast.pipeline.log.jetstream import JetStreamLog
-from sparsecast.workers.connect import LoopThread
 
 RUN = "bench"
 OURS = "sparsecast"
 #: Nothing in a round takes so long; a process that does is broken.
 PATIENCE_S = 120.0
-
-Round = dict[str, float]
+#: Storing a full copy of 15 GB takes its time, before the first round or after a large one.
+STORE_S = 600.0
+_ANSWERS = 20
+_PLAIN = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What the parent asks of all ranks. `addresses`: where each rank listens."""
+    """What the parent asks of all ranks. `addresses`: where each rank listens.
+
+    `ways` are the methods beside ours: "host" over gloo, "device" as between GPUs. A density ends
+    after `rounds` measured rounds, or after the first one that is behind its `seconds`.
+    """
 
     cut: Cut
+    device: Literal["cpu", "cuda"]
+    ways: Literal["host", "device"]
     workers: int
     rounds: int
     warmup: int
+    seconds: float
     densities: tuple[float, ...]
     diff_rounds: int
     threads: int
     seed: int
     window: str
+    staging_nbytes: int | None
     first: bool
     addresses: tuple[str, ...]
+
+    @property
+    def backend(self) -> str:
+        """What carries the methods beside ours."""
+        return "nccl" if self.device == "cuda" else "gloo"
 
 
 def main(control: Control, config: Config) -> Any:
@@ -55,74 +67,51 @@ def main(control: Control, config: Config) -> Any:
     if config.first:
         go_first()
     torch.set_num_threads(config.threads)
+    device = Device(config.device, control.rank)
     if control.rank:
-        return _Worker(control, config).run()
-    return _Trainer(control, config).run()
+        return _Worker(control, config, device).run()
+    return _Trainer(control, config, device).run()
+
+
+def _beside(
+    config: Config,
+    stack: ExitStack,
+    group: baselines.Group,
+    device: Device,
+    held: Tensors | dict[str, Tensors],
+    *,
+    trainer: bool,
+) -> tuple[dict[str, baselines.Method], dict[str, int], collectives.World | None]:
+    """The methods beside ours, connected, and how many bytes each holds beside the weights."""
+    world: Any = group
+    makers = baselines.METHODS
+    if config.ways == "device":
+        world = collectives.World(group, device, backend=config.backend)
+        makers = collectives.METHODS
+        stack.callback(world.close)
+    world.open()
+    methods, nbytes = {}, {}
+    for name, make in makers.items():
+        before = device.allocated
+        tensors: Any = held if trainer else held[name]
+        methods[name] = make(world, tensors, trainer=trainer)
+        nbytes[name] = device.allocated - before
+    return methods, nbytes, world if config.ways == "device" else None
 
 
 # ---- the trainer
 
 
-class _Ear:
-    """Hears the run's metrics and looks into its log, on a loop and connection of its own."""
-
-    def __init__(self, url: str) -> None:
-        self._thread = LoopThread("bench-ear")
-        self._heard: list[Metric] = []
-        self._news = threading.Condition()
-        self._bus: NatsBus = self._thread.call(connect(url, name="bench", timeout_s=5))
-        self._log = JetStreamLog(self._bus, RUN)
-        self._thread.call(self._bus.subscribe(Subjects(RUN).metrics_all, self._hear))
-
-    def _hear(self, message: Any) -> None:
-        metric = codec.decode_metric(message.data, subject=message.subject)
-        with self._news:
-            self._heard.append(metric)
-            self._news.notify_all()
-
-    def round(self, version: int, workers: int) -> tuple[TrainerMetrics, list[WorkerMetrics]]:
-        """What the trainer and every worker said of a version; then it forgets all."""
-
-        def here() -> list[Metric]:
-            return [
-                m
-                for m in self._heard
-                if isinstance(m, TrainerMetrics | WorkerMetrics) and m.version == version
-            ]
-
-        with self._news:
-            if not self._news.wait_for(lambda: len(here()) > workers, PATIENCE_S):
-                raise TimeoutError(f"version {version} was not told whole: {here()}")
-            found = here()
-            self._heard.clear()
-        (trainer,) = (m for m in found if isinstance(m, TrainerMetrics))
-        return trainer, [m for m in found if isinstance(m, WorkerMetrics)]
-
-    def wait_stored(self, version: int) -> None:
-        """Until the log holds a version, so that storing it disturbs no other method."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            entries = self._thread.call(self._log.entries(timeout_s=5))
-            if any(entry.version >= version for entry in entries):
-                return
-            time.sleep(0.01)
-        raise TimeoutError(f"version {version} is not in the log")
-
-    def close(self) -> None:
-        """Leave the bus."""
-        self._thread.call(self._bus.close())
-        self._thread.stop()
-
-
 class _Trainer:
-    def __init__(self, control: Control, config: Config) -> None:
+    def __init__(self, control: Control, config: Config, device: Device) -> None:
         self._control = control
         self._config = config
-        self._random = torch.Generator().manual_seed(config.seed + 1)
+        self._device = device
+        self._random = torch.Generator(device.torch).manual_seed(config.seed + 1)
         self._turn = itertools.count()
 
     def run(self) -> dict[str, Any]:
-        config = self._config
+        config, device = self._config, self._device
         own = config.addresses[0]
         with ExitStack() as stack:
             url = stack.enter_context(Broker(host=own))
@@ -131,31 +120,37 @@ class _Trainer:
             )
             listener = stack.enter_context(socket.create_server((own, 0)))
             self._control.say((url, group.port, listener.getsockname()[1]))
-            sample = serve_sample(listener)
+            sample = serve_sample(listener) if config.ways == "host" else None
             self._tell("making the weights")
-            self._weights = make_weights(config.cut, config.seed)
-            group.open()
-            self._methods: dict[str, baselines.Method] = {
-                "dense": baselines.Dense(group, self._weights),
-                "dense_safe": baselines.DenseSafe(group, self._weights),
-                "peers": baselines.Peers(group, self._weights, trainer=True),
-            }
+            self._weights = make_weights(config.cut, config.seed, device.torch)
+            self._methods, held, self._world = _beside(
+                config, stack, group, device, self._weights, trainer=True
+            )
+            before = device.allocated
             self._publisher = stack.enter_context(
                 Publisher(self._weights, run=RUN, bus=url, policy=_policy(config))
             )
-            self._ear = _Ear(url)
+            held[OURS] = device.allocated - before
+            self._ear = Ear(url, RUN, patience_s=PATIENCE_S, store_s=STORE_S)
             stack.callback(self._ear.close)
-            self._answers("ready")
+            self._tell("waiting for the workers")
+            theirs = self._answers("ready")
             self._publisher.wait_members(config.workers, timeout_s=PATIENCE_S)
+            self._tell("waiting for the first full copy in the log")
             self._ear.wait_stored(0)
             self._wait_window()
-            densities = [self._measure(density) for density in config.densities]
-            result = {
+            result: dict[str, Any] = {
                 "link": sample,
-                "densities": densities,
+                "densities": [self._measure(density) for density in config.densities],
                 "window": self._publisher.window,
-                "diff": [self._measure_diff(density) for density in config.densities],
             }
+            if config.ways == "host":
+                result["diff"] = [self._measure_diff(density) for density in config.densities]
+            else:
+                result["answer_ms"] = [self._answer() for _ in range(_ANSWERS)]
+            if config.device == "cuda":
+                worst = {name: max(one.get(name, 0) for one in theirs) for name in held}
+                result["held"] = {"trainer": held, "worker": worst}
             self._control.say(("end",))
             self._answers("end")
         return result
@@ -172,52 +167,36 @@ class _Trainer:
     def _measure(self, density: float) -> dict[str, Any]:
         config = self._config
         rounds: dict[str, list[Round]] = {name: [] for name in (OURS, *self._methods)}
+        end = time.monotonic() + config.seconds
         for number in range(-config.warmup, config.rounds):
+            if number > 0 and time.monotonic() > end:
+                break
             train_step(self._weights, density, self._random)
             names = list(rounds)
             turn = next(self._turn) % len(names)
             for name in names[turn:] + names[:turn]:
+                self._tell(f"{density:.3%} changed: round {number + 1} of {config.rounds}, {name}")
+                self._device.synchronize()
                 done = self._ours() if name == OURS else self._baseline(name)
                 if number >= 0:
                     rounds[name].append(done)
-            self._tell(f"{density:.3%} changed: round {number + 1} of {config.rounds}")
-        return {"density": density, "rounds": rounds, "digests": self._digests()}
+        measured = {"density": density, "rounds": rounds, "digests": self._digests()}
+        if config.ways == "device":
+            measured["plain_ms"] = self._plain(round(rounds[OURS][-1]["nbytes"]))
+        return measured
 
     def _ours(self) -> Round:
-        began = time.perf_counter()
-        update = self._publisher.publish()
-        returned = time.perf_counter()
-        report = update.wait_applied(timeout_s=PATIENCE_S)
-        whole = 1e3 * (time.perf_counter() - began)
-        if not report.complete or len(report.applied) != self._config.workers:
-            raise RuntimeError(f"version {update.version} is not everywhere: {report}")
-        told, workers = self._ear.round(update.version, self._config.workers)
-        self._ear.wait_stored(update.version)
-        if told.verified != self._config.workers:
-            raise RuntimeError(f"version {update.version} was not proven everywhere: {told}")
-        announce_us = told.announce_us - told.seal_us
-        return {
-            "whole": whole,
-            "publish": 1e3 * (returned - began),
-            "wire_apply": (told.broadcast_us + told.apply_us) / 1e3,
-            "bus": (announce_us + told.ready_us) / 1e3,
-            "stage_diff": told.diff_us / 1e3,
-            "stage_encode": told.encode_us / 1e3,
-            "stage_seal": (told.seal_us - told.diff_us - told.encode_us) / 1e3,
-            "stage_announce": announce_us / 1e3,
-            "stage_ready": told.ready_us / 1e3,
-            "stage_broadcast": told.broadcast_us / 1e3,
-            "stage_apply": told.apply_us / 1e3,
-            "after_verify": told.verify_us / 1e3,
-            "worker_receive": max(w.receive_us for w in workers) / 1e3,
-            "worker_check": max(w.check_us for w in workers) / 1e3,
-            "worker_staged_to_applied": max(w.staged_us for w in workers) / 1e3,
-            "worker_apply": max(w.apply_us for w in workers) / 1e3,
-            "worker_verify": max(w.verify_us for w in workers) / 1e3,
-            "changed": update.changed,
-            "nbytes": update.nbytes,
-            "by_window": float(all(w.source == "window" for w in workers)),
-            "attempt": told.attempt,
+        workers = self._config.workers
+        if self._config.device != "cuda":
+            return ours.measure(self._publisher, self._ear, workers, patience_s=PATIENCE_S)
+        self._control.say(("watch",))
+        self._answers("watching")
+        self._device.watch()
+        done = ours.measure(self._publisher, self._ear, workers, patience_s=PATIENCE_S)
+        self._control.say(("peak",))
+        return done | {
+            "peak_trainer": self._device.peak(),
+            "peak_worker": max(self._answers("peak")),
         }
 
     def _baseline(self, name: str) -> Round:
@@ -226,12 +205,19 @@ class _Trainer:
         # The workers said so just before their first receive: let them get there.
         time.sleep(0.002)
         method = self._methods[name]
+        self._device.watch()
         began = time.perf_counter()
         parts = method.send()
         whole = 1e3 * (time.perf_counter() - began)
-        theirs = self._answers(name)
+        answers = self._answers(name)
+        theirs = [parts for parts, _ in answers]
         worker = {f"worker_{part}": max(t[part] for t in theirs) for part in theirs[0]}
-        return {"whole": whole, "nbytes": method.nbytes} | parts | worker
+        done = {"whole": whole, "nbytes": method.nbytes} | parts | worker
+        if self._config.device == "cuda":
+            self._device.synchronize()
+            done["peak_trainer"] = self._device.peak()
+            done["peak_worker"] = max(peak for _, peak in answers)
+        return done
 
     def _digests(self) -> dict[str, bool]:
         """For each method, whether every worker's weights are the trainer's."""
@@ -239,6 +225,23 @@ class _Trainer:
         self._control.say(("digest",))
         theirs = self._answers("digest")
         return {name: all(t[name] == mine for t in theirs) for name in theirs[0]}
+
+    def _plain(self, nbytes: int) -> list[float]:
+        """ms of plain broadcasts of so many bytes, by the slowest worker's device."""
+        assert self._world is not None
+        self._control.say(("plain", nbytes))
+        collectives.Plain(self._world).times(nbytes, _PLAIN)
+        return max(self._answers("plain"), key=lambda times: sorted(times)[len(times) // 2])
+
+    def _answer(self) -> float:
+        """ms of a round with nothing in it: what the answers cost every method beside ours."""
+        assert self._world is not None
+        self._control.say(("answer",))
+        self._answers("entering")
+        time.sleep(0.002)
+        began = time.perf_counter()
+        self._world.gather_acks()
+        return 1e3 * (time.perf_counter() - began)
 
     # ---- the diff alone
 
@@ -285,52 +288,92 @@ class _Trainer:
 
 
 class _Worker:
-    def __init__(self, control: Control, config: Config) -> None:
+    def __init__(self, control: Control, config: Config, device: Device) -> None:
         self._control = control
         self._config = config
+        self._device = device
 
     def run(self) -> None:
-        config, rank = self._config, self._control.rank
+        config, rank, device = self._config, self._control.rank, self._device
         own, trainer = config.addresses[rank], config.addresses[0]
         url, port, sample_port = self._control.hear(PATIENCE_S)
-        if rank == 1:
+        if rank == 1 and config.ways == "host":
             take_sample(trainer, sample_port)
-        start = make_weights(config.cut, config.seed)
-        held: dict[str, Tensors] = {OURS: start}
-        for name in ("dense", "dense_safe", "peers"):
-            held[name] = {key: tensor.clone() for key, tensor in start.items()}
+        held = self._copies(make_weights(config.cut, config.seed, device.torch))
         group = baselines.Group(
             rank, config.workers + 1, own=own, trainer=trainer, port=port, timeout_s=PATIENCE_S
         )
-        group.open()
-        methods: dict[str, baselines.Method] = {
-            "dense": baselines.Dense(group, held["dense"]),
-            "dense_safe": baselines.DenseSafe(group, held["dense_safe"]),
-            "peers": baselines.Peers(group, held["peers"], trainer=False),
-        }
-        replica = Replica(
-            held[OURS], run=RUN, bus=url, name=f"worker-{rank - 1}", policy=_policy(config)
-        )
-        replica.start()
-        try:
-            self._control.say(("ready",))
-            while True:
-                match self._control.hear(10 * PATIENCE_S):
-                    case ("round", name):
-                        self._control.say(("entering",))
-                        self._control.say((name, methods[name].receive()))
-                    case ("digest",):
-                        found = {name: digest(tensors) for name, tensors in held.items()}
-                        self._control.say(("digest", found))
-                    case ("end",):
-                        break
-        finally:
-            replica.stop()
+        with ExitStack() as stack:
+            methods, beside, world = _beside(config, stack, group, device, held, trainer=False)
+            replica = Replica(
+                held[OURS], run=RUN, bus=url, name=f"worker-{rank - 1}", policy=_policy(config)
+            )
+            replica.start()
+            stack.callback(replica.stop)
+            self._control.say(("ready", beside))
+            self._serve(methods, held, world)
         self._control.say(("end",))
+
+    def _serve(
+        self,
+        methods: dict[str, baselines.Method],
+        held: dict[str, Tensors],
+        world: collectives.World | None,
+    ) -> None:
+        device, say = self._device, self._control.say
+        while True:
+            match self._control.hear(STORE_S + PATIENCE_S):
+                case ("round", name):
+                    device.watch()
+                    say(("entering",))
+                    say((name, (methods[name].receive(), device.peak())))
+                case ("watch",):
+                    device.watch()
+                    say(("watching",))
+                case ("peak",):
+                    say(("peak", device.peak()))
+                case ("answer",):
+                    assert world is not None
+                    say(("entering",))
+                    world.acknowledge()
+                case ("plain", nbytes):
+                    assert world is not None
+                    say(("plain", collectives.Plain(world).times(nbytes, _PLAIN)))
+                case ("digest",):
+                    device.synchronize()
+                    say(("digest", _digests(held)))
+                case ("end",):
+                    return
+
+    def _copies(self, start: Tensors) -> dict[str, Tensors]:
+        """Weights of its own for every method, or the same ones for those that share."""
+        device_ways = self._config.ways == "device"
+        names = collectives.METHODS if device_ways else baselines.METHODS
+        shared = collectives.SHARED if device_ways else {}
+        held = {OURS: start}
+        for name in names:
+            if name not in shared:
+                held[name] = {key: tensor.clone() for key, tensor in start.items()}
+        return held | {name: held[other] for name, other in shared.items()}
+
+
+def _digests(held: dict[str, Tensors]) -> dict[str, int]:
+    """By method; weights that several share are read once."""
+    found: dict[int, int] = {}
+    for tensors in held.values():
+        if id(tensors) not in found:
+            found[id(tensors)] = digest(tensors)
+    return {name: found[id(tensors)] for name, tensors in held.items()}
 
 
 def _policy(config: Config) -> Policy:
-    return Policy(window=config.window)  # type: ignore[arg-type]  # argparse has checked it
+    chosen: dict[str, Any] = {"window": config.window}
+    if config.device == "cuda":
+        # Of a large model each full copy fills gigabytes of the log: one, and time for it.
+        chosen |= {"store_s": STORE_S, "anchor_every": 1_000_000}
+    if config.staging_nbytes is not None:
+        chosen["staging_nbytes"] = config.staging_nbytes
+    return Policy(**chosen)
 
 
 if __name__ == "__main__":

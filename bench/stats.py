@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import sparsecast
 from sparsecast.pipeline.bus.broker import server_binary
 
 Spread = dict[str, float]
@@ -54,28 +57,70 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
-def versions() -> dict[str, str]:
+def gpus() -> dict[str, Any]:
+    """The GPUs' names, their driver and how they are linked, as far as nvidia-smi tells."""
+    told = [line.split(", ") for line in _told("nvidia-smi", *_QUERY)]
+    return {
+        "gpus": [name for name, _ in told],
+        "driver": told[0][1] if told else "",
+        "topology": [
+            re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip()
+            for line in _told("nvidia-smi", "topo", "-m")
+            if "GPU" in line
+        ],
+    }
+
+
+_QUERY = ("--query-gpu=name,driver_version", "--format=csv,noheader")
+
+
+def versions(*, cuda: bool = False) -> dict[str, str]:
     """What was measured, and what it ran on."""
     told = subprocess.run(
         [str(server_binary()), "--version"], capture_output=True, text=True, timeout=10, check=True
     )
-    return {
-        "sparsecast": version("sparsecast"),
+    found = {
+        "sparsecast": sparsecast.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "nats-py": version("nats-py"),
+        "nats-py": _version("nats-py"),
         "nats-server": told.stdout.strip().rpartition("v")[2],
     }
+    if cuda:
+        found |= {
+            "cuda": str(torch.version.cuda),
+            "triton": _version("triton"),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "nccl4py": _version("nccl4py"),
+        }
+    return found
 
 
-def command(arguments: Sequence[str]) -> str:
+def command(arguments: Sequence[str], program: str = "round") -> str:
     """The command line, to be typed in the root of the repository; paths by their names."""
     named = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
-    return shlex.join(["python", "bench/round.py", *named])
+    return shlex.join(["python", f"bench/{program}.py", *named])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _told(*words: str) -> list[str]:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def _commit() -> str:
+    """Of the checkout; in a copy of the files alone, what BENCH_COMMIT says."""
+
     def git(*words: str) -> str:
         folder = str(Path(__file__).parent)
         told = subprocess.run(
@@ -85,9 +130,11 @@ def _commit() -> str:
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
-        return f"{head}, with changes" if head and git("status", "--short", "-uno") else head
     except OSError:
-        return ""
+        head = ""
+    if not head:
+        return os.environ.get("BENCH_COMMIT", "")
+    return f"{head}, with changes" if git("status", "--short", "-uno") else head
 
 
 def _lines(path: str) -> list[str]:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SPREAD = {"p50", "p10", "p90", "min", "max", "n"}
@@ -73,13 +74,78 @@ def test_a_small_run_is_whole(tmp_path: Path) -> None:
     assert all(what in done.stdout for what in told)
 
 
-def test_the_whole_model_has_its_shapes() -> None:
-    """Uncut, the shapes are those of Qwen2.5-0.5B; cut, they come close to what was asked."""
-    cut = module("shapes").Cut
-    whole = cut.of_elements(10**12)
+def test_the_ways_of_gpus_bring_the_same_bits(tmp_path: Path) -> None:
+    """The methods that GPUs are measured with run here over gloo, few and many elements changed,
+    until their time is over: all weights end equal, and each is beside ours in the document."""
+    path = tmp_path / "round.json"
+    size = ["--model", "tiny", "--ways", "device", "--changed", "27", "--densities", "0.01,0.6"]
+    rounds = ["--rounds", "50", "--warmup", "1", "--seconds", "0.3", "--workers", "2"]
+    done = bench(*size, *rounds, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(path.read_text())
+    beside = {"dense", "buckets_256m", "buckets_1g", "pairs", "nan_filled"}
+    for section in document["densities"]:
+        assert set(section["methods"]) == {"sparsecast", *beside}
+        assert all(section["digests_equal"].values())
+        times = [method["ms"]["whole"] for method in section["methods"].values()]
+        assert all(1 <= whole["n"] < 50 and whole["min"] > 0 for whole in times)
+        assert {f"{name}_to_sparsecast" for name in beside} < section["ratios"].keys()
+        assert section["plain_broadcast_ms"]["n"] == 10
+    few, some, many = document["densities"]
+    assert 25 <= few["methods"]["sparsecast"]["changed"] <= 27
+    assert 0.8 < some["methods"]["sparsecast"]["changed"] / 2786 < 1.2
+    assert many["methods"]["sparsecast"]["nbytes"] < many["dense_nbytes"] * 1.01
+    assert many["methods"]["pairs"]["nbytes"] > many["dense_nbytes"]
+    assert document["answer_ms"]["min"] > 0
+    again = tmp_path / "again.json"
+    few = ["--model", "tiny", "--ways", "device", "--changed", "27", "--rounds", "1"]
+    beside_it = ["--workers", "1", "--beside", str(path), "--json", str(again)]
+    done = bench(*few, *beside_it)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [target["what"] for target in json.loads(again.read_text())["targets"]]
+    assert any("our round with 1 worker(s) to 2" in what for what in told)
+
+
+def test_buckets_hold_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large a bucket is, every element is in one of them, in order: tensors are split."""
+    monkeypatch.syspath_prepend(ROOT / "bench")  # its modules know each other by bare names
+    collectives = module("collectives")
+    tensors = [torch.arange(start, stop) for start, stop in ((0, 10), (10, 11), (11, 40))]
+    for size in (1, 7, 10, 11, 40, 100):
+        fills = list(collectives._fills(tensors, size))
+        assert all(sum(piece.numel() for piece in fill) == size for fill in fills[:-1])
+        pieces = [piece for fill in fills for piece in fill]
+        assert torch.equal(torch.cat(pieces), torch.arange(40))
+        assert all(piece.numel() for piece in pieces)
+
+
+def test_a_step_changes_as_many_as_it_is_asked_to() -> None:
+    """A few elements are drawn over all tensors alike, many by a coin each: none are far off."""
+    shapes = module("shapes")
+    cut = shapes.Cut.whole(shapes.TINY)
+    random = torch.Generator().manual_seed(5)
+    for density in (1e-4, 0.01, 0.019, 0.021, 0.5, 1.0):
+        weights = shapes.make_weights(cut, 3)
+        before = shapes.make_weights(cut, 3)
+        shapes.train_step(weights, density, random)
+        changed = sum(
+            int((weights[name].view(torch.int16) != before[name].view(torch.int16)).sum())
+            for name in weights
+        )
+        assert changed == pytest.approx(density * cut.numel, rel=0.3), density
+
+
+def test_the_whole_models_have_their_shapes() -> None:
+    """Uncut, the shapes are those of Qwen2.5; cut, they come close to what was asked."""
+    shapes = module("shapes")
+    whole = shapes.Cut.of_elements(10**12)
     assert (len(whole.shapes), whole.numel) == (290, 494_032_768)
-    assert abs(cut.of_elements(64_000_000).numel - 64_000_000) < 896
-    assert "embedding left out" in cut(2, 0).describe()
+    assert whole == shapes.Cut.whole(shapes.QWEN_05B)
+    assert whole.describe().startswith("Qwen2.5-0.5B, bf16, whole: 290 tensors")
+    large = shapes.Cut.whole(shapes.QWEN_7B)
+    assert (len(large.shapes), large.numel) == (339, 7_615_616_512)
+    assert abs(shapes.Cut.of_elements(64_000_000).numel - 64_000_000) < 896
+    assert "embedding left out" in shapes.Cut(2, 0).describe()
 
 
 @pytest.mark.parametrize(
@@ -89,8 +155,10 @@ def test_the_whole_model_has_its_shapes() -> None:
         (["--densities", "0"], "shares are above 0"),
         (["--workers", "0"], "is below 1"),
         (["--device", "abacus"], "invalid choice"),
+        (["--device", "cuda", "--workers", "99"], "needs 100 GPUs"),
+        (["--beside", "nowhere.json"], "there is no file"),
     ],
-    ids=["link", "density", "workers", "device"],
+    ids=["link", "density", "workers", "device", "gpus", "beside"],
 )
 def test_a_wrong_flag_is_named(words: list[str], reason: str) -> None:
     """Nothing is started, and the message says what is wrong."""
