@@ -27,8 +27,12 @@ def open_window(spec: WindowSpec, courier: Courier) -> Window:
         raise WindowUnavailable(
             spec.label, f"no {spec.kind} window here, only {' and '.join(kinds)}"
         )
+    # Late: a torch built without gloo has no such module to import, and NCCL is optional.
+    if spec.kind == "nccl":
+        from .nccl import NcclWindow
+
+        return NcclWindow(spec, courier)
     if spec.kind == "gloo":
-        # Late: a torch built without gloo has no such module to import.
         from .gloo import GlooWindow
 
         return GlooWindow(spec, courier)
@@ -36,9 +40,18 @@ def open_window(spec: WindowSpec, courier: Courier) -> Window:
 
 
 def available_kinds(device: str = "cpu") -> tuple[WindowKind, ...]:
-    """The kinds of window that this process can open for tensors on `device`, best first."""
+    """The kinds of window that this process can open for tensors on `device`, best first.
+
+    The first call for a CUDA device imports nccl4py; CUDA is not initialised.
+    """
     import torch.distributed
 
+    kinds: list[WindowKind] = ["bus"]
     if torch.distributed.is_available() and torch.distributed.is_gloo_available():
-        return ("gloo", "bus")
-    return ("bus",)
+        kinds.insert(0, "gloo")
+    if device.startswith("cuda"):
+        from .nccl import probe
+
+        if probe().available:
+            kinds.insert(0, "nccl")
+    return tuple(kinds)
