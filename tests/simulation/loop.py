@@ -15,9 +15,11 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 CURRENT: contextvars.ContextVar["Process | None"] = contextvars.ContextVar("process", default=None)
+
+T = TypeVar("T")
 
 #: So many callbacks within a second of virtual time are no progress; the busiest has some 1,300.
 SPIN = 20_000
@@ -29,6 +31,10 @@ class Stuck(Exception):
 
 class Hung(KeyboardInterrupt):
     """One callback does not return; no Exception, so that it ends the loop from inside a task."""
+
+
+class Gone(Exception):
+    """The process has ended that was asked to do something."""
 
 
 class Process:
@@ -54,7 +60,7 @@ class Process:
         """Its own monotonic clock, in seconds: no two processes agree on where it starts."""
         return self.loop.time() + self.clock_offset_s
 
-    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a coroutine as a part of this process."""
         return self.loop.create_task(coroutine, context=self.context.copy())
 
@@ -77,15 +83,32 @@ class Process:
         if self.dead:
             return
         self.dead = True
-        for exit_ in self.on_exit:
+        for exit_ in list(self.on_exit):
             exit_()
 
-    async def ended(self) -> None:
-        """Wait, as somebody else, until this process is no more."""
-        if not self.dead:
-            end: asyncio.Future[None] = self.loop.create_future()
-            self.on_exit.append(lambda: end.done() or end.set_result(None))
-            await end
+    async def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Have it do something, as somebody else; Gone if it ends before that is done.
+
+        Nothing of a process that has ended runs again: its task alone would never be done.
+        """
+        if self.dead:
+            coroutine.close()
+            raise Gone(f"{self.name} has ended")
+        task = self.spawn(coroutine)
+        end: asyncio.Future[None] = self.loop.create_future()
+
+        def ended() -> None:
+            if not end.done():
+                end.set_result(None)
+
+        self.on_exit.append(ended)
+        try:
+            await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.on_exit.remove(ended)
+        if not task.done():
+            raise Gone(f"{self.name} ended meanwhile")
+        return task.result()
 
     def admit(self, handle: asyncio.Handle) -> bool:
         """Whether a callback may run now; else it is kept for later, or for the burial."""

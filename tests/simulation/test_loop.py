@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from .loop import Hung, Process, Stuck, VirtualLoop
+from .loop import Gone, Hung, Process, Stuck, VirtualLoop
 
 
 def test_an_hour_takes_no_time() -> None:
@@ -93,19 +93,23 @@ def test_a_callback_that_does_not_return_is_ended() -> None:
     loop.finish()
 
 
-def test_the_end_of_a_process_is_heard() -> None:
-    """Somebody waits for the end of a process: of one that is killed later, and of a dead one."""
+def test_who_asks_a_process_that_ends_is_told() -> None:
+    """A process does what it is asked; it is killed during the next request; then it is dead."""
     loop = VirtualLoop(0.0)
-    process = Process(loop, "killed")
+    process = Process(loop, "w0")
 
-    async def main() -> tuple[float, float]:
+    async def main() -> None:
+        assert await process.ask(asyncio.sleep(1, "done")) == "done"
         loop.call_at(3.0, process.kill)
-        await process.ended()
-        first = loop.time()
-        await process.ended()
-        return first, loop.time()
+        with pytest.raises(Gone, match="w0 ended meanwhile"):
+            await process.ask(asyncio.sleep(5))
+        assert loop.time() == 3.0
+        with pytest.raises(Gone, match="w0 has ended"):
+            await process.ask(asyncio.sleep(5))
+        assert loop.time() == 3.0
+        assert not process.on_exit
 
-    assert loop.run_until_complete(main()) == (3.0, 3.0)
+    loop.run_until_complete(main())
     loop.finish()
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from .lives import WorkerLife
+from .course import Course
 from .plan import KINDS, Plan
 from .planted import PLANTED
-from .world import Gone, Result, World, simulate
+from .world import Result, simulate
 
 SEEDS = range(50)
 
@@ -42,36 +42,16 @@ def test_the_rules_hold_under_faults(seed: int) -> None:
     assert result.reads
 
 
-def test_a_process_may_end_while_it_is_asked() -> None:
-    """A trainer has slept through its successor's life. Asked to publish when the faults are over,
-    it does, hears that it is fenced, and ends; the next request, and one under way, say so.
-    """
-    world = World(0, trace=False)
-    life = WorkerLife(world, "w0", 1, 0)
-
-    async def ask() -> None:
-        assert await world._in(life, asyncio.sleep(1, "done")) == "done"
-        world.loop.call_later(1, life.process.kill)
-        with pytest.raises(Gone, match="w0#1 ended meanwhile"):
-            await world._in(life, asyncio.sleep(5))
-        with pytest.raises(Gone):
-            await world._in(life, asyncio.sleep(5))
-
-    world.loop.run_until_complete(ask())
-    assert world.loop.time() == 1002.0
-    world.loop.finish()
-
-
 def test_a_run_without_an_end_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The world waits for what nobody brings while all processes idle: a violation, at a place."""
 
-    async def never(self: World) -> None:
+    async def never(self: Course) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(World, "_converge", never)
+    monkeypatch.setattr(Course, "_converge", never)
     result = simulate(3)
     assert "no end after" in result.violations[0]
-    assert "_play > never > wait" in result.violations[0]
+    assert "play > never > wait" in result.violations[0]
 
 
 def test_every_kind_of_fault_is_brought() -> None:

@@ -3,8 +3,7 @@
     result = simulate(17)            # never raises for what the product does: result.violations
     result = simulate(17, trace=True)
 
-After the faults everything heals; from then on every worker has BOUND_S to hold the newest version,
-verified, and every process to leave in order.
+What exists and what is seen is here; what happens when is the course's.
 """
 
 import asyncio
@@ -23,7 +22,6 @@ import torch
 
 from sparsecast.messages import codec
 from sparsecast.messages.control import Announce, Claim
-from sparsecast.messages.errors import Fenced
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.core.replica import ReplicaCore
@@ -31,16 +29,13 @@ from sparsecast.pipeline.core.trainer import TrainerCore
 from sparsecast.workers.publisher import Report
 
 from .broker import Broker
+from .course import Broken, Course
 from .describe import describe
-from .faults import happen
 from .lives import Life, TrainerLife, WorkerLife
-from .loop import CURRENT, Hung, Stuck, VirtualLoop
+from .loop import CURRENT, Hung, Process, Stuck, VirtualLoop
 from .plan import Plan
 from .windows import Fabric, Faults, SimWindow
 
-#: After the last fault: until everyone holds the newest version, and until all have left.
-BOUND_S = 60.0
-LEAVE_S = 60.0
 #: A run has an end: the longest take 60 s of virtual time, and 13,000 callbacks.
 LIMIT_S = 600.0
 LIMIT_STEPS = 300_000
@@ -90,25 +85,25 @@ class World:
         self.kept_most = 0
         self.largest = 0
         self._tracing = trace
-        self._began = self.loop.time()
+        self.began = self.loop.time()
         self._names = 0
         self._claim: Claim | None = None
-        self._lives: dict[Any, Life] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lives: dict[Process | None, Life] = {}
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     # ---- words
 
     def note(self, who: str, *what: Any) -> None:
         """A line of the trace."""
         if self._tracing:
-            at = self.loop.time() - self._began
+            at = self.loop.time() - self.began
             self.result.trace.append(f"{at:10.4f} {who:<12} {' '.join(map(describe, what))}")
 
     def violation(self, text: str) -> None:
         """A rule was broken."""
         if self.over:
             return
-        at = self.loop.time() - self._began
+        at = self.loop.time() - self.began
         if len(self.result.violations) < 20:
             self.result.violations.append(f"{at:.4f} {text}")
         self.note("VIOLATION", text)
@@ -130,7 +125,7 @@ class World:
             self.trainers.append(life)
             self._begin(life)
 
-        self._spawn(start())
+        self.spawn(start())
 
     def start_worker(self, name: str, slot: int, delay_s: float, *, retry: bool = True) -> None:
         """Start a worker."""
@@ -145,7 +140,7 @@ class World:
             self.workers.append(life)
             self._begin(life)
 
-        self._spawn(start())
+        self.spawn(start())
 
     def _begin(self, life: Life) -> None:
         self.note(life.name, "starts")
@@ -190,6 +185,21 @@ class World:
         """The broker loses, doubles and delays nothing."""
         self.broker.loss = self.broker.doubles = self.broker.deaf = 0.0
         self.broker.latency_s = 0.0003
+
+    def live_trainers(self) -> list[TrainerLife]:
+        """Those that have begun and not ended."""
+        return [trainer for trainer in self.trainers if trainer.present and trainer.live]
+
+    def live_workers(self) -> list[WorkerLife]:
+        """Those that have begun and not ended."""
+        return [worker for worker in self.workers if worker.present and worker.live]
+
+    def spawn(self, coroutine: Any) -> None:
+        """Run something that is no process's; what is left of it is cancelled when all heals."""
+        # In nobody's context: what a process asks for as it ends outlives it.
+        task = self.loop.create_task(coroutine, context=contextvars.Context())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def trainer_of(self, incarnation: str) -> TrainerLife | None:
         """The trainer of a claim."""
@@ -267,7 +277,7 @@ class World:
         except (Stuck, Hung) as exc:
             self.violation(f"stuck: {exc}; the run {_where(main)}")
         result, loop = self.result, self.loop
-        result.virtual_s = loop.time() - self._began
+        result.virtual_s = loop.time() - self.began
         result.published = self.published
         result.kept_most = self.kept_most
         result.steps = loop.steps
@@ -286,203 +296,11 @@ class World:
 
     async def _main(self) -> None:
         try:
-            await self._play()
+            await Course(self).play()
         except Broken:
             pass
         except Exception:
             self.violation(f"raised: {traceback.format_exc()}")
-
-    async def _play(self) -> None:
-        plan = self.plan
-        self.start_trainer(delay_s=self.rng.uniform(0, 2))
-        for slot in range(plan.workers):
-            self.start_worker(f"w{slot}", slot, delay_s=self.rng.uniform(0, 3))
-        self._spawn(self._bring_faults())
-        await self._until(lambda: self.loop.time() >= self._began + plan.fault_s, None)
-        await self._heal()
-        await self._converge()
-        await self._leave()
-
-    async def _bring_faults(self) -> None:
-        for fault in self.plan.faults:
-            await asyncio.sleep(max(0.0, self._began + fault.at - self.loop.time()))
-            self._spawn(happen(self, fault))
-
-    async def _heal(self) -> None:
-        """No fault from here on."""
-        self.note("heal", "the faults are over")
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.healed = True
-        self.calm()
-        self.broker.full = lambda stream: False
-        self.fabric.faults = Faults(notices=self.fabric.faults.notices)
-        if not self.broker.up:
-            self.broker.start()
-        for life in [*self.trainers, *self.workers]:
-            if life.engine is not None:
-                life.engine.fail_next = False
-                if isinstance(life, WorkerLife):
-                    life.hold_s = 0.0
-            if life.process.frozen and not life.process.dead:
-                life.process.thaw()
-        for trainer in self.trainers:
-            trainer.patience_s = 0.0
-        if not any(trainer.present for trainer in self.trainers):
-            self.start_trainer(delay_s=0.0)
-        if not any(worker.present and not worker.leaving.is_set() for worker in self.workers):
-            self.start_worker("w0", 0, delay_s=0.0)
-
-    async def _converge(self) -> None:
-        healed = self.loop.time()
-        while True:
-            trainer = await self._last_trainer()
-            try:
-                for _ in range(2):
-                    await self._in(trainer, trainer.publish())
-                    await asyncio.sleep(0.2)
-            except (Fenced, Gone) as exc:
-                self.note(trainer.name, "lost the run", exc)
-                continue
-            await self._until(
-                lambda trainer=trainer: self._settled(trainer) or self._lost(trainer),
-                BOUND_S,
-                lambda trainer=trainer: self._why(trainer),
-            )
-            if self._settled(trainer):
-                break
-            # A successor had the run before it died, and this one had not heard of it: its own
-            # successor follows. That can happen as often as there were trainers.
-            self.note(trainer.name, "lost the run")
-        self.result.converged_s = self.loop.time() - healed
-        self.note("converged", f"after {self.result.converged_s:.1f} s")
-        report = await self._in(trainer, trainer.last.wait_applied(10.0))
-        self.check_report(trainer, report)
-        names = sorted({worker.worker for worker in self._live_workers()})
-        if not report.complete or sorted(report.applied) != names:
-            self.violation(f"wait_applied() reports {report}, there are {names}")
-        for worker in self._live_workers():
-            left = len(worker.replica._incoming._staged)
-            if left:
-                self.violation(f"{worker.name} has {left} patches in staging, and no use for them")
-        outgoing = trainer.publisher._outgoing
-        if outgoing._kept or outgoing._pending:
-            self.violation(f"{trainer.name} keeps {list(outgoing._kept)}, {outgoing._pending}")
-
-    async def _last_trainer(self) -> TrainerLife:
-        """The one trainer that is left on the run."""
-
-        def there() -> list[str]:
-            return [trainer.name for trainer in self.trainers if trainer.present]
-
-        await self._until(
-            lambda: (
-                len(there()) == 1
-                and bool(self._live_trainers())
-                and self._live_trainers()[0].publisher._error is None
-            ),
-            40.0,
-            lambda: f"not one trainer but {there()}",
-        )
-        return self._live_trainers()[0]
-
-    async def _leave(self) -> None:
-        self.closing = True
-        everyone: list[Life] = [*self._live_trainers(), *self._live_workers()]
-        self.rng.shuffle(everyone)
-        for life in everyone:
-            life.leaving.set()
-            await asyncio.sleep(self.rng.choice([0.0, 0.5]))
-        await self._until(
-            lambda: not any(life.present for life in [*self.trainers, *self.workers]),
-            LEAVE_S,
-            lambda: f"{[life.name for life in everyone if life.present]} have not left",
-        )
-
-    def _live_trainers(self) -> list[TrainerLife]:
-        return [trainer for trainer in self.trainers if trainer.present and trainer.live]
-
-    def _live_workers(self) -> list[WorkerLife]:
-        return [worker for worker in self.workers if worker.present and worker.live]
-
-    def _lost(self, trainer: TrainerLife) -> bool:
-        return isinstance(trainer.publisher._error, Fenced)
-
-    def _settled(self, trainer: TrainerLife) -> bool:
-        core = trainer.publisher._core
-        if core is None or not core.quiet:
-            return False
-        newest = trainer.publisher.version
-        present = [worker for worker in self.workers if worker.present]
-        return bool(present) and all(
-            worker.live
-            and worker.replica.verified == worker.replica.version == newest
-            and worker.replica.refusal() is None
-            and worker.served[1] == trainer.table[newest]
-            and worker.replica._core is not None
-            and worker.replica._core._lane.applying is None
-            and core.membership.members.get(worker.worker) is not None
-            and core.membership.members[worker.worker].verified == newest
-            for worker in present
-        )
-
-    def _why(self, trainer: TrainerLife) -> str:
-        core = trainer.publisher._core
-        assert core is not None
-        told = [
-            f"{trainer.name} at {trainer.publisher.version}, {core.state.value}, head {core.head}, "
-            f"stored {core.stored}, epoch {core.epoch}, in: {list(core.membership.members)}"
-        ]
-        for worker in self.workers:
-            if worker.present:
-                inner = worker.replica._core
-                told.append(
-                    f"{worker.name}: version {worker.replica.version}, verified "
-                    f"{worker.replica.verified}, epoch {inner.epoch if inner else 0}: "
-                    f"{worker.replica.status}; {worker.replica.refusal()}"
-                )
-        return "not converged: " + "; ".join(told)
-
-    # ---- helpers
-
-    def _spawn(self, coroutine: Any) -> None:
-        # In nobody's context: what a process asks for as it ends outlives it.
-        task = self.loop.create_task(coroutine, context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _in(self, life: Life, coroutine: Any) -> Any:
-        """Have a life's process do something; Gone if it ends before that is done."""
-        task = life.process.spawn(coroutine)
-        gone = asyncio.ensure_future(life.process.ended())
-        # Nothing of a process that has ended runs again: its task alone would never be done.
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not task.done():
-            raise Gone(f"{life.name} ended meanwhile")
-        return task.result()
-
-    async def _until(self, condition: Any, timeout_s: float | None, why: Any = None) -> None:
-        """Look every tenth of a second; Broken at the first violation, or at the deadline."""
-        end = None if timeout_s is None else self.loop.time() + timeout_s
-        while not condition():
-            if self.result.violations or self.loop.complaints:
-                raise Broken
-            if end is not None and self.loop.time() > end:
-                self.violation(f"{timeout_s:g} s after the faults: {why()}")
-                raise Broken
-            await asyncio.sleep(0.1)
-        if self.result.violations or self.loop.complaints:
-            raise Broken
-
-
-class Broken(Exception):
-    """A rule was broken: the run ends here."""
-
-
-class Gone(Exception):
-    """The process has ended that was asked to do something."""
 
 
 def _where(task: asyncio.Task[Any]) -> str:
