@@ -69,7 +69,7 @@ class Archive:
 
     async def _put(self, entry: LogEntry, patch: Patch) -> None:
         # Copied on the torch thread: an anchor would hold the event loop up for long.
-        payload = await self._ports.run(patch.to_bytes)
+        payload = await self._ports.run(self._outgoing.wire, patch)
         await self._ports.log.store(entry, payload, timeout_s=self._policy.store_s)
 
     async def _prune(self, epoch: int) -> None:

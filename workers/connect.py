@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import threading
@@ -28,20 +29,29 @@ END_S = 10.0
 
 
 async def connect(
-    url: str, *, run: str, name: str, device: str = "cpu", timeout_s: float = 5.0
+    url: str,
+    *,
+    run: str,
+    name: str,
+    device: str | Callable[[], str] = "cpu",
+    timeout_s: float = 5.0,
 ) -> Ports:
     """Connect to the broker, twice: control, and bulk for the log. BusUnavailable at the deadline.
 
-    A second connection keeps an anchor's chunks from delaying a round's messages.
+    A second connection keeps an anchor's chunks from delaying a round's messages. `device` is where
+    windows carry payloads to or from; a function finds it out on the torch thread.
     """
-    bus = await connect_nats(url, name=name, timeout_s=timeout_s)
-    try:
+    async with contextlib.AsyncExitStack() as opened:
+        bus = await connect_nats(url, name=name, timeout_s=timeout_s)
+        opened.push_async_callback(bus.close)
         bulk = await connect_nats(url, name=f"{name}-bulk", timeout_s=timeout_s)
-    except BaseException:
-        await bus.close()
-        raise
-    # One thread: torch work of one replica or publisher never overlaps, and keeps its order.
-    lane = Lane(f"sparsecast-{name}")
+        opened.push_async_callback(bulk.close)
+        # One thread: torch work of one replica or publisher never overlaps, and keeps its order.
+        lane = Lane(f"sparsecast-{name}")
+        opened.callback(lane.stop)
+        found = device if isinstance(device, str) else await lane.run(device)
+        kinds, gpu = available_kinds(found), gpu_identity(found)
+        opened.pop_all()
 
     async def run_blocking(function: Callable[..., T], *args: Any) -> T:
         return await lane.run(functools.partial(function, *args))
@@ -57,13 +67,14 @@ async def connect(
         bus=bus,
         log=JetStreamLog(bulk, run),
         windows=open_window,
-        kinds=available_kinds(device),
+        kinds=kinds,
         clock=time.monotonic,
         wall=time.time,
         run=run_blocking,
         token=lambda: uuid.uuid4().hex[:16],
         close=close,
-        gpu=gpu_identity(device),
+        device=found,
+        gpu=gpu,
     )
 
 

@@ -57,12 +57,15 @@ class Ports:
     #: Monotonic seconds, and Unix seconds.
     clock: Callable[[], float]
     wall: Callable[[], float]
-    #: run(function, *args): call it off the loop's thread, one call at a time, in order.
+    #: run(function, *args): call it on a thread that is not the loop's and always the same, one
+    #: call at a time, in order.
     run: Callable[..., Awaitable[Any]]
     #: A fresh random token.
     token: Callable[[], str]
     #: Let go of what was opened for this driver: connections, threads, an embedded broker.
     close: Callable[[], Awaitable[None]]
+    #: Where windows carry payloads to or from, as torch names it.
+    device: str = "cpu"
     #: The GPU that this is, by its UUID (windows.gpu_identity); "" for none.
     gpu: str = ""
 
@@ -227,10 +230,9 @@ class Outbox:
 class Windows:
     """The windows of this process that are open or opening, by number."""
 
-    def __init__(self, ports: Ports, subjects: Subjects, device: str) -> None:
+    def __init__(self, ports: Ports, subjects: Subjects) -> None:
         self._ports = ports
         self._subjects = subjects
-        self._device = device
         self._windows: dict[int, Window] = {}
 
     def __getitem__(self, window: int) -> Window | None:
@@ -246,7 +248,7 @@ class Windows:
             window=stamp.window,
             rank=command.rank,
             size=command.size,
-            device=self._device,
+            device=self._ports.device,
         )
         try:
             window = self._ports.windows(spec, self._ports.bus)

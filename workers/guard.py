@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..messages.errors import LocalProtocolError, ReplicaTorn, WaitTimeout
 
@@ -21,6 +22,23 @@ class _Hold:
 
     depth: int
     since: float
+
+
+class Fence(Protocol):
+    """Orders what holders have queued on a device, and the host has not waited for.
+
+    Of weights in host memory there is none. Readers need nothing on their way in: no version is
+    served before commit() has seen its writes done.
+    """
+
+    def reader_leaves(self) -> None:
+        """What this thread has queued until now comes before whatever the next writer queues."""
+
+    def writer_enters(self) -> None:
+        """What this thread queues from now on comes after all that readers have queued."""
+
+    def writer_commits(self) -> None:
+        """Return when all that this thread has queued is done; an error if that cannot be seen."""
 
 
 class Writer:
@@ -39,9 +57,12 @@ class Writer:
     def commit(self, version: int | None) -> None:
         """The weights are whole, and are this version (None: whole, of a version not yet known).
 
-        The version flips here: call it last, after engine.after_apply(). Heals a torn guard.
+        The version flips here, once the device has done what this thread queued: call it last,
+        after engine.after_apply(). Heals a torn guard.
         """
         self._check("commit")
+        if self._guard.fence is not None:
+            self._guard.fence.writer_commits()
         self._began = False
         self._guard._version = version
         self._guard._torn = None
@@ -58,8 +79,10 @@ class Guard:
     again at any depth, also while a writer waits. asyncio tasks of one thread count as one holder,
     so a hold that spans an await lets the other tasks of that loop pass a waiting writer.
 
-    On CUDA the holder must have synchronised with its kernels before it leaves the guard.
+    On CUDA a holder may leave with kernels queued on its thread's current stream: the next writer's
+    come after them. What it queued on other streams it has to join to that one before.
 
+    `fence` is what orders them; a replica sets it once it knows where the weights lie.
     `clock` and `thread` (who is calling) are arguments so that a simulation can be both.
     """
 
@@ -70,6 +93,7 @@ class Guard:
         clock: Callable[[], float] = time.monotonic,
         thread: Callable[[], int] = threading.get_ident,
     ) -> None:
+        self.fence: Fence | None = None
         self._clock = clock
         self._thread = thread
         self._changed = threading.Condition()
@@ -142,7 +166,7 @@ class Guard:
             yield False
             return
         if self._version != version:
-            self._leave(thread)
+            self._release(thread)
             yield False
             return
         try:
@@ -172,6 +196,13 @@ class Guard:
             return thread
 
     def _leave(self, thread: int) -> None:
+        try:
+            if self.fence is not None:
+                self.fence.reader_leaves()
+        finally:
+            self._release(thread)
+
+    def _release(self, thread: int) -> None:
         with self._changed:
             hold = self._holds[thread]
             hold.depth -= 1
@@ -194,6 +225,8 @@ class Guard:
         writer = Writer(self)
         cause = "the writer left without commit()"
         try:
+            if self.fence is not None:
+                self.fence.writer_enters()
             yield writer
         except BaseException as exc:
             cause = f"{type(exc).__name__}: {exc}"

@@ -1,6 +1,7 @@
 """What a replica has received and not yet applied, and the work on its weights.
 
-All of it runs on the driver's torch thread, one call at a time; `staged` is shared with nobody.
+All of it runs on the driver's torch thread, one call at a time, and on CUDA on that thread's own
+streams; only staging() is for any thread.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from ..pipeline.delta import (
     manifest_of,
 )
 from .engine import Engine
+from .rehearsal import rehearse
+from .streams import CudaFence, devices_of, host_empty, settle
 
 #: How many applied versions' step and tags are remembered: a sample of an older one goes without.
 ORIGINS = 1024
@@ -59,18 +62,59 @@ class Staged:
 
 
 class Incoming:
-    """Staging, and the way from there into the weights of one engine."""
+    """Staging, and the way from there into the weights of one engine.
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], float], guard_s: float) -> None:
+    Payloads stage on `device`, up to `device_nbytes` in all, and beyond that in host memory.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        clock: Callable[[], float],
+        guard_s: float,
+        device: str = "cpu",
+        device_nbytes: int = 0,
+    ) -> None:
         self._engine = engine
         self._clock = clock
         self._guard_s = guard_s
+        self._device = torch.device(device)
+        self._device_nbytes = device_nbytes
+        self._on_device_nbytes = 0
+        self._stream: torch.cuda.Stream | None = None
+        self._fence = CudaFence()
         self._manifest: Manifest | None = None
         self._staged: dict[int, Staged] = {}
         #: What was applied last, for its metrics.
         self.last: Staged | None = None
         #: Step and tags of the versions that were applied, the newest last.
         self.origins: OrderedDict[int, tuple[int | None, Tags | None]] = OrderedDict()
+
+    def start(self) -> None:
+        """Get ready for weights or windows on CUDA: streams, the guard's fence, kernels loaded.
+
+        Before any window opens: what is loaded while a collective is pending waits for it, and the
+        collective may wait for us.
+        """
+        settle((self._device,))
+        self._stream = torch.cuda.current_stream(self._device)
+        try:
+            tensors = self._engine.tensors()
+        except Exception:
+            return  # prove() will meet it again, and tell
+        self._order(tensors)
+        rehearse(tensors, self._device)
+
+    def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Have the guard order the devices on which the weights lie by now."""
+        devices = devices_of(tensors.values())
+        new = self._fence.include(devices)
+        if new:
+            settle([device for device in new if device != self._device])
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            self._engine.guard().fence = self._fence
 
     # ---- proof
 
@@ -102,6 +146,41 @@ class Incoming:
 
     # ---- staging
 
+    def staging(self, nbytes: int, transport: str) -> torch.Tensor:
+        """Fresh memory for a payload that comes through a window of this kind: uint8 [nbytes].
+
+        On any thread. On the device only for NCCL, and while staging there has room; else on the
+        host. RuntimeError or TypeError: there is no room for so many bytes at all.
+        """
+        if transport == "nccl" and self._fits(nbytes):
+            try:
+                # From the pool of our own stream: a block of another one's may still be in use by
+                # what its owner has queued, and the window does not wait for that.
+                with torch.cuda.stream(self._stream):
+                    return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            except torch.cuda.OutOfMemoryError:
+                pass
+        if self._device.type == "cuda":
+            return host_empty(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def _fits(self, nbytes: int) -> bool:
+        room = self._device_nbytes - self._on_device_nbytes
+        return self._device.type == "cuda" and nbytes <= room
+
+    def _placed(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The same bytes on the device, where there is room for them."""
+        if buffer.is_cuda or not self._fits(buffer.numel()):
+            return buffer
+        try:
+            return buffer.to(self._device, non_blocking=True)
+        except torch.cuda.OutOfMemoryError:
+            return buffer
+
+    def _count(self) -> None:
+        buffers = [staged.checked.patch.buffer for staged in self._staged.values()]
+        self._on_device_nbytes = sum(buffer.numel() for buffer in buffers if buffer.is_cuda)
+
     def stage(
         self,
         buffer: torch.Tensor,
@@ -123,6 +202,7 @@ class Incoming:
             raise ManifestMismatch(f"version {announce.version} is of another manifest")
         if buffer.numel() != announce.nbytes:
             raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
+        buffer = self._placed(buffer)
         found = checksum(buffer)
         if found != announce.checksum:
             raise CorruptPatch(f"checksum {found:016x}, announced was {announce.checksum:016x}")
@@ -153,6 +233,7 @@ class Incoming:
             step=announce.step,
             tags=announce.tags,
         )
+        self._count()
 
     def stage_bytes(self, data: bytes, entry: LogEntry, *, receive_us: int) -> None:
         """stage() for what the log gave."""
@@ -165,6 +246,7 @@ class Incoming:
         """Forget staged patches (None: all)."""
         for version in list(self._staged) if versions is None else versions:
             self._staged.pop(version, None)
+        self._count()
 
     # ---- into the weights
 
@@ -189,13 +271,12 @@ class Incoming:
                     held = patch.version
                 # Looked up inside the guard: the engine may have moved their storage.
                 tensors = self._engine.tensors()
+                self._order(tensors)
                 names: set[str] = set()
                 for patch in patches:
                     names.update(apply_checked(patch.checked, tensors, begin=writer.begin_write))
                 last = patches[-1]
                 self._engine.after_apply(last.version, sorted(names))
-                # Kernels are only queued: a reader on another stream would see half an update.
-                wait_for_devices(tensors)
                 writer.commit(last.version)
         except Exception as exc:
             if isinstance(exc, WaitTimeout) and not entered:
@@ -223,12 +304,6 @@ class Incoming:
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
         return ev.Digested(version, found, round((self._clock() - began) * 1e6))
-
-
-def wait_for_devices(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Return once all that was queued on the CUDA devices of these tensors is done."""
-    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-        torch.cuda.synchronize(device)
 
 
 def _reaches_back(base_version: int | None, other: int | None) -> bool:

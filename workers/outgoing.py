@@ -1,6 +1,8 @@
 """What a trainer has published and not yet given away: shadow, pending patch, kept patches.
 
-Thread-safe. publish() runs on the caller's thread, all else on the driver's torch thread.
+Thread-safe. publish() runs on the caller's thread and current stream, and leaves a patch there that
+may still be written in stream order; all else runs on the driver's torch thread and its stream,
+and waits for the patch.
 """
 
 from __future__ import annotations
@@ -8,20 +10,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import LogError
 from ..pipeline.core.events import Sealed
-from ..pipeline.delta import Patch, Shadow, checksum, merge, named_tensors
+from ..pipeline.delta import Diffed, Patch, Shadow, merge, named_tensors
+from ..pipeline.delta import checksum as checksum_of
+from .streams import devices_of, finish, own, settle, to_host
 
 log = logging.getLogger("sparsecast.publisher")
 
 #: Pending patches beyond this many are merged at once, so that a bus that is away for long costs
 #: memory for one patch and not for each.
 PENDING = 8
+
+#: Where the copy of the published weights lies: beside them, or in pinned host memory.
+ShadowPlace = Literal["device", "host"]
 
 Source = torch.nn.Module | Mapping[str, torch.Tensor]
 
@@ -40,30 +48,57 @@ class Published:
 
 
 @dataclass(slots=True)
-class _Kept:
-    patch: Patch
+class _Facts:
+    """What is known of a patch once it is whole. `checksum` None: not computed yet."""
+
     digest: int
-    published_at: float
+    checksum: int | None
     diff_us: int
     encode_us: int
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A patch; what its diff has found is asked for late, because asking waits for the device."""
+
+    patch: Patch
+    published_at: float
     step: int | None
     tags: Tags | None
+    _found: Diffed | None = None
+    _facts: _Facts | None = None
+    _host: torch.Tensor | None = field(default=None, repr=False)
 
-    def onto(self, earlier: _Kept) -> _Kept:
-        """The two as one: the newest contents, since the earliest call."""
-        return _Kept(
-            patch=merge([earlier.patch, self.patch]),
-            digest=self.digest,
-            published_at=min(earlier.published_at, self.published_at),
-            diff_us=earlier.diff_us + self.diff_us,
-            encode_us=earlier.encode_us + self.encode_us,
-            step=self.step,
-            tags=self.tags,
-        )
+    @property
+    def facts(self) -> _Facts:
+        """What its diff has found; waits until the patch is whole."""
+        if self._facts is None:
+            found, self._found = self._found, None
+            assert found is not None
+            self._facts = _Facts(found.digest, found.checksum, found.diff_us, found.encode_us)
+        return self._facts
+
+    @property
+    def checksum(self) -> int:
+        """The checksum of the bytes; waits until they are whole."""
+        facts = self.facts
+        if facts.checksum is None:
+            facts.checksum = checksum_of(self.patch.buffer)
+        return facts.checksum
+
+    def on_host(self) -> torch.Tensor:
+        """The bytes in host memory; copied once. On the torch thread."""
+        if self._host is None:
+            _ = self.facts
+            self._host = to_host(self.patch.buffer)
+        return self._host
 
 
 class Outgoing:
-    """The weights as published (the shadow), and the patches that lead there."""
+    """The weights as published (the shadow), and the patches that lead there.
+
+    Made on the torch thread, to which it gives streams of its own.
+    """
 
     def __init__(
         self,
@@ -75,6 +110,7 @@ class Outgoing:
         rename: Callable[[str], str] | Mapping[str, str] | None,
         clock: Callable[[], float],
         writer: str = "",
+        shadow: ShadowPlace = "device",
     ) -> None:
         self._model = model
         self._include = include
@@ -88,7 +124,17 @@ class Outgoing:
         self._lists = threading.Condition()
         self._pending: list[_Kept] = []
         self._kept: dict[int, _Kept] = {}
-        self._shadow = Shadow(self._tensors(), dtype=dtype)
+        tensors = self._tensors()
+        #: The CUDA devices of the weights.
+        self.devices = devices_of(tensors.values())
+        settle(self.devices)
+        for device in self.devices:
+            torch.cuda.synchronize(device)  # the owner's stream may still be making the weights
+        self._shadow = _shadow(tensors, dtype, shadow)
+        for device in self.devices:
+            finish(device)  # or they might change while they are copied
+        #: The last diff, which the shadow is whole after.
+        self._last: Diffed | None = None
         self.manifest = self._shadow.manifest
         self._numel = self.manifest.numel
         self.version = 0
@@ -103,25 +149,24 @@ class Outgoing:
             self._pending.clear()
             self._kept.clear()
             self._lists.notify_all()
+            self._until_whole()
             return self.version, self._shadow.digest
 
     # ---- the caller's thread
 
     def publish(self, step: int | None, tags: Tags | None) -> Published:
-        """Find what changed since the last publish. The weights may change again on return.
+        """Find what changed since the last publish.
 
+        The weights may change again on return, in the order of the caller's current stream.
         UnsupportedTensor, ManifestMismatch: nothing was published, and the shadow is as it was.
         """
         now = self._clock()
         with self._diffing:
             base = self.version
             found = self._shadow.diff(self._tensors(), base_version=base, version=base + 1)
-            # The torch thread reads the patch on a stream of its own.
-            if found.patch.buffer.is_cuda:
-                torch.cuda.synchronize(found.patch.buffer.device)
-            kept = _Kept(found.patch, found.digest, now, found.diff_us, found.encode_us, step, tags)
             # The shadow has moved: this version is made, whatever becomes of what follows.
-            self._pending.append(kept)
+            self._last = found
+            self._pending.append(_Kept(found.patch, now, step, tags, found))
             self.version = base + 1
             if len(self._pending) >= PENDING:
                 try:
@@ -165,30 +210,43 @@ class Outgoing:
             raise
         for old in earlier:
             self._kept.pop(old.patch.version, None)
-        patch = kept.patch
+        own(kept.patch.buffer)
+        patch, facts = kept.patch, kept.facts
         assert patch.base_version is not None
         self._kept[patch.version] = kept
         return Sealed(
             base_version=patch.base_version,
             version=patch.version,
             nbytes=patch.nbytes,
-            checksum=checksum(patch.buffer),
-            digest=kept.digest,
+            checksum=kept.checksum,
+            digest=facts.digest,
             changed=patch.changed,
             numel=self._numel,
             encoding=patch.encoding,
             dense_nbytes=patch.dense_nbytes,
             published_at=kept.published_at,
-            diff_us=kept.diff_us,
-            encode_us=kept.encode_us,
+            diff_us=facts.diff_us,
+            encode_us=facts.encode_us,
             step=kept.step,
             tags=kept.tags,
         )
 
     def payload(self, version: int) -> torch.Tensor | None:
-        """The bytes of a sealed patch (uint8, 1-d), while it is kept."""
+        """The bytes of a sealed patch (uint8, 1-d, whole), while it is kept. On any thread."""
         kept = self._kept.get(version)
         return None if kept is None else kept.patch.buffer
+
+    def host_payload(self, version: int) -> torch.Tensor | None:
+        """The same in host memory."""
+        kept = self._kept.get(version)
+        return None if kept is None else kept.on_host()
+
+    def wire(self, patch: Patch) -> bytes:
+        """The bytes of a patch that entry() or anchor() gave."""
+        kept = self._kept.get(patch.version)
+        ours = kept is not None and kept.patch is patch
+        host = kept.on_host() if kept is not None and ours else to_host(patch.buffer)
+        return host.numpy().tobytes()
 
     def entry(self, versions: Sequence[int], epoch: int) -> tuple[LogEntry, Patch]:
         """These kept versions as one log entry; they stay kept, as one, until released.
@@ -202,7 +260,15 @@ class Outgoing:
         for version in versions:
             self._kept.pop(version, None)
         self._kept[kept.patch.version] = kept
-        entry = describe(kept.patch, epoch, kept.digest, kept.step, kept.tags, self.writer)
+        entry = describe(
+            kept.patch,
+            epoch,
+            kept.facts.digest,
+            kept.step,
+            kept.tags,
+            self.writer,
+            checksum=kept.checksum,
+        )
         return entry, kept.patch
 
     def release(self, version: int) -> None:
@@ -211,11 +277,23 @@ class Outgoing:
             del self._kept[kept]
 
     def anchor(self, epoch: int) -> tuple[LogEntry, Patch]:
-        """A full copy of the shadow as a log entry. Holds publish() up while it copies."""
+        """A full copy of the shadow, in host memory, as a log entry.
+
+        Holds publish() up while it copies.
+        """
         with self._diffing:
-            patch = self._shadow.anchor(self.version)
+            self._until_whole()
+            patch = self._shadow.anchor(self.version, device=torch.device("cpu"))
             digest = self._shadow.digest
+            for device in self.devices:
+                finish(device)  # the next diff writes into the shadow, on another stream
         return describe(patch, epoch, digest, writer=self.writer), patch
+
+    def _until_whole(self) -> None:
+        """Wait until the last diff has written the shadow, on whatever stream that was."""
+        if self._last is not None:
+            _ = self._last.digest
+            self._last = None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return named_tensors(
@@ -230,8 +308,10 @@ def describe(
     step: int | None = None,
     tags: Tags | None = None,
     writer: str = "",
+    *,
+    checksum: int | None = None,
 ) -> LogEntry:
-    """The log entry of a patch; `chunks` is for the tier to fill in."""
+    """The log entry of a patch; `chunks` is for the tier to fill in. `checksum`: if it is known."""
     kind = "anchor" if patch.base_version is None else f"patch-{patch.base_version}"
     return LogEntry(
         name=f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else ""),
@@ -239,7 +319,7 @@ def describe(
         base_version=patch.base_version,
         version=patch.version,
         nbytes=patch.nbytes,
-        checksum=checksum(patch.buffer),
+        checksum=checksum_of(patch.buffer) if checksum is None else checksum,
         digest=digest,
         manifest_hash=patch.manifest_hash,
         chunks=0,
@@ -250,7 +330,30 @@ def describe(
 
 
 def _merged(kept: Sequence[_Kept]) -> _Kept:
-    result = kept[0]
-    for later in kept[1:]:
-        result = later.onto(result)
-    return result
+    """All as one: the newest contents, since the earliest call. Waits until they are whole."""
+    if len(kept) == 1:
+        return kept[0]
+    facts = [one.facts for one in kept]
+    patches = [one.patch for one in kept]
+    own(*(patch.buffer for patch in patches))
+    return _Kept(
+        patch=merge(patches),
+        published_at=min(one.published_at for one in kept),
+        step=kept[-1].step,
+        tags=kept[-1].tags,
+        _facts=_Facts(
+            digest=facts[-1].digest,
+            checksum=None,
+            diff_us=sum(one.diff_us for one in facts),
+            encode_us=sum(one.encode_us for one in facts),
+        ),
+    )
+
+
+def _shadow(
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+    place: ShadowPlace,
+) -> Shadow:
+    options: dict[str, Any] = {"host": True} if place == "host" else {}
+    return Shadow(tensors, dtype=dtype, **options)

@@ -27,10 +27,13 @@ from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.trainer import TrainerCore
+from ..pipeline.delta import named_tensors
 from .archive import Archive
 from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows
-from .outgoing import Outgoing, Published, Source
+from .outgoing import Outgoing, Published, ShadowPlace, Source
+from .rehearsal import rehearse
+from .streams import device_for
 from .telling import Telling
 from .tenure import Tenure
 
@@ -139,6 +142,12 @@ class AsyncPublisher:
     `on_busy`: what publish() does while a patch still waits for the round in flight: "coalesce"
     merges with it, "wait" waits for as long as a round may take and merges then, "error" raises
     PublisherBusy.
+
+    On CUDA publish() works in the order of the caller's current stream, and the weights may change
+    again in that order. `device` is where windows take payloads from: None means the weights' CUDA
+    device, or host memory; name one for weights in host memory whose workers are reached by NCCL.
+    `shadow`: the copy of what was published last lies beside the weights ("device"), or in pinned
+    host memory ("host").
     """
 
     def __init__(
@@ -152,13 +161,14 @@ class AsyncPublisher:
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
         on_busy: OnBusy = "coalesce",
+        device: str | None = None,
+        shadow: ShadowPlace = "device",
         policy: Policy | None = None,
         linger_s: float = 10.0,
         ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
     ) -> None:
-        if on_busy not in get_args(OnBusy):
-            known = ", ".join(map(repr, get_args(OnBusy)))
-            raise SettingsError(f"on_busy is one of {known}, not {on_busy!r}")
+        _require_one_of("on_busy", on_busy, get_args(OnBusy))
+        _require_one_of("shadow", shadow, get_args(ShadowPlace))
         self.run = run
         self.policy = policy or Policy()
         self._subjects = Subjects(run)
@@ -169,7 +179,9 @@ class AsyncPublisher:
             "include": include,
             "exclude": exclude,
             "rename": rename,
+            "shadow": shadow,
         }
+        self._device = device
         self._on_busy = on_busy
         self._linger_s = linger_s
         self._open_ports = ports
@@ -221,7 +233,7 @@ class AsyncPublisher:
         life.push_async_callback(self._tenure.release)
         self._outbox = Outbox(ports.bus)
         life.push_async_callback(self._outbox.close, 1.0)
-        self._windows = Windows(ports, self._subjects, "cpu")
+        self._windows = Windows(ports, self._subjects)
         life.push_async_callback(self._windows.abort_all)
         life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
@@ -259,11 +271,26 @@ class AsyncPublisher:
                 flush=True,
             )
         return await connect(
-            url, run=self.run, name=f"{self.run}-trainer", timeout_s=self.policy.bus_s
+            url,
+            run=self.run,
+            name=f"{self.run}-trainer",
+            device=lambda: device_for(self._device, self._tensors),
+            timeout_s=self.policy.bus_s,
+        )
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        include, exclude = self._choice["include"], self._choice["exclude"]
+        return named_tensors(
+            self._model, include=include, exclude=exclude, rename=self._choice["rename"]
         )
 
     def _make_outgoing(self, writer: str) -> Outgoing:
-        return Outgoing(self._model, clock=self._ports.clock, writer=writer, **self._choice)
+        ports = self._ports
+        outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
+        if outgoing.devices or ports.device != "cpu":
+            # Before any window opens: what is loaded while a collective is pending waits for it.
+            rehearse(self._tensors(), torch.device(ports.device), dtype=self._choice["dtype"])
+        return outgoing
 
     async def close(self) -> None:
         """Let the log take what was published, up to linger_s, then leave the run. Idempotent."""
@@ -317,8 +344,22 @@ class AsyncPublisher:
         Never waits for workers or the bus (unless on_busy="wait"). `step` and `tags` travel in
         announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor.
         """
-        made = await asyncio.to_thread(self._publish, step, tags)
+        streams = [torch.cuda.current_stream(device) for device in self._devices]
+        made = await asyncio.to_thread(self._publish_on, streams, step, tags)
         return AsyncUpdate(made, self)
+
+    @property
+    def _devices(self) -> tuple[torch.device, ...]:
+        return self._outgoing.devices if self._core is not None else ()
+
+    def _publish_on(
+        self, streams: Sequence[torch.cuda.Stream], step: int | None, tags: Tags | None
+    ) -> Published:
+        """publish() on another thread, in the order of the caller's streams."""
+        with contextlib.ExitStack() as entered:
+            for stream in streams:
+                entered.enter_context(torch.cuda.stream(stream))
+            return self._publish(step, tags)
 
     def _publish(self, step: int | None, tags: Tags | None) -> Published:
         self._check()
@@ -448,6 +489,9 @@ class AsyncPublisher:
         stamp = command.stamp
         window = self._windows[stamp.window]
         payload = self._outgoing.payload(stamp.version)
+        if payload is not None and payload.is_cuda and window and window.spec.kind != "nccl":
+            # By our own stream: the window's thread would copy behind what the trainer has queued.
+            payload = await self._ports.run(self._outgoing.host_payload, stamp.version)
         error: str | None = None
         if window is None:
             error = "the window is gone"
@@ -473,6 +517,11 @@ class AsyncPublisher:
         return claimed
 
 
+def _require_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise SettingsError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
+
+
 class Publisher:
     """AsyncPublisher for synchronous training loops: its event loop runs on a thread of its own.
 
@@ -490,6 +539,8 @@ class Publisher:
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
         on_busy: OnBusy = "coalesce",
+        device: str | None = None,
+        shadow: ShadowPlace = "device",
         policy: Policy | None = None,
         linger_s: float = 10.0,
     ) -> None:
@@ -502,6 +553,8 @@ class Publisher:
             exclude=exclude,
             rename=rename,
             on_busy=on_busy,
+            device=device,
+            shadow=shadow,
             policy=policy,
             linger_s=linger_s,
         )

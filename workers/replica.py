@@ -39,6 +39,7 @@ from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows
 from .engine import Engine, ModuleEngine
 from .incoming import Incoming
+from .streams import device_for
 from .telling import Telling
 
 log = logging.getLogger("sparsecast.replica")
@@ -53,6 +54,7 @@ class Replica:
     on an event loop, or start() / stop() from synchronous code (its loop then runs on a thread of
     its own). Entering connects and subscribes (BusUnavailable); it does not wait for a trainer.
     It may be entered again after it was left, or after entering has failed.
+    `device` is where windows carry payloads to: None means the weights' CUDA device, else the host.
     `windows` narrows the kinds of window that this worker offers. `max_lag` versions, or a trainer
     unheard for `offline_s`, make `refusal()` say so.
     """
@@ -64,7 +66,7 @@ class Replica:
         run: str,
         bus: str,
         name: str,
-        device: str = "cpu",
+        device: str | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
@@ -140,18 +142,26 @@ class Replica:
                 self._bus_url,
                 run=self.run,
                 name=self.name,
-                device=self._device,
+                device=lambda: device_for(self._device, self.engine.tensors),
                 timeout_s=self.policy.bus_s,
             )
         self._ports = ports
         life.push_async_callback(ports.close)
         offers = ports.kinds if self._offers is None else self._offers
-        self._incoming = Incoming(self.engine, clock=ports.clock, guard_s=self.policy.guard_s)
+        self._incoming = Incoming(
+            self.engine,
+            clock=ports.clock,
+            guard_s=self.policy.guard_s,
+            device=ports.device,
+            device_nbytes=self.policy.staging_device_nbytes,
+        )
+        if ports.device != "cpu":
+            await ports.run(self._incoming.start)
         self._core = ReplicaCore(
             run=self.run,
             me=Sender(self.name, ports.token()),
             kinds=tuple(kind for kind in offers if kind in ports.kinds),
-            device=self._device,
+            device=ports.device,
             host=socket.gethostname(),
             pid=os.getpid(),
             gpu=ports.gpu,
@@ -168,7 +178,7 @@ class Replica:
         )
         self._outbox = Outbox(ports.bus)
         life.push_async_callback(self._outbox.close, 1.0)
-        self._windows = Windows(ports, self._subjects, self._device)
+        self._windows = Windows(ports, self._subjects)
         #: The newest version whose patch is on its way or here, and that it has become another.
         self._coming = -1
         self._more = asyncio.Event()
@@ -384,7 +394,7 @@ class Replica:
         began = self._ports.clock()
         try:
             # Fresh memory for each attempt: an aborted one may still write to its own.
-            buffer = torch.empty(announce.nbytes, dtype=torch.uint8)
+            buffer = self._incoming.staging(announce.nbytes, window.spec.kind)
         except (RuntimeError, TypeError) as exc:  # more than there is, or no size at all
             reason = f"no staging for the announced {announce.nbytes} bytes: {_brief(exc)}"
             return ev.ReceiveFailed(*identity, stamp.version, reason, corrupt=False)

@@ -77,6 +77,9 @@ class Policy:
     staging_nbytes: int = 1 << 30
     """How many bytes of patches a member holds before it leaves rounds to the log."""
 
+    staging_device_nbytes: int = 1 << 30
+    """How many of them it holds in device memory; the rest stage in host memory."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)

@@ -228,8 +228,8 @@ def _windows() -> tuple[Windows, list[SlowWindow]]:
         made.append(SlowWindow(spec))
         return made[-1]
 
-    ports: Any = SimpleNamespace(windows=factory, bus=None)
-    return Windows(ports, Subjects("r"), "cpu"), made
+    ports: Any = SimpleNamespace(windows=factory, bus=None, device="cpu")
+    return Windows(ports, Subjects("r")), made
 
 
 def _opening(kind: str) -> cmd.OpenWindow:
