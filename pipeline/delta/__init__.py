@@ -5,6 +5,7 @@ from .check import Checked, check
 from .diff import Diffed, Shadow, diff
 from .digest import checksum, digest, partial, partial_at
 from .layout import Encoding, Section
+from .lookup import Lookup
 from .merge import merge
 from .patch import Patch
 from .tensors import manifest_of, named_tensors
@@ -13,6 +14,7 @@ __all__ = [
     "Checked",
     "Diffed",
     "Encoding",
+    "Lookup",
     "Patch",
     "Section",
     "Shadow",

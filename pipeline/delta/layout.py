@@ -36,6 +36,7 @@ ENTRY = np.dtype(
 ALLOWANCE_NBYTES = 1024
 ANCHOR = -1
 _LIMIT = 1 << 62
+_NO_ITEMSIZE = ~np.isin(np.arange(256), (1, 2, 4, 8))
 
 
 class Form(IntEnum):
@@ -295,7 +296,7 @@ class Table:
         wrong = np.zeros(len(entries), np.bool_)
         wrong[1:] = entries["index"][1:] <= entries["index"][:-1]
         wrong |= (entries["encoding"] < 1) | (entries["encoding"] > 3)
-        wrong |= ~np.isin(entries["itemsize"], (1, 2, 4, 8)) | (entries["zero"] != 0)
+        wrong |= _NO_ITEMSIZE[entries["itemsize"]] | (entries["zero"] != 0)
         wrong |= (count < 1) | (count > size) | (size > np.uint64(header.numel))
         # A block of 65,536 elements takes 4 bytes at the least, a changed element 1. What claims
         # more cannot end in time, and with the rest nothing below passes 2^63.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,26 @@ Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
 _DTYPES = {name: getattr(torch, name) for name in ITEMSIZE if hasattr(torch, name)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Named(dict[str, Tensor]):
+    """Tensors by name as a Lookup gave them: a dict that refuses to be changed.
+
+    `token` is the same object for as long as the Lookup finds all of them in the same memory, with
+    the same names, shapes, strides and dtypes: caches of addresses are keyed on it.
+    """
+
+    __slots__ = ("__weakref__", "manifests", "token")
+
+    token: object
+    #: Their manifests, by the dtypes asked for, as they become known.
+    manifests: dict[object, Manifest]
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("these tensors are shared with others: change a copy, dict(tensors)")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
 
 # ---- manifests
@@ -43,6 +64,16 @@ def cast_to(name: str, tensor: Tensor, dtype: Dtypes) -> torch.dtype:
 
 def manifest_of(tensors: Mapping[str, Tensor], *, dtype: Dtypes = None) -> Manifest:
     """The manifest of these tensors as they are published; UnsupportedTensor names a bad one."""
+    if not isinstance(tensors, Named):
+        return _manifest_of(tensors, dtype)
+    asked = tuple(dtype.items()) if isinstance(dtype, Mapping) else dtype
+    found = tensors.manifests.get(asked)
+    if found is None:
+        found = tensors.manifests[asked] = _manifest_of(tensors, dtype)
+    return found
+
+
+def _manifest_of(tensors: Mapping[str, Tensor], dtype: Dtypes) -> Manifest:
     if isinstance(dtype, Mapping):
         for name in dtype:
             if name not in tensors:
@@ -65,7 +96,7 @@ def require_manifest(
 ) -> None:
     """ManifestMismatch naming the first tensor that is not as the manifest says."""
     found = manifest_of(tensors, dtype=dtype)
-    if found.tensors != manifest.tensors:
+    if found is not manifest and found.hash != manifest.hash:
         manifest.require_same(found)
 
 
@@ -97,6 +128,17 @@ def named_tensors(
     meta, sparse or quantised tensors, DTensors, tensors that overlap in memory, a PEFT model unless
     `include` picks adapters only.
     """
+    chosen = choose(source, include=include, exclude=exclude)
+    return renamed(distinct(chosen), rename)
+
+
+def choose(
+    source: nn.Module | Mapping[str, Tensor],
+    *,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> dict[str, object]:
+    """What the patterns pick, before anything else is asked of it."""
     if isinstance(source, nn.Module):
         given: Mapping[str, object] = {
             name.replace("_orig_mod.", ""): value
@@ -117,6 +159,11 @@ def named_tensors(
         and not (exclude is not None and _matches(name, exclude))
     }
     _refuse_peft(source, given, chosen)
+    return chosen
+
+
+def distinct(chosen: Mapping[str, object]) -> dict[str, Tensor]:
+    """What was chosen as plain tensors, tied ones once; UnsupportedTensor if one cannot be."""
     tensors: dict[str, Tensor] = {}
     seen: dict[tuple[object, ...], str] = {}
     for name, value in chosen.items():
@@ -133,15 +180,20 @@ def named_tensors(
                 continue
         tensors[name] = tensor
     _refuse_overlaps(tensors)
+    return tensors
+
+
+def renamed(tensors: dict[str, Tensor], rename: Rename | None) -> dict[str, Tensor]:
+    """The same under their new names; UnsupportedTensor if two would be called the same."""
     if rename is None:
         return tensors
-    renamed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
-        if new in renamed:
+        if new in found:
             raise UnsupportedTensor(name, f"is renamed to {new!r}, which another tensor is called")
-        renamed[new] = tensor
-    return renamed
+        found[new] = tensor
+    return found
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
