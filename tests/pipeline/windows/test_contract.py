@@ -7,11 +7,10 @@ they tell a bounded wait from a hang, not a fast machine from a slow one.
 import asyncio
 import contextlib
 import gc
-import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,16 +22,30 @@ from sparsecast.messages.errors import (
     WindowTimeout,
 )
 from sparsecast.pipeline.bus.broker import Broker
-from sparsecast.pipeline.bus.nats import NatsBus, connect
+from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.pipeline.windows import Window, WindowSpec, open_window
-from spawn import KILLED, Context, Processes, spawn
+from spawn import KILLED, Processes, spawn
+from windowranks import MARGIN_S, Outcome, Rank, digest, in_rank, outcome, pattern
 
-#: What is allowed on top of a deadline, or to an abort, on a busy machine.
-MARGIN_S = 3.0
-#: More than the buffers of any connection hold: a peer that does not read blocks the sender.
-LARGE = 48 << 20
+Test = TypeVar("Test", bound=Callable[..., None])
 
-Outcome = tuple[str, float]
+
+def of(ranks: int) -> Callable[[Test], Test]:
+    """The test has up to so many ranks: with nccl, each needs a GPU. Two, unless told."""
+
+    def mark(test: Test) -> Test:
+        test.ranks = ranks  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give each test that wants a `window` every kind of it."""
+    if "window" in metafunc.fixturenames:
+        gpus = getattr(metafunc.function, "ranks", 2)
+        nccl = pytest.param("nccl", marks=pytest.mark.gpu(gpus))
+        metafunc.parametrize("window", ["gloo", "bus", nccl])
 
 
 @pytest.fixture
@@ -41,88 +54,10 @@ def broker_url(broker: Broker) -> str:
     return broker.url
 
 
-@pytest.fixture(params=["gloo", "bus"])
-def window(request: pytest.FixtureRequest) -> str:
-    """Each kind of window."""
-    return str(request.param)
-
-
 @pytest.fixture
 def prefix(run: str) -> str:
     """A prefix that no other test uses."""
     return f"sparsecast.{run}.window"
-
-
-# ---- what the ranks do
-
-
-class Rank:
-    """One rank of a scenario: its connection, its windows, and its place."""
-
-    def __init__(self, context: Context, kind: str, prefix: str, bus: NatsBus) -> None:
-        self.context = context
-        self.rank = context.rank
-        self.kind = kind
-        self.prefix = prefix
-        self.bus = bus
-
-    def window(self, number: int, *, rank: int | None = None, size: int | None = None) -> Window:
-        spec = WindowSpec(
-            kind=self.kind,
-            prefix=f"{self.prefix}.1.{number}",
-            epoch=1,
-            window=number,
-            rank=self.rank if rank is None else rank,
-            size=self.context.size if size is None else size,
-        )
-        return open_window(spec, self.bus)
-
-    async def round(self, window: Window, nbytes: int, attempt: int, timeout_s: float = 20) -> str:
-        """Send or receive the pattern of this round; returns the hash of what is here then."""
-        if window.spec.rank == 0:
-            payload = pattern(nbytes, attempt)
-            await window.send(payload, attempt=attempt, timeout_s=timeout_s)
-        else:
-            payload = torch.full((nbytes,), 255, dtype=torch.uint8)
-            await window.receive(payload, attempt=attempt, timeout_s=timeout_s)
-        return digest(payload)
-
-
-def pattern(nbytes: int, seed: int) -> torch.Tensor:
-    """Bytes that are the same on every rank, and differ from seed to seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """What two ranks compare instead of the bytes."""
-    return hashlib.sha256(tensor.numpy().data).hexdigest()
-
-
-async def outcome(work: Awaitable[Any]) -> Outcome:
-    """How `work` ended, by the name of its error, and after how long."""
-    started = time.monotonic()
-    try:
-        await work
-    except WindowError as exc:
-        return type(exc).__name__, time.monotonic() - started
-    return "done", time.monotonic() - started
-
-
-def in_rank(
-    scenario: Callable[..., Awaitable[Any]],
-) -> Callable[[Context, str, str], Awaitable[Any]]:
-    """Give a scenario its connection, and close it afterwards."""
-
-    async def run(context: Context, kind: str, prefix: str, *args: Any) -> Any:
-        bus = await connect(context.broker_url, name=f"rank-{context.rank}", timeout_s=10)
-        try:
-            return await scenario(Rank(context, kind, prefix, bus), *args)
-        finally:
-            await bus.close()
-
-    run.__module__, run.__qualname__ = scenario.__module__, scenario.__qualname__
-    return run
 
 
 # ---- in order
@@ -141,6 +76,7 @@ async def _many_rounds(me: Rank) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
+@of(4)
 def test_rounds_of_all_sizes_arrive_whole(
     window: str, ranks: int, prefix: str, broker_url: str
 ) -> None:
@@ -160,12 +96,12 @@ def _weights(dtype: torch.dtype) -> torch.Tensor:
 
 @in_rank
 async def _same_as_dense(me: Rank, dtype: torch.dtype) -> tuple[bool, bool]:
-    weights = _weights(dtype)
+    weights = _weights(dtype).to(me.device)
     dense, ours = torch.zeros_like(weights), torch.zeros_like(weights)
     window = me.window(1)
     await window.open(20)
     if me.rank == 0:
-        dense, ours = weights.clone(), weights.clone()
+        dense, ours = weights.clone(), me.settled(weights.clone())
         await window.send(ours.view(torch.uint8), attempt=1, timeout_s=20)
     else:
         await window.receive(ours.view(torch.uint8), attempt=1, timeout_s=20)
@@ -266,6 +202,7 @@ async def _two_at_once(me: Rank) -> list[list[str]]:
     return list(found)
 
 
+@of(3)
 def test_two_windows_at_once(window: str, prefix: str, broker_url: str) -> None:
     """Two windows between the same processes carry rounds at the same time and do not mix."""
     results = spawn(3, _two_at_once, window, prefix, timeout_s=60, broker_url=broker_url)
@@ -286,6 +223,7 @@ async def _late(me: Rank) -> tuple[str, float]:
     return found, elapsed_s
 
 
+@of(3)
 def test_a_late_rank_is_waited_for(window: str, prefix: str, broker_url: str) -> None:
     """The last rank comes a second late: the others wait for it, and the window works."""
     results = spawn(3, _late, window, prefix, timeout_s=60, broker_url=broker_url)
@@ -304,6 +242,7 @@ async def _rank_zero_late(me: Rank) -> str:
     return found
 
 
+@of(3)
 def test_rank_zero_may_come_last(window: str, prefix: str, broker_url: str) -> None:
     """The others ask before rank 0 listens: they ask again until it does."""
     results = spawn(3, _rank_zero_late, window, prefix, timeout_s=60, broker_url=broker_url)
@@ -324,7 +263,7 @@ async def _refusal(work: Awaitable[Any]) -> str:
 @in_rank
 async def _misuse(me: Rank) -> dict[str, str]:
     window = me.window(1)
-    tensor = torch.zeros(8, dtype=torch.uint8)
+    tensor = me.memory(8)
     mine, theirs = window.send, window.receive
     if me.rank != 0:
         mine, theirs = theirs, mine
@@ -366,9 +305,10 @@ def test_misuse_is_refused_and_harms_nothing(window: str, prefix: str, broker_ur
 
 def test_a_window_needs_two_ranks_and_a_place(window: str) -> None:
     """A spec that no window can have is refused when the window is made."""
+    device = "cuda" if window == "nccl" else "cpu"
     for rank, size in ((0, 1), (2, 2), (-1, 2)):
         with pytest.raises(LocalProtocolError, match=f"rank {rank} of {size}"):
-            open_window(WindowSpec(window, "p", 1, 1, rank, size), None)  # type: ignore[arg-type]
+            open_window(WindowSpec(window, "p", 1, 1, rank, size, device), None)  # type: ignore[arg-type]
 
 
 @in_rank
@@ -379,9 +319,9 @@ async def _disagree(me: Rank, what: str) -> tuple[str, str, bool]:
     attempt, nbytes = 2, 2_000_000
     if me.rank == 1:
         attempt, nbytes = (3, nbytes) if what == "attempt" else (2, 1_000_000)
-    memory = torch.zeros(nbytes, dtype=torch.uint8)
+    memory = me.memory(nbytes, 9)
     if me.rank == 0:
-        work = window.send(memory.fill_(9), attempt=attempt, timeout_s=1.5)
+        work = window.send(memory, attempt=attempt, timeout_s=1.5)
     else:
         work = window.receive(memory, attempt=attempt, timeout_s=1.5)
     try:
@@ -455,11 +395,11 @@ def test_a_peer_that_never_comes(
 async def _abort_waiting(me: Rank) -> tuple[Outcome, Outcome, bool, str]:
     window = me.window(1)
     await window.open(20)
-    memory = torch.zeros(LARGE, dtype=torch.uint8)
+    memory = me.large(1)
     if me.rank == 0:
         await me.context.waiting("aborted", rank=1)
         # The round comes after all: nobody may write it into memory that was given back.
-        sent = await outcome(window.send(memory.fill_(1), attempt=1, timeout_s=1))
+        sent = await outcome(window.send(memory, attempt=1, timeout_s=1))
         await me.context.waiting("aborted", rank=2)
         aborted = await outcome(window.abort())
         untouched = True
@@ -483,6 +423,7 @@ async def _abort_waiting(me: Rank) -> tuple[Outcome, Outcome, bool, str]:
     return sent, aborted, untouched, found
 
 
+@of(3)
 def test_abort_while_receivers_wait(window: str, prefix: str, broker_url: str) -> None:
     """Receivers abort, one while nothing comes and one amid the payload: at once, and for good.
 
@@ -507,7 +448,7 @@ def test_abort_while_receivers_wait(window: str, prefix: str, broker_url: str) -
 async def _stopped(me: Rank, how: str) -> tuple[Outcome, Outcome, str] | None:
     window = me.window(1)
     await window.open(20)
-    memory = torch.zeros(LARGE, dtype=torch.uint8)
+    memory = me.large()
     if me.rank == 2:
         me.context.mark("ready to be stopped")
         await me.context.waiting("go on", rank=-1, timeout_s=60)
@@ -535,6 +476,7 @@ async def _stopped(me: Rank, how: str) -> tuple[Outcome, Outcome, str] | None:
 
 
 @pytest.mark.parametrize("how", ["deadline", "abort"])
+@of(3)
 def test_a_stopped_peer_costs_one_deadline(
     window: str, how: str, prefix: str, broker_url: str
 ) -> None:
@@ -575,7 +517,7 @@ async def _killed(me: Rank, when: str) -> tuple[Outcome, Outcome, str] | None:
         ended = await outcome(window.open(1.5))
     else:
         await window.open(20)
-        memory = torch.zeros(LARGE, dtype=torch.uint8)
+        memory = me.large()
         if me.rank == 2:
             me.context.mark("ready")
             if when == "receive":
@@ -598,6 +540,7 @@ async def _killed(me: Rank, when: str) -> tuple[Outcome, Outcome, str] | None:
 
 
 @pytest.mark.parametrize("when", ["open", "idle", "receive"])
+@of(3)
 def test_survivors_of_a_killed_peer_open_a_new_window(
     window: str, when: str, prefix: str, broker_url: str
 ) -> None:
@@ -627,7 +570,7 @@ def test_survivors_of_a_killed_peer_open_a_new_window(
 async def _faulty_root(me: Rank) -> tuple[Outcome, Outcome, bool] | None:
     window = me.window(1)
     await window.open(20)
-    memory = torch.zeros(LARGE, dtype=torch.uint8)
+    memory = me.large()
     if me.rank == 0:
         me.context.mark("ready")
         await me.context.waiting("go", rank=1)
@@ -654,6 +597,7 @@ async def _faulty_root(me: Rank) -> tuple[Outcome, Outcome, bool] | None:
 
 
 @pytest.mark.parametrize("fault", ["kill", "stop"])
+@of(3)
 def test_rank_zero_fails_amid_its_payloads(
     window: str, fault: str, prefix: str, broker_url: str
 ) -> None:
@@ -687,7 +631,7 @@ def test_rank_zero_fails_amid_its_payloads(
 async def _cancelled(me: Rank) -> tuple[str, Outcome, bool]:
     window = me.window(1)
     await window.open(20)
-    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    memory = me.memory(1 << 20)
     if me.rank == 0:
         await me.context.meeting("cancelled")
         await window.abort()
