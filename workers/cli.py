@@ -1,4 +1,4 @@
-"""The command line: demo, worker, ask, broker, top.
+"""The command line: demo, worker, ask, broker, top, doctor.
 
 Nothing heavy is imported before a command needs it: `--help` and usage errors come at once.
 """
@@ -21,7 +21,19 @@ import typer
 
 from ..messages import errors
 from . import settings
-from .options import Bus, Config, Exit, Run, WindowChoice, check_bus, check_name, exit_code
+from .devices import count, index_of, resolve
+from .options import (
+    Bus,
+    Config,
+    DemoDevice,
+    Exit,
+    Run,
+    WindowChoice,
+    check_bus,
+    check_devices,
+    check_name,
+    exit_code,
+)
 
 T = TypeVar("T")
 
@@ -72,8 +84,16 @@ def demo(
         int, typer.Option(envvar="SPARSECAST_WARMUP", min=0, help="Supervised updates before.")
     ] = 240,
     workers: Annotated[
-        int, typer.Option(envvar="SPARSECAST_WORKERS", min=1, max=16, help="Inference workers.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            envvar="SPARSECAST_WORKERS", min=1, max=16,
+            help="Inference workers. Default: 2, or 1 on two GPUs (NCCL takes one a process).",
+        ),
+    ] = None,
+    device: Annotated[
+        DemoDevice,
+        typer.Option(envvar="SPARSECAST_DEVICE", help="auto: the GPUs if there are any."),
+    ] = DemoDevice.AUTO,
     window: Annotated[
         WindowChoice,
         typer.Option(envvar="SPARSECAST_WINDOW", help="The road of the updates."),
@@ -103,22 +123,24 @@ def demo(
         ),
     ] = None,
     config: Config = None,
-) -> None:
+) -> None:  # fmt: skip
     """Watch online RL on this machine, every update proven.
 
-    One trainer and real workers, on a small transformer that learns to sort digits.
+    One trainer and real workers, on a small transformer that learns to sort digits. With two or
+    more GPUs the trainer is on the first, each worker on one of its own, and updates go by NCCL;
+    with one GPU all share it, and updates go by gloo.
 
     Exit code 0 only if every version that a worker applied was verified there and is the
-    trainer's. Keys of the JSON: run, updates, rl_updates, window, workers {name: {applied,
-    verified, mismatches, version}}, density {warmup_p50, rl_p50}, nbytes {total, dense_total},
-    round_ms {p50, p99}, reward {first, last}.
+    trainer's. Keys of the JSON: run, updates, rl_updates, window, devices {trainer, name: …},
+    workers {name: {applied, verified, mismatches, version}}, density {warmup_p50, rl_p50},
+    nbytes {total, dense_total}, round_ms {p50, p99}, reward {first, last}.
     """
     from .demo.play import DemoOptions
     from .demo.run import run_demo
 
     options = DemoOptions(
-        updates=updates, warmup=warmup, workers=workers, window=window.value, seed=seed,
-        json=json, plain=plain, run=run, bus=bus,
+        updates=updates, warmup=warmup, workers=workers, device=device.value, window=window.value,
+        seed=seed, json=json, plain=plain, run=run, bus=bus,
     )  # fmt: skip
     raise typer.Exit(run_demo(options))
 
@@ -166,10 +188,12 @@ def worker(
     Generates on request and applies every update. Ends in order on SIGTERM or Ctrl-C: finishes
     what it generates, and leaves the run.
     """
+    url = _bus(bus).url
+    device = resolve(device, count() if index_of(device) is not None else 0)
     from .service import WorkerOptions, serve
 
     options = WorkerOptions(
-        run=run, bus=_bus(bus).url, name=name, model=model, device=device, window=window.value,
+        run=run, bus=url, name=name, model=model, device=device, window=window.value,
         max_lag=max_lag, offline_s=offline_s,
     )  # fmt: skip
     if until_stdin_closes:
@@ -311,6 +335,53 @@ def top(
     _asyncio_run(
         show(choice.url, run=run, once=once or not sys.stdout.isatty(), as_json=json, wait_s=wait_s)
     )
+
+
+@app.command()
+def doctor(
+    bus: Annotated[
+        str | None,
+        typer.Option(
+            "--bus",
+            envvar="SPARSECAST_BUS",
+            callback=check_bus,
+            help="The broker to look at. Not given: the live broker of this user, else an "
+            "embedded one.",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            envvar="SPARSECAST_DEVICE",
+            callback=check_devices,
+            help="Of the test round: cpu, cuda:N for both ends, or cuda:N,cuda:M for trainer and "
+            "worker. auto: the two GPUs with the best link, the one GPU, or the CPU.",
+        ),
+    ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    config: Config = None,
+) -> None:
+    """Say what this machine can do, and why not.
+
+    Looks at torch, Triton and the GPUs, runs diff and apply on each against the reference, asks
+    the broker (streams of the test round are removed from it), and lets a trainer and a worker,
+    two processes, bring some updates from one device to the other, each proven.
+
+    Exit code 0: all that this machine should do works; 1: something does not, and it is said what
+    to do; 2 usage. Keys of the JSON: ok, problems [{check, reason, remedy}], notes [...],
+    software {sparsecast, python, platform, torch, cuda, triton, nccl, nccl4py, uvloop, nats_py},
+    environment {...}, gpus [{index, name, uuid, memory_nbytes, compute_capability, driver}],
+    gpus_unseen, pairs [{first, second, peer_access, link}], kernels [{device, backend, exact,
+    first_ms, again_ms, reason}], windows [{device, kind, offered, reason}], server {path, version,
+    usable, reason}, broker {url, origin, reachable, version, jetstream, max_payload_nbytes,
+    request_p50_ms, reason}, round {trainer, worker, expected, window, updates, verified, exact,
+    p50_ms, reason}, elapsed_s.
+    """
+    from .devices import several
+    from .doctor import DoctorOptions, run_doctor
+
+    options = DoctorOptions(bus=bus, devices=several(device))
+    raise typer.Exit(run_doctor(options, as_json=json, loop=_asyncio_run))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ import typer
 from ..messages import errors
 from ..messages.subjects import check_token
 from . import settings
+from .devices import several
 
 
 class Exit(enum.IntEnum):
@@ -53,8 +54,17 @@ class WindowChoice(enum.StrEnum):
     """What --window takes."""
 
     AUTO = "auto"
+    NCCL = "nccl"
     GLOO = "gloo"
     BUS = "bus"
+
+
+class DemoDevice(enum.StrEnum):
+    """What the demo's --device takes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -87,6 +97,12 @@ def check_bus(context: typer.Context, url: str | None) -> str | None:
     if url is not None and source is not None and source.name == "COMMANDLINE":
         settings.refuse_credentials(url)
     return url
+
+
+def check_devices(value: str) -> str:
+    """A callback that refuses what `devices.several` does not read (SettingsError)."""
+    several(value)
+    return value
 
 
 Config = Annotated[

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.workers.cli import app, main
 
-COMMANDS = ("demo", "worker", "ask", "broker", "top")
+COMMANDS = ("demo", "worker", "ask", "broker", "top", "doctor")
 DEAD = "nats://127.0.0.1:9"
 
 
@@ -111,6 +111,17 @@ sys.exit(f"imported {heavy}" if heavy else 0)
         pytest.param(["top", "--config", "/nowhere.toml"], "/nowhere.toml", id="config"),
         pytest.param(["demo", "--updates", "0"], "--updates", id="range"),
         pytest.param(["demo", "--window", "nvlink"], "--window", id="choice"),
+        pytest.param(
+            ["worker", "--run", "r", "--model", "m", "--bus", DEAD, "--device", "cuda:77"],
+            "device 'cuda:77'",
+            id="no-such-gpu",
+        ),
+        pytest.param(
+            ["worker", "--run", "r", "--model", "m", "--bus", DEAD, "--device", "tpu"],
+            "device 'tpu': expected cpu, cuda or cuda:N",
+            id="device",
+        ),
+        pytest.param(["doctor", "--device", "cpu,cpu,cpu"], "with a comma between", id="devices"),
     ],
 )
 def test_wrong_usage_is_told_in_a_line_and_exits_with_2(

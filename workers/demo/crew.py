@@ -41,8 +41,8 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, name: str) -> int:
-        """Start one worker; its process id."""
+    def start(self, name: str, device: str) -> int:
+        """Start one worker on a device; its process id."""
         log = self._logs / f"{name}.log"
         # One thread: two generate nine times slower on a busy two-core machine.
         environment = os.environ | {
@@ -59,7 +59,7 @@ class Crew:
                 [
                     *(sys.executable, "-m", "sparsecast.workers.cli", "worker"),
                     *("--run", self._run, "--name", name, "--model", str(self._model)),
-                    *("--device", "cpu", "--window", self._window, "--until-stdin-closes"),
+                    *("--device", device, "--window", self._window, "--until-stdin-closes"),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=file,

@@ -47,7 +47,7 @@ class Learnt:
 
 
 class Learner:
-    """Trains `model` (float32, in place); each warm_up() or learn() is one optimizer step."""
+    """Trains `model` (float32, in place, where it is); each warm_up() or learn() is one step."""
 
     def __init__(self, model: Qwen2ForCausalLM, *, seed: int, recipe: Recipe | None = None) -> None:
         self.model = model
@@ -96,6 +96,7 @@ class Learner:
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, sample in enumerate(samples):
             groups.setdefault(sample.prompt, []).append(index)
+        device = self.model.device
         advantage_B = torch.zeros(len(samples))
         for members in groups.values():
             reward_G = torch.tensor([rewards[index] for index in members])
@@ -103,9 +104,11 @@ class Learner:
                 reward_G.std(correction=0) + 1e-4
             )
         logprob_BT, mask_BT = self._logprobs([(one.prompt, one.tokens) for one in samples])
-        drawn_BT = torch.zeros_like(mask_BT)
+        # Filled on the host, then moved once.
+        drawn_BT = torch.zeros(mask_BT.shape)
         for row, sample in enumerate(samples):
             drawn_BT[row, : len(sample.logprobs)] = torch.tensor(sample.logprobs)
+        advantage_B, drawn_BT = advantage_B.to(device), drawn_BT.to(device)
         ratio_BT = (logprob_BT.detach() - drawn_BT).exp().clamp(max=self.recipe.max_ratio)
         gain_BT = advantage_B[:, None] * ratio_BT * logprob_BT * mask_BT
         loss = -gain_BT.sum() / mask_BT.sum()
@@ -125,13 +128,16 @@ class Learner:
 
         prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
         place = {prompt: index for index, prompt in enumerate(prompts)}
-        index_B = torch.tensor([place[prompt] for prompt, _ in rows])
+        device = self.model.device
+        index_B = torch.tensor([place[prompt] for prompt, _ in rows], device=device)
         longest = max(len(tokens) for _, tokens in rows)
         pad = task.IDS[task.PAD]
-        token_BT = torch.tensor([(*t, *[pad] * (longest - len(t))) for _, t in rows])
-        mask_BT = torch.tensor([[1.0] * len(t) + [0.0] * (longest - len(t)) for _, t in rows])
+        token_BT = torch.tensor([(*t, *[pad] * (longest - len(t))) for _, t in rows], device=device)
+        mask_BT = torch.tensor(
+            [[1.0] * len(t) + [0.0] * (longest - len(t)) for _, t in rows], device=device
+        )
         cache = DynamicCache(config=self.model.config)
-        hidden_PLH = self._hidden(torch.tensor(prompts), cache)
+        hidden_PLH = self._hidden(torch.tensor(prompts, device=device), cache)
         cache.batch_select_indices(index_B)
         hidden_BTH = hidden_PLH[index_B, -1:]
         if longest > 1:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...messages.errors import WaitTimeout, WorkerDied
+from ..devices import count
 from . import task
+from .cast import Cast, choose
 from .evidence import Evidence
 from .progress import Answer, Point, Progress, outcome, round_times
 from .view import PlainView
@@ -41,7 +43,10 @@ class DemoOptions:
 
     updates: int
     warmup: int
-    workers: int
+    #: None: as many as suit the devices.
+    workers: int | None
+    #: auto, cpu or cuda.
+    device: str
     window: str
     seed: int
     #: Where the outcome goes, if anywhere.
@@ -60,7 +65,8 @@ class Demo:
         self.view = view
         self.directory = directory
         self.run = options.run or f"demo-{secrets.token_hex(2)}"
-        self.names = [f"worker-{index}" for index in range(options.workers)]
+        self.cast: Cast
+        self.names: list[str] = []
         self.progress = Progress(self.run, options.updates, options.warmup)
         self.crew: Crew
         self.publisher: Publisher
@@ -86,7 +92,6 @@ class Demo:
         view, options = self.view, self.options
         view.show(
             f"sparsecast demo: run {self.run}, seed {options.seed}, "
-            f"{_count(options.workers, 'worker')}, "
             f"{options.warmup} warm-up updates, then {options.updates} RL updates"
         )
         with view.step("loading torch and transformers") as step:
@@ -104,6 +109,7 @@ class Demo:
             # More only wait for each other on so small a model.
             torch.set_num_threads(min(4, torch.get_num_threads()))
             step.done = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        self._choose()
         if options.bus is None:
             with view.step("starting an embedded NATS broker") as step:
                 from ...pipeline.bus.broker import Broker
@@ -114,6 +120,7 @@ class Demo:
             model = build(options.seed)
             self.progress.numel = sum(parameter.numel() for parameter in model.parameters())
             nbytes = save(model, self.directory / "model")
+            model.to(self.cast.trainer)  # type: ignore[arg-type]  # a device's name will do
             step.done = (
                 f"Qwen2, {self.progress.numel / 1e6:.2f} M random weights, "
                 f"{nbytes / 1e6:.1f} MB in bfloat16"
@@ -126,7 +133,7 @@ class Demo:
                     run=self.run,
                     bus=self.url,
                     dtype=torch.bfloat16,
-                    policy=Policy(window=options.window),  # type: ignore[arg-type]  # checked by the CLI
+                    policy=Policy(window=self.cast.window),  # type: ignore[arg-type]  # checked by the CLI
                 )
             )
             self.rollouts = stack.enter_context(Rollouts(run=self.run, bus=self.url))
@@ -137,17 +144,46 @@ class Demo:
                     run=self.run,
                     bus=self.url,
                     model=self.directory / "model",
-                    window=options.window,
+                    window=self.cast.window,
                     logs=self.directory,
                 )
             )
-            pids = [f"{name} (pid {self.crew.start(name)})" for name in self.names]
+            pids = [
+                f"{name} (pid {self.crew.start(name, device)})"
+                for name, device in zip(self.names, self.cast.workers, strict=True)
+            ]
             step.done = ", ".join(pids)
         with view.step("waiting for the workers") as step:
             self._await_members(step)
             step.done = f"{', '.join(self.names)} hold version {self.publisher.version}"
         view.show(f"watch it in a second terminal: {self._top_command()}")
         return Learner(model, seed=options.seed)
+
+    def _choose(self) -> None:
+        """Decide who plays where, and say it."""
+        options, gpus = self.options, count()
+        no_nccl = None
+        if gpus > 1 and options.device != "cpu":
+            from ...pipeline.windows.nccl import probe
+
+            found = probe()
+            no_nccl = None if found.available else found.reason
+        self.cast = choose(
+            gpus,
+            device=options.device,
+            workers=options.workers,
+            window=options.window,
+            no_nccl=no_nccl,
+        )
+        self.names = [f"worker-{index}" for index in range(len(self.cast.workers))]
+        self.view.show(f"devices: {self._devices()} ({self.cast.why})")
+
+    def _devices(self) -> str:
+        cast = self.cast
+        if len({cast.trainer, *cast.workers}) == 1:
+            return f"trainer and {_count(len(self.names), 'worker')} on {cast.trainer}"
+        workers = ", ".join(map(" on ".join, zip(self.names, cast.workers, strict=True)))
+        return f"trainer on {cast.trainer}, {workers}"
 
     def _await_members(self, step: Step) -> None:
         deadline = time.monotonic() + JOIN_S
@@ -250,7 +286,12 @@ class Demo:
     def _conclude(self) -> int:
         progress, view = self.progress, self.view
         look = self._look()
-        result = outcome(progress, self.watch.rounds(), look.workers, window=look.window)
+        devices = dict(
+            zip(["trainer", *self.names], [self.cast.trainer, *self.cast.workers], strict=True)
+        )
+        result = outcome(
+            progress, self.watch.rounds(), look.workers, window=look.window, devices=devices
+        )
         missing = [*self._missing(self.names), *progress.notes]
         view.finish()
         if progress.early is not None and progress.newest is not None:
@@ -260,6 +301,7 @@ class Demo:
         if progress.quarters is not None:
             first, last = progress.quarters
             view.show(f"mean reward: {first:.3f} in the first quarter, {last:.3f} in the last")
+        view.show(f"updates went by {look.window}; {self._devices()}")
         if self.options.json is not None:
             import msgspec
 

@@ -108,6 +108,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     updates: int
     rl_updates: int
     window: str
+    #: Of the trainer, under that name, and of each worker.
+    devices: dict[str, str]
     workers: dict[str, WorkerOutcome]
     density: Density
     nbytes: Nbytes
@@ -121,6 +123,7 @@ def outcome(
     workers: dict[str, WorkerOutcome],
     *,
     window: str,
+    devices: dict[str, str],
 ) -> Outcome:
     """Sum a demo up. `window` is the road of most rounds."""
     points = [*progress.warm, *progress.rl]
@@ -131,6 +134,7 @@ def outcome(
         updates=len(points),
         rl_updates=len(progress.rl),
         window=window,
+        devices=devices,
         workers=workers,
         density=Density(
             warmup_p50=_median([point.density for point in progress.warm]),

@@ -102,7 +102,7 @@ def test_a_short_demo_is_proven_and_leaves_nothing(home: Path, run: str) -> None
     version proven on both workers, no process and no file left."""
     outcome = home / "outcome.json"
     result = subprocess.run(
-        command(run, "--updates", "6", "--warmup", "4", "--json", str(outcome)),
+        command(run, "--updates", "6", "--warmup", "4", "--device", "cpu", "--json", str(outcome)),
         env=environment(home),
         capture_output=True,
         text=True,
@@ -114,11 +114,12 @@ def test_a_short_demo_is_proven_and_leaves_nothing(home: Path, run: str) -> None
     told = json.loads(outcome.read_bytes())
     outcome.unlink()
     assert told.keys() == {
-        "run", "updates", "rl_updates", "window", "workers", "density", "nbytes", "round_ms",
-        "reward",
+        "run", "updates", "rl_updates", "window", "devices", "workers", "density", "nbytes",
+        "round_ms", "reward",
     }  # fmt: skip
     assert (told["run"], told["updates"], told["rl_updates"]) == (run, 10, 6)
     assert told["window"] == "gloo"
+    assert told["devices"] == {"trainer": "cpu", "worker-0": "cpu", "worker-1": "cpu"}
     assert told["workers"].keys() == {"worker-0", "worker-1"}
     for worker in told["workers"].values():
         assert worker.keys() == WORKER_KEYS
@@ -134,6 +135,8 @@ def test_a_short_demo_is_proven_and_leaves_nothing(home: Path, run: str) -> None
     for step in ("broker", "model", "starting the workers", "claiming", "waiting for the workers"):
         assert re.search(rf"{step}[^\n]*: [^\n]*, \d+\.\d s\n", result.stdout), step
     assert f"top --run {run} --bus nats://127.0.0.1:" in result.stdout
+    assert "devices: trainer and 2 workers on cpu (as asked)" in result.stdout
+    assert "updates went by gloo; trainer and 2 workers on cpu" in result.stdout
     assert "proven: 2 workers ended at version 10" in result.stdout
     assert list(home.glob("sparsecast*")) == []
 
@@ -200,6 +203,21 @@ def test_a_live_demo_answers_and_is_not_disturbed(home: Path, run: str) -> None:
     assert "Traceback" not in said
     assert none_left(run, home, within_s=2.0)
     assert list(home.glob("sparsecast*")) == []
+
+
+@pytest.mark.gpu(2)
+def test_a_demo_on_two_gpus_goes_by_nccl(home: Path, run: str) -> None:
+    """Two GPUs, nothing asked for: the trainer on the one, a worker on the other, NCCL between
+    them, and every version proven."""
+    outcome = home / "outcome.json"
+    demo = Running(run, home, "--updates", "6", "--warmup", "4", "--json", str(outcome))
+    code, said = demo.end(140)
+    assert code == 0, said
+    told = json.loads(outcome.read_bytes())
+    assert told["window"] == "nccl", said
+    assert told["devices"]["trainer"] == "cuda:0"
+    assert told["devices"]["worker-0"] == "cuda:1"
+    assert none_left(run, home)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["terminate", "hang-up"])

@@ -115,7 +115,7 @@ def test_the_outcome_sums_up() -> None:
         round_of(version, applied) for version, applied in ((1, 2), (2, 2), (3, 2), (4, 0), (5, 2))
     ]
     worker = WorkerOutcome(applied=72, verified=72, mismatches=0, version=72)
-    told = outcome(found, rounds, {"w": worker}, window="gloo")
+    told = outcome(found, rounds, {"w": worker}, window="gloo", devices={"w": "cpu"})
     assert (told.updates, told.rl_updates) == (72, 70)
     assert (told.density.warmup_p50, told.density.rl_p50) == (0.57, 0.0123)
     assert told.nbytes.total == 2 * 4_000_000 + 70 * 157_000
@@ -130,7 +130,7 @@ def test_the_outcome_sums_up() -> None:
 
 def test_a_demo_that_got_nowhere_has_no_figures() -> None:
     """Interrupted before the first update: nothing is made up."""
-    told = outcome(progress(0, []), [], {}, window="none yet")
+    told = outcome(progress(0, []), [], {}, window="none yet", devices={})
     assert (told.updates, told.density.rl_p50, told.round_ms.p50, told.reward.last) == (
         0,
         None,
