@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..messages.rollouts import Generate, Sample
-from ..pipeline.delta.tensors import named_tensors
+from ..pipeline.delta import Lookup
 from .guard import Guard
 
 if TYPE_CHECKING:
@@ -88,17 +88,12 @@ class ModuleEngine:
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
     ) -> None:
-        self._model = model
-        self._include = include
-        self._exclude = exclude
-        self._rename = rename
+        self._lookup = Lookup(model, include, exclude, rename)
         self._guard = Guard()
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The model's tensors by name, looked up anew."""
-        return named_tensors(
-            self._model, include=self._include, exclude=self._exclude, rename=self._rename
-        )
+        return self._lookup.tensors()
 
     def guard(self) -> Guard:
         """The guard that the owner's forwards run in."""
