@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import msgspec
 import pytest
 import torch
 
@@ -58,6 +62,21 @@ def test_the_first_difference_is_named(other: Manifest, names: str) -> None:
     """A worker with another model learns which tensor it is."""
     with pytest.raises(ManifestMismatch, match=names):
         BASE.require_same(other)
+
+
+def test_figures_are_computed_once_and_do_not_travel() -> None:
+    """Hash and sizes are kept on the object; equality, copies and the wire know nothing of it."""
+    specs = (TensorSpec("w", "bfloat16", (3, 4)), TensorSpec("b", "float32", (5,)))
+    asked, fresh = Manifest(tensors=specs), Manifest(tensors=specs)
+    assert asked.hash is asked.hash
+    assert (asked.numel, asked.nbytes) == (17, 44)
+    assert asked == fresh
+    assert hash(asked) == hash(fresh)
+    assert msgspec.msgpack.encode(asked) == msgspec.msgpack.encode(fresh)
+    for other in (copy.deepcopy(asked), pickle.loads(pickle.dumps(asked))):
+        assert (other, other.hash) == (asked, asked.hash)
+    wider = msgspec.structs.replace(asked, tensors=specs[:1])
+    assert (wider.numel, wider.hash) == (12, Manifest(tensors=specs[:1]).hash)
 
 
 def test_order_alone_is_no_difference() -> None:

@@ -247,6 +247,20 @@ def test_lying_headers_are_refused_without_allocating(
         pass
 
 
+@pytest.mark.parametrize("sections", [1, 1636, 1637, 4000])
+def test_tables_longer_than_one_copy_to_the_host(sections: int) -> None:
+    """Header and table of up to 1,636 sections come in one copy of 64 KiB, longer ones in two."""
+    old = {f"t{at}": torch.zeros(80, dtype=torch.int16) for at in range(sections)}
+    new = {name: tensor.clone() for name, tensor in old.items()}
+    for tensor in new.values():
+        tensor[7] = 1
+    patch = diff(old, new, base_version=0, version=1)
+    assert not patch.full
+    read = Patch.from_bytes(patch.to_bytes())
+    assert read.sections == patch.sections
+    assert len(read.table) == sections
+
+
 def test_what_is_not_a_buffer_is_refused() -> None:
     """A tensor of floats, of two dimensions or with gaps holds no patch."""
     for wrong in (torch.zeros(80), torch.zeros(8, 80).to(torch.uint8), torch.zeros(
