@@ -22,7 +22,8 @@ from sparsecast.workers import findings as f
 from sparsecast.workers import trial
 from sparsecast.workers.chart import chart
 from sparsecast.workers.cli import doctor as command
-from sparsecast.workers.doctor import Examiner, look, server
+from sparsecast.workers.doctor import Examiner
+from sparsecast.workers.reach import look, server
 
 DEAD = "nats://127.0.0.1:9"
 
