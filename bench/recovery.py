@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import os
 import signal
 import statistics
 import sys
@@ -90,9 +91,12 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         status = stack.enter_context(console.status("starting"))
         crew = stack.enter_context(Crew())
         trainer = stack.enter_context(Trainer(config, crew))
+        deaths = {name: _deaths(name, arguments.repeats) for name in arguments.cases}
+        if 2 * sum(deaths.values()) <= len(os.sched_getaffinity(0)):
+            trainer.prepare(sum(deaths.values()))
         for name in arguments.cases:
             case = CASES[name]
-            trainer.prepare(case, arguments.repeats)
+            trainer.prepare(deaths[name])
             times: list[dict[str, Any]] = []
             for number in range(arguments.repeats):
                 status.update(f"{case.title}: {number + 1} of {arguments.repeats}")
@@ -118,6 +122,10 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
+def _deaths(name: str, repeats: int) -> int:
+    return repeats if CASES[name].number == signal.SIGKILL else 0
+
+
 def summarise(
     name: str,
     case: Case,
@@ -140,7 +148,7 @@ def summarise(
         "digests_equal": all(one["digests_equal"] for one in times),
         "roads": [one["road"] for one in times],
     }
-    parts = ["held_s", "window_again_s"]
+    parts = ["held_s", "next_s", "window_again_s"]
     if case.number == signal.SIGSTOP:
         parts.append("back_s")
     for part in parts:
@@ -160,7 +168,7 @@ def targets(case: dict[str, Any]) -> list[dict[str, Any]]:
     publish = case["publish_ms"]
     what = case["what"]
     found = [
-        documents.target(f"{what}: held, s, the longest", case["held_s"]["max"], case["bound_s"])
+        documents.target(f"{what}: next held, s, longest", case["next_s"]["max"], case["bound_s"])
     ]
     if publish["during"]["n"] and publish["before"]["n"]:
         # Far below any deadline, and beyond what a busy machine does to a thread.
@@ -187,13 +195,13 @@ def show(document: dict[str, Any], console: Console) -> None:
     )
     table = documents.table(
         f"from the fault, s ({settings['repeats']} times each; median / longest)",
-        *("fault", "deadline", "next version held", "all by a window again", "back, once resumed"),
+        *("fault", "deadline", "that version held", "the next one", "by a window again", "back"),
     )
     for case in document["cases"]:
         table.add_row(
             case["what"],
             f"{case['deadline_s']:.2f}",
-            *(_times(case.get(part)) for part in ("held_s", "window_again_s", "back_s")),
+            *(_times(case.get(part)) for part in ("held_s", "next_s", "window_again_s", "back_s")),
         )
     console.print(table)
     whens = ("before", "during", "after")

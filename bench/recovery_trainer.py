@@ -120,7 +120,9 @@ class _Loop:
                 return
             change(self._tensors, self._config.density, self._random)
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # the step's own work is no part of publish()
+                # The step's own work is no part of publish(). Not the whole device: a collective
+                # that waits for a dead worker is pending there.
+                torch.cuda.current_stream(device).synchronize()
             began = time.monotonic()
             update = self._publisher.publish()
             took = time.monotonic() - began
@@ -208,10 +210,9 @@ class Trainer:
 
     # ---- faults
 
-    def prepare(self, case: Case, repeats: int) -> None:
+    def prepare(self, deaths: int) -> None:
         """Have ready whoever is to replace the dead: a start in mid-measurement would disturb."""
-        wanted = repeats if case.number == signal.SIGKILL else 0
-        missing = wanted - len(self._spares)
+        missing = deaths - len(self._spares)
         if missing > 0:
             self._spares += self._start([self._victim.name] * missing)
 
@@ -242,6 +243,9 @@ class Trainer:
             version = self._publisher.version + 1
             self._loop.go()
         held = self._held(survivors, version, at)
+        # Of a fault in mid-round, a survivor may have had that version before: the next one counts.
+        following = version if case.moment == "idle" else version + 1
+        next_held = self._held(survivors, following, at)
         again = self._window_again(survivors, version, at)
         over = time.monotonic()
         time.sleep(self._config.around_s)
@@ -251,10 +255,11 @@ class Trainer:
         self._loop.pause()
         self._loop.check()
         equal = self._equal(survivors if back is None else self._workers)
-        until = at + (again if again is not None else held if held is not None else over - at)
+        until = over if again is None else at + again
         took = [(began, 1e3 * seconds) for began, seconds, _, _ in calls[first:]]
         result = {
             "held_s": held,
+            "next_s": next_held,
             "window_again_s": again,
             "back_s": back,
             "road": self._road(survivors, version),

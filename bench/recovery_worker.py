@@ -22,6 +22,7 @@ from sparsecast.pipeline.windows.base import Courier, Window, WindowSpec
 from sparsecast.workers.connect import connect
 from sparsecast.workers.driver import Ports
 from sparsecast.workers.engine import ModuleEngine
+from sparsecast.workers.rehearsal import rehearse
 
 #: The trainer has something to say at least this often, or it is gone.
 PATIENCE_S = 600.0
@@ -111,8 +112,10 @@ class _Noting(ModuleEngine):
 
     def after_apply(self, version: int, changed: Sequence[str]) -> None:
         super().after_apply(version, changed)
-        if next(iter(self.tensors().values())).is_cuda:
-            torch.cuda.synchronize()
+        device = next(iter(self.tensors().values())).device
+        if device.type == "cuda":
+            # Not the whole device: the next round's collective may be pending there.
+            torch.cuda.current_stream(device).synchronize()
         self._control.say(("applied", (version, time.monotonic())))
 
 
@@ -120,10 +123,11 @@ def main(control: Control, config: Config) -> None:
     """Prepare, join when told, and do what is told until the end."""
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     tensors = empty(config.shapes, device)
     fill(tensors, config.seed)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        rehearse(tensors, device)  # what loads now need not load while others wait for the join
     fault = Fault(control)
     control.say(("prepared", None))
 
