@@ -33,7 +33,8 @@ class Rank:
         self.kind = kind
         self.prefix = prefix
         self.bus = bus
-        self.use(f"cuda:{context.rank}" if kind == "nccl" else "cpu")
+        gpus = torch.cuda.device_count() if kind == "nccl" else 0
+        self.use(f"cuda:{context.rank % gpus}" if gpus else "cpu")
 
     def use(self, device: str) -> None:
         """Be on this device; a GPU is in use already, as in a process that has weights there."""

@@ -37,9 +37,11 @@ class Bounce:
         self._wait = wait
         self._device = torch.empty(0, dtype=torch.uint8)
         self._pinned: list[torch.Tensor] = []
+        self._reached: set[torch.device] = set()
 
     def reserve(self, memory: torch.Tensor) -> None:
-        """Make room for pieces of `memory`: allocating amid a collective may freeze the GPU."""
+        """Make ready for pieces of `memory`: to allocate, or to connect two GPUs, amid a collective
+        may freeze them."""
         nbytes = min(memory.numel(), PIECE_NBYTES)
         if self._device.numel() < nbytes:
             self._device = self._side.empty(nbytes)
@@ -48,6 +50,12 @@ class Bounce:
             self._pinned = [
                 torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)
             ]
+        if memory.is_cuda and memory.device not in self._reached:
+            there = torch.zeros(1, dtype=torch.uint8, device=memory.device)
+            self._side.copy(self._device[:1], there)
+            self._side.copy(there, self._device[:1])
+            self._wait(self._side.mark())
+            self._reached.add(memory.device)
 
     def buffer(self, nbytes: int) -> torch.Tensor:
         """Where a piece of `nbytes` is broadcast from or to."""
