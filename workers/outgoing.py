@@ -18,7 +18,7 @@ import torch
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import LogError
 from ..pipeline.core.events import Sealed
-from ..pipeline.delta import Diffed, Patch, Shadow, merge, named_tensors
+from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
 from ..pipeline.delta import checksum as checksum_of
 from .streams import devices_of, finish, own, settle, to_host
 
@@ -112,10 +112,7 @@ class Outgoing:
         writer: str = "",
         shadow: ShadowPlace = "device",
     ) -> None:
-        self._model = model
-        self._include = include
-        self._exclude = exclude
-        self._rename = rename
+        self._lookup = Lookup(model, include, exclude, rename, dtype)
         self._clock = clock
         #: The trainer's incarnation, by which its log entries are told from another's.
         self.writer = writer
@@ -124,7 +121,7 @@ class Outgoing:
         self._lists = threading.Condition()
         self._pending: list[_Kept] = []
         self._kept: dict[int, _Kept] = {}
-        tensors = self._tensors()
+        tensors = self.tensors()
         #: The CUDA devices of the weights.
         self.devices = devices_of(tensors.values())
         settle(self.devices)
@@ -152,6 +149,10 @@ class Outgoing:
             self._until_whole()
             return self.version, self._shadow.digest
 
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The model's tensors as they are now, not cast."""
+        return self._lookup.tensors()
+
     # ---- the caller's thread
 
     def publish(self, step: int | None, tags: Tags | None) -> Published:
@@ -163,7 +164,7 @@ class Outgoing:
         now = self._clock()
         with self._diffing:
             base = self.version
-            found = self._shadow.diff(self._tensors(), base_version=base, version=base + 1)
+            found = self._shadow.diff(self._lookup.tensors(), base_version=base, version=base + 1)
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found
             self._pending.append(_Kept(found.patch, now, step, tags, found))
@@ -294,11 +295,6 @@ class Outgoing:
         if self._last is not None:
             _ = self._last.digest
             self._last = None
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return named_tensors(
-            self._model, include=self._include, exclude=self._exclude, rename=self._rename
-        )
 
 
 def describe(

@@ -289,7 +289,7 @@ class AsyncPublisher:
         outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
         if outgoing.devices or ports.device != "cpu":
             # Before any window opens: what is loaded while a collective is pending waits for it.
-            rehearse(self._tensors(), torch.device(ports.device), dtype=self._choice["dtype"])
+            rehearse(outgoing.tensors(), torch.device(ports.device), dtype=self._choice["dtype"])
         return outgoing
 
     async def close(self) -> None:

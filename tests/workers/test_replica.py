@@ -135,3 +135,32 @@ async def test_waiting_for_a_version_says_what_is_missing(site: Site) -> None:
     await replica.wait_version(0, timeout_s=10)
     with pytest.raises(WaitTimeout, match=r"version 5 not within 0\.1 s: at version 0"):
         await replica.wait_version(5, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+async def test_a_compiled_module_computes_with_the_new_weights(site: Site, backend: str) -> None:
+    """torch.compile keeps the parameters, and they are patched in place: what was compiled at
+    version 0 computes with version 2."""
+
+    def module() -> torch.nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
+
+    trained, compiled = module(), torch.compile(module(), backend=backend)
+    tokens = torch.linspace(-1, 1, 16).view(2, 8)
+    with torch.no_grad():
+        before = compiled(tokens)
+        publisher = await site.publisher(trained)
+        replica = await site.replica(compiled)
+        await publisher.wait_members(1, timeout_s=10)
+        for _ in range(2):
+            for parameter in trained.parameters():
+                parameter.add_(0.05)
+            update = await publisher.publish()
+            assert (await update.wait_applied(timeout_s=10)).complete
+        with replica.reading() as version:
+            found = compiled(tokens)
+        assert version == 2
+        assert torch.equal(found, trained(tokens))
+        assert not torch.equal(found, before)

@@ -1,0 +1,171 @@
+"""Streams, the guard's fence and the rehearsal, as far as they can be seen without a GPU."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from runs import same_bits, step, weights
+from sparsecast import CorruptPatch, digest
+from sparsecast.pipeline.delta import Shadow
+from sparsecast.workers import rehearsal
+from sparsecast.workers.guard import Guard
+from sparsecast.workers.streams import device_for, devices_of, finish, to_host
+
+
+class Recorder:
+    """A fence that writes down what it hears, and who was in the guard then."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.heard: list[tuple[str, int, int | None]] = []
+        self.broken: Exception | None = None
+
+    def _note(self, what: str) -> None:
+        self.heard.append((what, self.guard.readers, self.guard.version))
+        if self.broken is not None:
+            raise self.broken
+
+    def reader_leaves(self) -> None:
+        self._note("leaves")
+
+    def writer_enters(self) -> None:
+        self._note("enters")
+
+    def writer_commits(self) -> None:
+        self._note("commits")
+
+
+def _fenced() -> tuple[Guard, Recorder]:
+    guard = Guard(0)
+    fence = guard.fence = Recorder(guard)
+    return guard, fence
+
+
+def test_readers_mark_their_end_while_they_still_hold_the_weights() -> None:
+    """A mark that came after the hold was given up would come too late for a writer that waits;
+    an inner hold may be left on another stream, so it marks as well."""
+    guard, fence = _fenced()
+    with guard.reading(), guard.reading():
+        assert fence.heard == []
+    assert fence.heard == [("leaves", 1, 0), ("leaves", 1, 0)]
+    with guard.holding(1) as held:
+        assert not held
+    assert len(fence.heard) == 2, "nothing was read, and nothing is to be waited for"
+    with guard.holding(0) as held:
+        assert held
+    assert len(fence.heard) == 3
+
+
+def test_a_version_is_told_once_the_device_is_through() -> None:
+    """The writer is ordered behind the readers before it writes; the version flips behind the
+    device's end."""
+    guard, fence = _fenced()
+    with guard.writing(1.0) as writer:
+        assert fence.heard == [("enters", 0, 0)]
+        writer.begin_write()
+        writer.commit(1)
+        assert fence.heard[1:] == [("commits", 0, 0)]
+    assert guard.version == 1
+
+
+def test_a_device_that_does_not_come_to_its_end_tears_the_replica() -> None:
+    """What was written is not known to be there: no reader is let in, and the version stays."""
+    guard, fence = _fenced()
+
+    def write() -> None:
+        with guard.writing(1.0) as writer:
+            writer.begin_write()
+            fence.broken = RuntimeError("the device does not come to its end")
+            writer.commit(1)
+
+    with pytest.raises(RuntimeError, match="device"):
+        write()
+    assert guard.torn is not None
+    assert guard.version == 0
+
+
+@pytest.mark.parametrize("who", ["reader", "writer"])
+def test_a_fence_that_fails_leaves_nobody_in_the_guard(who: str) -> None:
+    """A broken CUDA context answers every call with an error: the lock itself must not be lost."""
+    guard, fence = _fenced()
+    fence.broken = RuntimeError("CUDA error")
+    with pytest.raises(RuntimeError), guard.reading() if who == "reader" else guard.writing(1.0):
+        pass
+    assert guard.readers == 0
+    assert guard.torn is None
+    fence.broken = None
+    entered = threading.Event()
+
+    def write() -> None:
+        with guard.writing(1.0):
+            entered.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join(5)
+    assert entered.is_set()
+
+
+def test_host_tensors_need_no_device() -> None:
+    """On a machine without GPUs everything is where it is, and nothing is waited for."""
+    tensors = weights()
+    assert devices_of(tensors.values()) == ()
+    buffer = torch.arange(8, dtype=torch.uint8)
+    assert to_host(buffer) is buffer
+    finish(buffer.device)
+    assert device_for("cpu", lambda: tensors) == "cpu"
+    assert device_for("cuda:1", lambda: tensors) == "cuda:1"
+    assert device_for(None, lambda: tensors) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("held", "published"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float8_e5m2, torch.float8_e5m2),
+        (torch.float64, torch.float64),
+        (torch.int64, torch.int64),
+        (torch.bool, torch.bool),
+        (torch.complex64, torch.complex64),
+    ],
+    ids=str,
+)
+def test_a_rehearsal_is_a_round(held: torch.dtype, published: torch.dtype) -> None:
+    """Diff, merge, check, apply and digest of a small state, with sparse, bitmap and dense
+    sections, agree for every kind of tensor."""
+    rehearsal._rehearse(torch.device("cpu"), held, published)
+
+
+def test_a_rehearsal_finds_a_device_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that leave other bits than they should are an error at the start, not a resync
+    in every round."""
+    monkeypatch.setattr(rehearsal, "digest", lambda tensors: digest(tensors) ^ 1)
+    with pytest.raises(CorruptPatch, match="kernels do not work"):
+        rehearsal._rehearse(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+
+
+def test_a_rehearsal_leaves_weights_and_chance_alone() -> None:
+    """The user's tensors, and what the next random number is, are as they were."""
+    tensors = weights()
+    torch.manual_seed(7)
+    rehearsal.rehearse(tensors, torch.device("cpu"), dtype=torch.bfloat16)
+    rehearsal._rehearse(torch.device("cpu"), torch.float32, torch.bfloat16)
+    after = torch.rand(4)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(4), after)
+    assert same_bits(tensors, weights())
+
+
+def test_an_anchor_is_made_where_it_is_wanted() -> None:
+    """The copy for the log need not lie where the shadow does; the bits are those of the shadow."""
+    tensors = weights()
+    shadow = Shadow(tensors)
+    step(tensors, 1)
+    shadow.diff(tensors, base_version=0, version=1)
+    anchor = shadow.anchor(1, device=torch.device("cpu"))
+    assert anchor.buffer.device.type == "cpu"
+    assert torch.equal(anchor.buffer, shadow.anchor(1).buffer)
