@@ -13,6 +13,7 @@ from torch import Tensor
 
 #: More than any L2: written between two repetitions, nothing of the last one is left there.
 _FLUSH_NBYTES = 256 << 20
+_BUSY_SIZE = 4096
 
 
 class Device:
@@ -25,6 +26,11 @@ class Device:
             torch.cuda.set_device(self.torch)
         self._flush: Tensor | None = None
         self._watched = 0
+        self._busy = (
+            torch.ones(_BUSY_SIZE, _BUSY_SIZE, dtype=torch.bfloat16, device=self.torch)
+            if self.is_cuda
+            else None
+        )
 
     def synchronize(self) -> None:
         """Wait until all that was enqueued is done."""
@@ -48,6 +54,17 @@ class Device:
         """The current stream waits for the side stream."""
         if stream is not None:
             torch.cuda.current_stream(self.torch).wait_stream(stream)
+
+    def wake(self, seconds: float = 0.02) -> None:
+        """Keep the device busy for a moment and wait for it: one that idled runs at lower clocks,
+        while those of a trainer and its workers come from their work."""
+        if self._busy is None:
+            return
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(8):
+                torch.mm(self._busy, self._busy)
+            self.synchronize()
 
     def flush(self) -> None:
         """Enqueue a write that leaves nothing of before in the L2."""

@@ -169,8 +169,11 @@ class _Trainer:
         rounds: dict[str, list[Round]] = {name: [] for name in (OURS, *self._methods)}
         end = time.monotonic() + config.seconds
         for number in range(-config.warmup, config.rounds):
-            if number > 0 and time.monotonic() > end:
+            late = time.monotonic() > end
+            if number > 0 and late:
                 break
+            if -config.warmup < number < 0 and late:
+                continue
             train_step(self._weights, density, self._random)
             names = list(rounds)
             turn = next(self._turn) % len(names)
@@ -181,8 +184,10 @@ class _Trainer:
                 if number >= 0:
                     rounds[name].append(done)
         measured = {"density": density, "rounds": rounds, "digests": self._digests()}
+        measured["window"] = self._publisher.window
         if config.ways == "device":
             measured["plain_ms"] = self._plain(round(rounds[OURS][-1]["nbytes"]))
+        self._control.send("progress", measured)
         return measured
 
     def _ours(self) -> Round:
@@ -190,6 +195,7 @@ class _Trainer:
         if self._config.device != "cuda":
             return ours.measure(self._publisher, self._ear, workers, patience_s=PATIENCE_S)
         self._control.say(("watch",))
+        self._device.wake()
         self._answers("watching")
         self._device.watch()
         done = ours.measure(self._publisher, self._ear, workers, patience_s=PATIENCE_S)
@@ -201,6 +207,7 @@ class _Trainer:
 
     def _baseline(self, name: str) -> Round:
         self._control.say(("round", name))
+        self._device.wake()
         self._answers("entering")
         # The workers said so just before their first receive: let them get there.
         time.sleep(0.002)
@@ -324,10 +331,12 @@ class _Worker:
         while True:
             match self._control.hear(STORE_S + PATIENCE_S):
                 case ("round", name):
+                    device.wake()
                     device.watch()
                     say(("entering",))
                     say((name, (methods[name].receive(), device.peak())))
                 case ("watch",):
+                    device.wake()
                     device.watch()
                     say(("watching",))
                 case ("peak",):
@@ -372,7 +381,7 @@ def _policy(config: Config) -> Policy:
         # Of a large model each full copy fills gigabytes of the log: one, and time for it.
         chosen |= {"store_s": STORE_S, "anchor_every": 1_000_000}
     if config.staging_nbytes is not None:
-        chosen["staging_nbytes"] = config.staging_nbytes
+        chosen["staging_nbytes"] = chosen["staging_device_nbytes"] = config.staging_nbytes
     return Policy(**chosen)
 
 

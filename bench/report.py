@@ -73,7 +73,7 @@ def density_section(measured: dict[str, Any], dense_nbytes: int) -> dict[str, An
     def best(others: tuple[str, ...], part: str) -> float:
         return round(min(p50(other, part) for other in others) / p50("sparsecast", part), 3)
 
-    others = {name: (name,) for name in methods if name != "sparsecast"}
+    others: dict[str, tuple[str, ...]] = {name: (name,) for name in methods if name != "sparsecast"}
     others |= {name: of for name, of in BETTER_OF.items() if set(of) <= methods.keys()}
     ratios = {f"{name}_to_sparsecast": best(of, "whole") for name, of in others.items()}
     ratios |= {
@@ -136,6 +136,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             if wrong
             else Text("every worker of every method holds the trainer's bits", "green")
         )
+    if "failed" in document:
+        parts.append(Text(f"the run failed after these: {document['failed']}", "bold red"))
     if "diff" in document:
         parts.append(_diffs(document))
     if "held_nbytes" in document:

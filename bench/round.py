@@ -51,6 +51,8 @@ def main() -> int:
     report.show(document, console)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    if "failed" in document:
+        return 2
     equal = all(all(s["digests_equal"].values()) for s in document["densities"])
     return 0 if equal else 1
 
@@ -84,16 +86,24 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             addresses=tuple(link.address(r) if link else "127.0.0.1" for r in range(size)),
         )
         status = stack.enter_context(console.status(cut.describe()))
+        measured: list[dict[str, Any]] = []
+
+        def progress(what: str | dict[str, Any]) -> None:
+            if isinstance(what, str):
+                status.update(f"{cut.describe()}\n{what}")
+            else:
+                measured.append(what)
+
         ranks = stack.enter_context(
             Ranks(
                 Path(__file__).with_name("ranks.py"),
                 size,
                 config,
                 prefix=link.prefix if link else lambda rank: (),
-                on_progress=lambda what: status.update(f"{cut.describe()}\n{what}"),
+                on_progress=progress,
             )
         )
-        result = ranks.run(arguments.timeout)[0]
+        result = _result(ranks, arguments.timeout, measured)
         sample = result["link"]
         if link is not None and sample is not None:
             _require_shape(link, sample)
@@ -123,6 +133,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "link": sample,
         "densities": [report.density_section(d, 2 * cut.numel) for d in result["densities"]],
     }
+    if "failed" in result:
+        document["failed"] = result["failed"]
     if "diff" in result:
         document["diff"] = [report.diff_section(d) for d in result["diff"]]
     if "answer_ms" in result:
@@ -134,6 +146,18 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         document["beside"] = targets.growth(document, earlier)
     document["targets"] = targets.of_round(document)
     return document
+
+
+def _result(ranks: Ranks, timeout_s: float, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The trainer's, or, if a rank fails after densities were measured, those and the reason."""
+    try:
+        found: dict[str, Any] = ranks.run(timeout_s)[0]
+    except (RankFailed, TimeoutError) as exc:
+        if not measured:
+            raise
+        window = measured[-1]["window"]
+        found = {"link": None, "densities": measured, "window": window, "failed": str(exc)}
+    return found
 
 
 def _require_shape(link: Link, sample: dict[str, float]) -> None:
@@ -172,7 +196,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     add("--link", default="none", help="none, or a rate for tc: 1gbit (root, CPUs)")
     add("--window", choices=["auto", "nccl", "gloo", "bus"], help="ours (gloo; on GPUs nccl)")
-    add("--staging-mib", type=_count, help="Policy.staging_nbytes, in MiB (its default)")
+    add("--staging-mib", type=_count, help="both bounds of Policy's staging (its own)")
     add("--threads", type=_count, default=1, help="torch threads a process (1)")
     add("--first", action="store_true", help="go before all that else runs here (root)")
     add("--seed", type=int, default=0, help="of weights and changes (0)")

@@ -59,10 +59,10 @@ def machine() -> dict[str, str | int | float]:
 
 def gpus() -> dict[str, Any]:
     """The GPUs' names, their driver and how they are linked, as far as nvidia-smi tells."""
-    told = [line.split(", ") for line in _told("nvidia-smi", *_QUERY)]
+    told = [line.partition(", ") for line in _told("nvidia-smi", *_QUERY)]
     return {
-        "gpus": [name for name, _ in told],
-        "driver": told[0][1] if told else "",
+        "gpus": [name for name, _, _ in told],
+        "driver": told[0][2] if told else "",
         "topology": [
             re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip()
             for line in _told("nvidia-smi", "topo", "-m")

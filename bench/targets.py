@@ -39,6 +39,40 @@ def growth(document: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def p50(work: dict[str, Any]) -> float:
+    """ms of a work of kernels.py by the device's clock."""
+    return float(work["device_ms"]["p50"])
+
+
+def of_kernels(document: dict[str, Any]) -> list[Target]:
+    """Those that a run of kernels.py can tell; they are for 7B."""
+    found: list[Target] = []
+
+    def most(what: str, seen: float, bound: float) -> None:
+        found.append(target(f"7B, {what}", round(seen, 3), bound, least=False))
+
+    for model in document["models"]:
+        if model["name"] != "7b":
+            continue
+        works, slices = model["works"], model["digest_slices_ms"]
+        copy = p50(works["copy"])
+        most("digest of all weights to reading them once", p50(works["digest"]) / (copy / 2), 1.6)
+        if slices is not None:
+            most("the longest slice of it, ms", slices["max"], 0.5)
+        for section in model["densities"]:
+            works, share = section["works"], f"{section['density']:.3%}"
+            if "failed" in section:
+                continue
+            if abs(section["density"] - 0.01) < 1e-6:
+                most(f"{share}: diff + encode to a copy", p50(works["diff"]) / copy, 1.25)
+                most(f"{share}: bytes a changed element", section["bytes_per_changed"], 4.1)
+                put = p50(works["index_put"])
+                most(f"{share}: check + apply to index_put", p50(works["check_apply"]) / put, 1.1)
+            if abs(section["density"] - 0.00005) < 1e-8:
+                most(f"{share}: diff + encode to a copy", p50(works["diff"]) / copy, 1.05)
+    return found
+
+
 def _on_gpus(document: dict[str, Any]) -> list[Target]:
     model = document["settings"]["model"]
     found: list[Target] = []

@@ -106,6 +106,24 @@ def test_the_ways_of_gpus_bring_the_same_bits(tmp_path: Path) -> None:
     assert any("our round with 1 worker(s) to 2" in what for what in told)
 
 
+def test_a_failure_leaves_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank dies in the second density: the first one is kept, with the reason. In the first one
+    there is nothing to keep, and the run fails."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    program = module("round")
+
+    class Dying:
+        def run(self, timeout_s: float) -> dict[int, Any]:
+            raise program.RankFailed(f"rank 1 died within {timeout_s:g} s")
+
+    found = program._result(Dying(), 7.0, [{"density": 0.01, "window": "nccl"}])
+    assert found["failed"] == "rank 1 died within 7 s"
+    assert [one["density"] for one in found["densities"]] == [0.01]
+    assert found["window"] == "nccl"
+    with pytest.raises(program.RankFailed, match="rank 1 died"):
+        program._result(Dying(), 7.0, [])
+
+
 def test_buckets_hold_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However large a bucket is, every element is in one of them, in order: tensors are split."""
     monkeypatch.syspath_prepend(ROOT / "bench")  # its modules know each other by bare names
