@@ -53,11 +53,13 @@ def rows(found: Findings) -> Iterator[tuple[str, str, str]]:
         yield (
             GOOD if software.nccl4py else NONE,
             "NCCL",
-            f"{software.nccl or '–'}, nccl4py {software.nccl4py or '–'}"
-            + "".join(f", {key}={value}" for key, value in found.environment.items()),
+            f"{software.nccl or '–'}, nccl4py {software.nccl4py or '–'}",
         )
     else:
-        yield BAD if found.gpus_unseen else NONE, "GPUs", "torch sees none"
+        yield BAD if found.gpus_listed else NONE, "GPUs", "torch sees none"
+    if found.environment:
+        told = (f"{key}={value}" for key, value in found.environment.items())
+        yield NONE, "environment", ", ".join(told)
     for gpu in found.gpus:
         yield (
             GOOD,

@@ -190,6 +190,10 @@ def worker(
     """
     url = _bus(bus).url
     device = resolve(device, count() if index_of(device) is not None else 0)
+    if device == "cpu" and window is WindowChoice.NCCL:
+        raise errors.SettingsError(
+            "--window nccl: NCCL carries tensors on GPUs; use --device cuda:N"
+        )
     from .service import WorkerOptions, serve
 
     options = WorkerOptions(
@@ -371,7 +375,7 @@ def doctor(
     to do; 2 usage. Keys of the JSON: ok, problems [{check, reason, remedy}], notes [...],
     software {sparsecast, python, platform, torch, cuda, triton, nccl, nccl4py, uvloop, nats_py},
     environment {...}, gpus [{index, name, uuid, memory_nbytes, compute_capability, driver}],
-    gpus_unseen, pairs [{first, second, peer_access, link}], kernels [{device, backend, exact,
+    gpus_listed, pairs [{first, second, peer_access, link}], kernels [{device, backend, exact,
     first_ms, again_ms, reason}], windows [{device, kind, offered, reason}], server {path, version,
     usable, reason}, broker {url, origin, reachable, version, jetstream, max_payload_nbytes,
     request_p50_ms, reason}, round {trainer, worker, expected, window, updates, verified, exact,

@@ -153,7 +153,7 @@ async def _machine(
     with _noted(troubles, "torch", "import torch in a shell of your own and see"):
         found.software = await examiner.ask("software", f.Software, timeout_s=STEP_S)
     told = await smi
-    found.gpus_unseen = len(told.drivers)
+    found.gpus_listed = len(told.drivers)
     driver = "look at nvidia-smi and dmesg: the driver does not answer as it should"
     say("GPUs")
     with _noted(troubles, "GPUs", driver):

@@ -123,7 +123,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Findings(msgspec.Struct, kw_only=True):
-    """Everything; `ok` is whether there is no problem."""
+    """Everything; `ok` is whether there is no problem. `gpus_listed`: by nvidia-smi."""
 
     ok: bool = False
     problems: list[Problem] = []
@@ -131,7 +131,7 @@ class Findings(msgspec.Struct, kw_only=True):
     software: Software
     environment: dict[str, str] = {}
     gpus: list[Gpu] = []
-    gpus_unseen: int = 0
+    gpus_listed: int = 0
     pairs: list[Pair] = []
     kernels: list[Kernels] = []
     windows: list[Offer] = []

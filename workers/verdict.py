@@ -89,17 +89,22 @@ def _torch(found: Findings) -> Iterator[Problem]:
             reason=torch or "it is not installed",
             remedy="pip install torch (2.9 or newer)",
         )
-    elif found.gpus_unseen and not found.gpus:
+    elif found.gpus_listed and not found.gpus and not _hidden(found):
         built = found.software.cuda
         yield Problem(
             check="GPUs",
-            reason=f"nvidia-smi lists {found.gpus_unseen}, torch {torch} sees none"
+            reason=f"nvidia-smi lists {found.gpus_listed}, torch {torch} sees none"
             + ("" if built else ": it is a build without CUDA"),
             remedy="look at CUDA_VISIBLE_DEVICES and at whether the driver is new enough for "
             f"CUDA {built}"
             if built
             else "install a CUDA build of torch",
         )
+
+
+def _hidden(found: Findings) -> bool:
+    """Whether the GPUs are kept from torch on purpose."""
+    return found.environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def _bus(found: Findings) -> Iterator[Problem]:
@@ -132,7 +137,9 @@ def notes(found: Findings) -> Iterator[str]:
     software = found.software
     if software.uvloop is None:
         yield "uvloop is not installed: asyncio's own loop makes rounds some tenths of a ms longer"
-    if not found.gpus and not found.gpus_unseen:
+    if not found.gpus and found.gpus_listed and _hidden(found):
+        yield "CUDA_VISIBLE_DEVICES hides the GPUs"
+    elif not found.gpus and not found.gpus_listed:
         yield "no NVIDIA GPU: the torch reference does the work on the CPU"
     if any(o.kind == "gloo" and not o.offered for o in found.windows):
         yield "this torch has no gloo: without NCCL, updates travel over the bus"

@@ -121,6 +121,11 @@ sys.exit(f"imported {heavy}" if heavy else 0)
             "device 'tpu': expected cpu, cuda or cuda:N",
             id="device",
         ),
+        pytest.param(
+            ["worker", "--run", "r", "--model", "m", "--bus", DEAD, "--window", "nccl"],
+            "use --device cuda:N",
+            id="nccl-on-cpu",
+        ),
         pytest.param(["doctor", "--device", "cpu,cpu,cpu"], "with a comma between", id="devices"),
     ],
 )

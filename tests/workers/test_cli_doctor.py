@@ -210,6 +210,7 @@ def test_the_table_says_what_is_wrong_and_what_to_do() -> None:
         ],
         pairs=[f.Pair(first=0, second=1, peer_access=True, link="NV18")],
         kernels=[f.Kernels(device="cuda:1", backend="triton", exact=False, reason="a [red] lie")],
+        environment={"NCCL_NVLS_ENABLE": "0"},
         windows=[f.Offer(device="cuda:0", kind="nccl", offered=True)],
         problems=[f.Problem(check="data path on cuda:1", reason="a [red] lie", remedy="do this")],
         round=f.Round(trainer="cuda:0", worker="cuda:1", reason="the worker: boom"),
@@ -219,8 +220,8 @@ def test_the_table_says_what_is_wrong_and_what_to_do() -> None:
         console.print(chart(found))
     text = captured.get()
     for word in (
-        "139 GiB", "GPU-1", "peer access, link NV18", "a [red] lie", "→ do this",
-        "the worker: boom", "not all is well",
+        "139 GiB", "GPU-1", "NCCL_NVLS_ENABLE=0", "peer access, link NV18", "a [red] lie",
+        "→ do this", "the worker: boom", "not all is well",
     ):  # fmt: skip
         assert word in text
 

@@ -38,7 +38,7 @@ def machine(gpus: int, *, nccl: bool = True, **more: Any) -> f.Findings:
     found = f.Findings(
         software=SOFTWARE,
         gpus=[gpu(index) for index in range(gpus)],
-        gpus_unseen=gpus,
+        gpus_listed=gpus,
         pairs=[
             f.Pair(first=one, second=two, peer_access=True, link="NV18")
             for one in range(gpus)
@@ -108,7 +108,7 @@ def kernels(**change: Any) -> list[f.Kernels]:
             "torch", "pip install torch", id="no-torch",
         ),
         pytest.param(
-            machine(0, gpus_unseen=2), "GPUs", "driver is new enough for CUDA 13.0", id="unseen"
+            machine(0, gpus_listed=2), "GPUs", "driver is new enough for CUDA 13.0", id="unseen"
         ),
         pytest.param(
             machine(2, nccl=False), "NCCL window", "pip install 'sparsecast[nccl]'", id="no-nccl4py"
@@ -150,6 +150,13 @@ def test_each_thing_that_does_not_work_is_one_problem(
     assert problem.check == check
     assert problem.reason
     assert says in problem.remedy
+
+
+def test_gpus_that_are_hidden_on_purpose_are_no_problem() -> None:
+    """CUDA_VISIBLE_DEVICES is empty: said, and the machine is judged as one without GPUs."""
+    found = machine(0, gpus_listed=2, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert list(verdict.problems(found)) == []
+    assert "CUDA_VISIBLE_DEVICES hides the GPUs" in list(verdict.notes(found))
 
 
 def test_what_works_in_a_lesser_way_is_a_note_and_no_problem() -> None:
