@@ -130,7 +130,6 @@ class _Trainer:
             self._publisher = stack.enter_context(
                 Publisher(self._weights, run=RUN, bus=url, policy=_policy(config))
             )
-            held[OURS] = device.allocated - before
             self._ear = Ear(url, RUN, patience_s=PATIENCE_S, store_s=STORE_S)
             stack.callback(self._ear.close)
             self._tell("waiting for the workers")
@@ -139,6 +138,8 @@ class _Trainer:
             self._tell("waiting for the first full copy in the log")
             self._ear.wait_stored(0)
             self._wait_window()
+            # Not before: until the log has it, the full copy is in the device's memory.
+            held[OURS] = device.allocated - before
             result: dict[str, Any] = {
                 "link": sample,
                 "densities": [self._measure(density) for density in config.densities],

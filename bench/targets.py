@@ -133,7 +133,7 @@ def _on_cpus(document: dict[str, Any]) -> list[dict[str, Any]]:
         add("bytes a changed element", ours["bytes_per_changed"], 4.1, False)
         if document["settings"]["workers"] == 2 and not shaped:
             add("announce → all ready → go, ms at p50", ours["ms"]["bus"]["p50"], 2, False)
-    for section in document["diff"]:
+    for section in document.get("diff", ()):
         if abs(section["density"] - 0.01) < 1e-6:
             add("Shadow.diff to torch's !=", section["ratio"], 2.2, False)
     return found

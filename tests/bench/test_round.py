@@ -1,6 +1,7 @@
 """bench/round.py in real processes: every method runs, and what it prints and writes is whole."""
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -122,6 +123,28 @@ def test_a_failure_leaves_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["window"] == "nccl"
     with pytest.raises(program.RankFailed, match="rank 1 died"):
         program._result(Dying(), 7.0, [])
+
+
+def test_a_failed_run_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is left of a run that failed, in its document, is shown with the reason, for the
+    methods of CPUs and of GPUs, though all that comes after the last density is missing."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    program = module("round")
+    for ways in ("host", "device"):
+        path = tmp_path / f"{ways}.json"
+        size = ["--model", "tiny", "--ways", ways, "--workers", "1", "--diff-rounds", "1"]
+        done = bench(*size, "--rounds", "1", "--warmup", "1", "--json", str(path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        document = json.loads(path.read_text())
+        for late in ("diff", "answer_ms", "held_nbytes", "targets"):
+            document.pop(late, None)
+        document |= {"failed": "rank 1 died", "link": None}
+        document["targets"] = program.targets.of_round(document)
+        into = program.Console(record=True, width=120, file=io.StringIO())
+        program.report.show(document, into)
+        told = into.export_text()
+        assert "the run failed after these: rank 1 died" in told
+        assert "1.000% changed" in told
 
 
 def test_buckets_hold_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
