@@ -60,6 +60,10 @@ class Worker:
         with self.news:
             return next((at for held, at in self.applied if held >= version), None)
 
+    def settled(self, version: int) -> bool:
+        """Whether it has come to this version, or has failed."""
+        return self.error is not None or self.held(version) is not None
+
     def resume(self) -> None:
         """SIGCONT."""
         os.kill(self.process.pid, signal.SIGCONT)

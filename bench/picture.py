@@ -113,9 +113,10 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     colours = {name: colour for name, colour, _ in SEGMENTS} | {REST[0]: REST[1]}
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "sparsecast",
         "svg.fonttype": "none",
         "font.family": "sans-serif",
@@ -138,8 +139,8 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
             _draw_panel(axis, one, colours)
         seen = [n for n in colours if any(n in bar.segments for one in panels for bar in one.bars)]
         figure.legend(
-            handles=[pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in seen],
-            labels=seen,
+            [Patch(color=colours[name]) for name in seen],
+            seen,
             loc="outside lower center",
             ncols=min(len(seen), 4),
             frameon=False,

@@ -1,12 +1,12 @@
-"""The trainer of bench/recovery.py: its loop, and one fault after the other in its workers."""
+"""The trainer of bench/recovery.py: one fault after the other in its workers, and what it costs."""
 
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +14,8 @@ import torch
 
 from crew import Crew, Worker, WorkerFailed
 from heard import Heard
-from models import change, empty, fill
+from models import empty, fill
+from recovery_loop import Loop
 from recovery_worker import Config as WorkerConfig
 from sparsecast import Broker, Policy, Publisher, digest
 from sparsecast.messages.control import WindowKind
@@ -55,80 +56,6 @@ class Config:
 def deadline_s(case: Case, policy: Policy, nbytes: int) -> float:
     """The deadline that the fault runs into: not ready, or not received, in time."""
     return policy.ready_s if case.moment == "idle" else policy.send_deadline_s(nbytes)
-
-
-class _Loop:
-    """A training loop on a thread of its own: change, publish(), and how long that took."""
-
-    def __init__(self, publisher: Publisher, tensors: dict[str, torch.Tensor], config: Config):
-        self._publisher = publisher
-        self._tensors = tensors
-        self._config = config
-        device = next(iter(tensors.values())).device
-        self._random = torch.Generator(device).manual_seed(config.seed + 1)
-        self._going = threading.Event()
-        self._resting = threading.Event()
-        self._over = False
-        self._error: BaseException | None = None
-        #: (began, seconds, version, bytes), in order.
-        self.calls: list[tuple[float, float, int, int]] = []
-        self._thread = threading.Thread(target=self._run, name="training-loop", daemon=True)
-        self._thread.start()
-
-    def go(self) -> None:
-        """Train."""
-        self._resting.clear()
-        self._going.set()
-
-    def pause(self) -> None:
-        """Stop after the step that runs: the weights are those of the last publish."""
-        self._going.clear()
-        if not self._resting.wait(PATIENCE_S):
-            raise TimeoutError(f"publish() did not return within {PATIENCE_S:g} s")
-        self.check()
-
-    def check(self) -> None:
-        """Raise what publish() raised."""
-        if self._error is not None:
-            raise RuntimeError("the trainer's loop broke") from self._error
-
-    def end(self) -> None:
-        """No more steps."""
-        self._over = True
-        self._going.set()
-        self._thread.join(PATIENCE_S)
-
-    def _run(self) -> None:
-        try:
-            self._steps()
-        except BaseException as exc:
-            self._error = exc
-        finally:
-            self._resting.set()
-
-    def _steps(self) -> None:
-        device = next(iter(self._tensors.values())).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        due = time.monotonic()
-        while True:
-            if not self._going.is_set():
-                self._resting.set()
-                self._going.wait()
-                due = time.monotonic()
-            if self._over:
-                return
-            change(self._tensors, self._config.density, self._random)
-            if device.type == "cuda":
-                # The step's own work is no part of publish(). Not the whole device: a collective
-                # that waits for a dead worker is pending there.
-                torch.cuda.current_stream(device).synchronize()
-            began = time.monotonic()
-            update = self._publisher.publish()
-            took = time.monotonic() - began
-            self.calls.append((began, took, update.version, update.nbytes))
-            due = max(due + self._config.interval_s, time.monotonic())
-            time.sleep(max(due - time.monotonic(), 0))
 
 
 class Trainer:
@@ -173,7 +100,9 @@ class Trainer:
         )
         self._heard = Heard(self._url, RUN)
         stack.callback(self._heard.close)
-        self._loop = _Loop(self._publisher, self._tensors, config)
+        self._loop = Loop(
+            self._publisher, self._tensors, config.density, config.interval_s, config.seed
+        )
         stack.callback(self._loop.end)
         self._workers = self._start([f"worker-{n}" for n in range(config.workers)])
         for worker in self._workers:
@@ -351,11 +280,8 @@ class Trainer:
 
     def _all_hold(self, version: int, workers: list[Worker] | None = None) -> None:
         for worker in self._workers if workers is None else workers:
-            self._heard.wait(
-                lambda worker=worker: worker.error or worker.held(version) is not None,
-                PATIENCE_S,
-                f"{worker.name} holds version {version}",
-            )
+            what = f"{worker.name} holds version {version}"
+            self._heard.wait(partial(worker.settled, version), PATIENCE_S, what)
             if worker.error:
                 raise WorkerFailed(f"{worker.name}: {worker.error}")
 

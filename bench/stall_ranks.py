@@ -21,6 +21,8 @@ RUN = "stall"
 WORKER = "worker-0"
 #: No single step takes so long; a process for which one does is broken.
 PATIENCE_S = 120.0
+#: The anchor of the start is a full copy: of 7B, 15 GB through the broker onto a disk.
+STORE_S = 300.0
 #: Updates before anything is measured.
 WARMUP = 3
 
@@ -50,8 +52,12 @@ def main(control: Control, config: Config) -> Any:
     if config.device == "cuda":
         device = torch.device("cuda", control.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    # An anchor in mid-measurement would be no part of what an update costs.
-    policy = Policy(window=config.window, anchor_every=1_000_000)  # type: ignore[arg-type]  # argparse has checked it
+    policy = Policy(
+        window=config.window,  # type: ignore[arg-type]  # argparse has checked it
+        # An anchor in mid-measurement would be no part of what an update costs.
+        anchor_every=1_000_000,
+        store_s=STORE_S,
+    )
     side = _Worker if control.rank else _Trainer
     return side(control, config, device, policy).run()
 
@@ -80,7 +86,7 @@ class _Trainer:
             self._answer("ready")
             self._publisher.wait_members(1, timeout_s=PATIENCE_S)
             self._heard.wait(lambda: self._publisher.window, PATIENCE_S, "a window is open")
-            self._heard.wait_stored(0, PATIENCE_S)
+            self._heard.wait_stored(0, STORE_S)
             self._tell("warming up")
             self._updates(WARMUP * config.interval_s, least=WARMUP)
             phases = [self._phase(kind) for _ in range(config.pairs) for kind in ("quiet", "busy")]
@@ -101,8 +107,8 @@ class _Trainer:
         self._control.say(("forward", self._config.seconds))
         versions = self._updates(self._config.seconds) if kind == "busy" else range(0)
         measured = self._answer("forward")
-        told = [found for v in versions if (found := self._heard.worker(v, WORKER)) is not None]
-        rounds = [found for v in versions if (found := self._heard.trainer(v)) is not None]
+        told = [self._heard.worker(v, WORKER) for v in versions]
+        rounds = [self._heard.trainer(v) for v in versions]
         return {
             "kind": kind,
             "published": len(versions),
@@ -118,8 +124,11 @@ class _Trainer:
                     "verify": w.verify_us / 1e3,
                 }
                 for w in told
+                if w is not None  # merged with a later one
             ],
-            "rounds": [{"total": r.total_us / 1e3, "nbytes": r.nbytes} for r in rounds],
+            "rounds": [
+                {"total": r.total_us / 1e3, "nbytes": r.nbytes} for r in rounds if r is not None
+            ],
         }
 
     def _updates(self, seconds: float, least: int = 1) -> range:
@@ -142,11 +151,11 @@ class _Trainer:
             PATIENCE_S,
             f"metrics of version {last}",
         )
-        self._heard.wait_stored(last, PATIENCE_S)
+        self._heard.wait_stored(last, STORE_S)
         return range(first, last + 1)
 
     def _answer(self, expected: str) -> Any:
-        _, (kind, *rest) = self._control.hear(PATIENCE_S)
+        _, (kind, *rest) = self._control.hear(PATIENCE_S + self._config.seconds)
         if kind != expected:
             raise RuntimeError(f"the worker says {kind}, expected was {expected}")
         return rest[0] if rest else None
@@ -245,7 +254,7 @@ class _Worker:
         try:
             self._control.say(("ready",))
             while True:
-                match self._control.hear(10 * PATIENCE_S):
+                match self._control.hear(10 * STORE_S):
                     case ("forward", seconds):
                         self._control.say(("forward", self._measure(seconds)))
                     case ("digest",):
