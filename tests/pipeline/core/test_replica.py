@@ -30,12 +30,13 @@ class Talk:
         self.now = 100.0
         self.core = ReplicaCore(
             run="r", me=ME, kinds=("gloo", "bus"), device="cpu", host="h", pid=1, policy=POLICY,
-            started=self.now,
+            started=self.now, gpu="GPU-1",
         )  # fmt: skip
         self.out: list[Any] = []
         self.hear(claim())
         assert self.only(cmd.Prove) is not None
         self.feed(ev.Proved(1, MANIFEST.hash, digest))
+        self.joined_with = self.said(msg.Join)
         self.hear(msg.Welcome(sender=TRAINER, to=ME, epoch=1, version=0))
         if window:
             self.open_window()
@@ -109,6 +110,13 @@ class Talk:
     def said(self, kind: type[Any], out: list[Any] | None = None) -> list[Any]:
         out = self.out if out is None else out
         return [c.message for c in out if isinstance(c, cmd.Report) and isinstance(c.message, kind)]
+
+
+def test_a_join_says_what_the_trainer_must_know_to_choose_a_window() -> None:
+    """The first Join: what this worker can open, where it is, and on which GPU its weights are."""
+    (join,) = Talk().joined_with
+    assert (join.offers, join.device, join.host) == (("gloo", "bus"), "cpu", "h")
+    assert (join.gpu, join.version) == ("GPU-1", 0)
 
 
 def test_a_round_from_announcement_to_verified() -> None:

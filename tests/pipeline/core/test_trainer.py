@@ -409,15 +409,29 @@ def test_a_wrong_digest_is_told_and_called_back() -> None:
 def test_another_model_is_refused_before_any_byte_moves() -> None:
     """A worker with another manifest asks to join: refused, and nobody's member."""
     talk = Talk()
-    talk.hear(replace_manifest(talk.join(A)))
+    talk.hear(changed(talk.join(A), manifest_hash="another"))
     assert [(m.to, m.code) for m in talk.said(msg.Refuse)] == [(A, "manifest")]
     assert talk.core.membership.members == {}
 
 
-def replace_manifest(join: msg.Join) -> msg.Join:
-    """The same Join with another model."""
-    fields = {name: getattr(join, name) for name in join.__struct_fields__}
-    return msg.Join(**{**fields, "manifest_hash": "another"})
+def test_who_can_never_have_a_place_in_a_window_is_told_once() -> None:
+    """A worker offers nccl alone, and the trainer's GPU is not known: the event says so when it
+    joins, and not with every Join; a worker that offers more as well is told nothing."""
+    talk = Talk()
+    alone = changed(talk.join(A), offers=("nccl",), gpu="GPU-1")
+    talk.hear(alone)
+    assert [m.to for m in talk.said(msg.Welcome)] == [A]
+    (reason,) = talk.told("log-only")
+    assert "the trainer's weights are on" in reason
+    talk.hear(alone)
+    assert talk.told("log-only") == []
+    talk.hear(changed(talk.join(B), offers=("nccl", "gloo"), gpu="GPU-1"))
+    assert talk.told("log-only") == []
+
+
+def changed(join: msg.Join, **fields: Any) -> msg.Join:
+    """The same Join but for these."""
+    return msg.Join(**{name: getattr(join, name) for name in join.__struct_fields__} | fields)
 
 
 def test_close_says_bye_in_every_state() -> None:
