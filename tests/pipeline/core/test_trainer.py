@@ -417,7 +417,7 @@ def test_another_model_is_refused_before_any_byte_moves() -> None:
 def test_who_can_never_have_a_place_in_a_window_is_told_once() -> None:
     """A worker offers nccl alone, and the trainer's GPU is not known: the event says so when it
     joins, and not with every Join; a worker that offers more as well is told nothing."""
-    talk = Talk()
+    talk = Talk(policy=Policy(window="auto"))
     alone = changed(talk.join(A), offers=("nccl",), gpu="GPU-1")
     talk.hear(alone)
     assert [m.to for m in talk.said(msg.Welcome)] == [A]
