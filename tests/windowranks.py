@@ -70,6 +70,11 @@ class Rank:
             torch.cuda.synchronize(tensor.device)
         return tensor
 
+    async def round_of(self, window: Window, memory: torch.Tensor, attempt: int) -> None:
+        """Send or receive this memory."""
+        work = window.send if window.spec.rank == 0 else window.receive
+        await work(memory, attempt=attempt, timeout_s=20)
+
     async def round(self, window: Window, nbytes: int, attempt: int, timeout_s: float = 20) -> str:
         """Send or receive the pattern of this round; returns the hash of what is here then."""
         if window.spec.rank == 0:

@@ -1,6 +1,16 @@
-"""Which GPU a device is: two ranks of one communicator may not be on the same one."""
+"""Which GPU a device is (two ranks of one communicator may not share one), and how a thread of a
+window comes to it.
+"""
 
 from __future__ import annotations
+
+import ctypes
+import logging
+
+log = logging.getLogger("sparsecast.windows")
+
+#: cuda.h, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL.
+_THREAD_LOCAL = 1
 
 
 def gpu_identity(device: str) -> str:
@@ -17,3 +27,22 @@ def gpu_identity(device: str) -> str:
         return ""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return "" if uuid is None else f"GPU-{uuid}"
+
+
+def enter_gpu(index: int) -> None:
+    """Make the GPU the device of the calling thread, which is a window's own.
+
+    What such a thread asks or allocates would by default break off the CUDA graph that an engine
+    captures on another thread meanwhile; from here on it does not.
+    """
+    import torch
+
+    torch.cuda.set_device(index)
+    mode = ctypes.c_int(_THREAD_LOCAL)
+    try:
+        found = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    except (OSError, AttributeError) as exc:
+        log.debug("the capture mode of a window's thread stays as it is: %s", exc)
+    else:
+        if found:
+            log.warning("the capture mode of a window's thread stays as it is: error %d", found)

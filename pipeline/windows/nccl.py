@@ -26,7 +26,7 @@ from ...messages.errors import WindowAborted, WindowError, WindowTimeout, Window
 from .base import Courier, WindowSpec
 from .bounce import Bounce, pieces
 from .communicator import Communicator, Library
-from .gpus import gpu_identity
+from .gpus import enter_gpu, gpu_identity
 from .lane import Lane
 from .lifecycle import GRACE_S, Deadline, Lifecycle
 from .rendezvous import Rendezvous
@@ -153,7 +153,7 @@ class NcclWindow(Lifecycle):
         # Without an index torch means the current device.
         named = ":" in self._spec.device
         self._index = device.index if named else torch.cuda.current_device()
-        torch.cuda.set_device(self._index)
+        enter_gpu(self._index)
         self._side = side = Side(self._index)
         self._bounce = Bounce(side, self._wait)
         self._head = side.empty(_HEADER.size)
@@ -344,7 +344,7 @@ class NcclWindow(Lifecycle):
         communicator, side = self._communicator, self._side
         if communicator is None or side is None:
             return
-        torch.cuda.set_device(self._index)
+        enter_gpu(self._index)
         communicator.abort()
         patience = Deadline(GRACE_S)
         while not side.idle() and not patience.passed:

@@ -242,6 +242,46 @@ def test_a_torch_world_goes_on_beside_it(prefix: str, broker: Broker, tmp_path: 
 
 
 @in_rank
+async def _captures(me: Rank) -> tuple[bool, list[float]]:
+    window = me.window(1)
+    await window.open(20)
+    memory = me.memory(1 << 20, 5)
+    tensor = torch.zeros(1024, device=me.device)
+    tensor.add_(1)  # warm: a capture must not be the first to load it
+    torch.cuda.synchronize()
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def capture() -> float:
+        torch.cuda.set_device(me.device)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="global"):
+            tensor.add_(1)
+            loop.call_soon_threadsafe(begun.set)
+            time.sleep(0.5)
+            tensor.add_(1)
+        graph.replay()
+        torch.cuda.synchronize()
+        return float(tensor[0])
+
+    capturing = asyncio.ensure_future(asyncio.to_thread(capture))
+    await begun.wait()
+    ends = [await outcome(me.round_of(window, memory, attempt)) for attempt in range(3)]
+    total = await capturing
+    await window.close()
+    return [kind for kind, _ in ends] == ["done"] * 3, [total]
+
+
+@pytest.mark.gpu(2)
+def test_a_graph_is_captured_meanwhile(prefix: str, broker: Broker) -> None:
+    """An engine captures a CUDA graph, in the mode that forbids other threads most, while rounds
+    go through the window: both come through."""
+    found = spawn(2, _captures, "nccl", prefix, timeout_s=60, broker_url=broker.url)
+    assert found == [(True, [3.0])] * 2
+
+
+@in_rank
 async def _environment(me: Rank) -> bool:
     def settings() -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
