@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from ..messages import codec
 from ..messages.control import WindowKind
-from ..messages.errors import BusError, WaitTimeout, WindowError
+from ..messages.errors import BusError, RemoteProtocolError, WaitTimeout, WindowError
 from ..messages.subjects import Subjects
-from ..pipeline.bus.base import Bus
+from ..pipeline.bus.base import Bus, Message
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.log.base import Log
@@ -33,6 +34,19 @@ C_out = TypeVar("C_out", covariant=True)
 
 #: How many of the last events are kept, to be told with a failure.
 TRACE = 64
+
+
+def decoded(message: Message, kinds: tuple[type[Any], ...], log: logging.Logger) -> Any | None:
+    """What a control message says, if it is of these kinds; else None, and a line in the log."""
+    try:
+        said = codec.decode(message.data, subject=message.subject)
+    except RemoteProtocolError as exc:
+        log.warning("ignored: %s", exc)
+        return None
+    if isinstance(said, kinds):
+        return said
+    log.warning("ignored: a %s on %s", type(said).__name__, message.subject)
+    return None
 
 
 class Core(Protocol[E_in, C_out]):

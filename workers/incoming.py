@@ -97,14 +97,20 @@ class Incoming:
         Before any window opens: what is loaded while a collective is pending waits for it, and the
         collective may wait for us.
         """
-        settle((self._device,))
-        self._stream = torch.cuda.current_stream(self._device)
+        if self._device.type == "cuda":
+            settle((self._device,))
+            self._stream = torch.cuda.current_stream(self._device)
         try:
             tensors = self._engine.tensors()
         except Exception:
             return  # prove() will meet it again, and tell
         self._order(tensors)
         rehearse(tensors, self._device)
+
+    def adopt_thread(self) -> None:
+        """Make the stream of staging the current one of the calling thread."""
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
 
     def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have the guard order the devices on which the weights lie by now."""

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 import torch
 
@@ -22,7 +22,6 @@ from ..messages.errors import (
     LogError,
     LogHole,
     PatchError,
-    RemoteProtocolError,
     ReplicaLagging,
     SparsecastError,
     WindowError,
@@ -36,7 +35,7 @@ from ..pipeline.core.policy import Policy
 from ..pipeline.core.replica import ReplicaCore
 from ..pipeline.log.base import way
 from .connect import LoopThread, connect
-from .driver import Changes, Driver, Outbox, Ports, Windows
+from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .engine import Engine, ModuleEngine
 from .incoming import Incoming
 from .streams import device_for
@@ -45,6 +44,9 @@ from .telling import Telling
 log = logging.getLogger("sparsecast.replica")
 
 T = TypeVar("T")
+
+#: What a trainer says in control messages; claims and announcements come by the journal.
+SAID = tuple(kind for kind in get_args(TrainerMessage) if kind not in (Claim, Announce))
 
 
 class Replica:
@@ -157,6 +159,10 @@ class Replica:
         )
         if ports.device != "cpu":
             await ports.run(self._incoming.start)
+            if self._thread is not None:
+                # A window orders what it receives behind its caller's current stream: on a thread
+                # of our own that need not be the one on which the engine computes.
+                self._incoming.adopt_thread()
         self._core = ReplicaCore(
             run=self.run,
             me=Sender(self.name, ports.token()),
@@ -313,15 +319,9 @@ class Replica:
     # ---- what comes from the bus
 
     def _heard(self, message: Message) -> None:
-        try:
-            decoded = codec.decode(message.data, subject=message.subject)
-        except RemoteProtocolError as exc:
-            log.warning("ignored: %s", exc)
-            return
-        if not isinstance(decoded, TrainerMessage) or isinstance(decoded, Claim | Announce):
-            log.warning("ignored: a %s on %s", type(decoded).__name__, message.subject)
-            return
-        self._driver.post(ev.FromTrainer(decoded))
+        said = decoded(message, SAID, log)
+        if said is not None:
+            self._driver.post(ev.FromTrainer(said))
 
     def _announced(self, message: Claim | Announce, sequence: int) -> None:
         self._driver.post(ev.FromTrainer(message))

@@ -58,6 +58,10 @@ async def serve(options: WorkerOptions) -> int:
     """
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
+    else:
+        # Windows order what they receive behind this thread's current stream; the engine computes
+        # on another thread, and on the default stream.
+        torch.cuda.set_stream(torch.cuda.Stream(options.device))  # type: ignore[no-untyped-call]
     began = time.monotonic()
     _say(f"loading {options.model} on {options.device}")
     engine = await asyncio.to_thread(HuggingFaceEngine.load, options.model, device=options.device)

@@ -1,0 +1,460 @@
+"""The trainer's side of a run on an event loop: AsyncPublisher over the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Literal, Self, get_args
+
+import torch
+
+from ..messages import codec
+from ..messages.control import Sender, Tags, WorkerMessage
+from ..messages.errors import (
+    Closed,
+    LocalProtocolError,
+    PublisherBusy,
+    SettingsError,
+    WindowError,
+)
+from ..messages.subjects import Subjects, sender
+from ..pipeline.bus.base import Message
+from ..pipeline.core import commands as cmd
+from ..pipeline.core import events as ev
+from ..pipeline.core.policy import Policy
+from ..pipeline.core.trainer import TrainerCore
+from ..pipeline.delta import named_tensors
+from .archive import Archive
+from .connect import connect
+from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
+from .outgoing import Outgoing, Published, ShadowPlace, Source
+from .rehearsal import rehearse
+from .streams import device_for
+from .telling import Telling
+from .tenure import Tenure
+from .updates import AtLeast, Made, Report
+
+log = logging.getLogger("sparsecast.publisher")
+
+#: How long an update's way into the log waits for its members' words at most.
+ACKNOWLEDGED_S = 0.1
+
+OnBusy = Literal["coalesce", "wait", "error"]
+NOT_OPEN = "the publisher is not open: use it as a context manager"
+
+
+class AsyncUpdate(Made):
+    """One published update."""
+
+    def __init__(self, made: Published, publisher: AsyncPublisher) -> None:
+        super().__init__(made)
+        self._publisher = publisher
+
+    async def wait_applied(self, timeout_s: float = 30.0, at_least: AtLeast = "all") -> Report:
+        """Wait until all members, or `at_least` n, hold this version; at the timeout too, return.
+
+        Raises only if the publisher was fenced, closed or broken.
+        """
+        return await self._publisher._wait_applied(self.version, timeout_s, at_least)
+
+
+class AsyncPublisher:
+    """Publishes a model's weights to the workers of a run.
+
+    `model` is a Module (its state_dict) or a mapping of names to tensors on any device; `dtype`
+    publishes floating tensors as what inference runs. `bus` is a NATS URL, or None for an embedded
+    broker that ends with this object. Use it as an async context manager: entering claims the run
+    (RunBusy, BusUnavailable), leaving waits up to `linger_s` until the log has what was published.
+    It may be entered again after it was left, or after entering has failed.
+
+    `on_busy`: what publish() does while a patch still waits for the round in flight: "coalesce"
+    merges with it, "wait" waits for as long as a round may take and merges then, "error" raises
+    PublisherBusy.
+
+    On CUDA publish() works in the order of the caller's current stream, and the weights may change
+    again in that order. `device` is where windows take payloads from: None means the weights' CUDA
+    device, or host memory; name one for weights in host memory whose workers are reached by NCCL.
+    `shadow`: the copy of what was published last lies beside the weights ("device"), or in pinned
+    host memory ("host").
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        *,
+        run: str,
+        bus: str | None = None,
+        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        rename: Callable[[str], str] | Mapping[str, str] | None = None,
+        on_busy: OnBusy = "coalesce",
+        device: str | None = None,
+        shadow: ShadowPlace = "device",
+        policy: Policy | None = None,
+        linger_s: float = 10.0,
+        ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
+    ) -> None:
+        _require_one_of("on_busy", on_busy, get_args(OnBusy))
+        _require_one_of("shadow", shadow, get_args(ShadowPlace))
+        self.run = run
+        self.policy = policy or Policy()
+        self._subjects = Subjects(run)
+        self._bus_url = bus
+        self._model = model
+        self._choice: dict[str, Any] = {
+            "dtype": dtype,
+            "include": include,
+            "exclude": exclude,
+            "rename": rename,
+            "shadow": shadow,
+        }
+        self._device = device
+        self._on_busy = on_busy
+        self._linger_s = linger_s
+        self._open_ports = ports
+        self._error: Exception | None = None
+        self._core: TrainerCore | None = None
+        #: What is to be undone on leaving, the youngest first; None while this is not open.
+        self._life: contextlib.AsyncExitStack | None = None
+
+    # ---- life
+
+    async def __aenter__(self) -> Self:
+        if self._life is not None:
+            raise LocalProtocolError("this publisher is open already")
+        async with contextlib.AsyncExitStack() as life:
+            await self._start(life)
+            self._life = life.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _start(self, life: contextlib.AsyncExitStack) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._error = None
+        self._changes = Changes()
+        life.callback(self._changes.notify)
+        self._ports = ports = await self._make_ports(life)
+        life.push_async_callback(ports.close)
+        me = Sender("trainer", ports.token())
+        self._outgoing: Outgoing = await ports.run(self._make_outgoing, me.incarnation)
+        self._core = TrainerCore(
+            run=self.run,
+            me=me,
+            manifest_hash=self._outgoing.manifest.hash,
+            kinds=ports.kinds,
+            policy=self.policy,
+            gpu=ports.gpu,
+        )
+        self._driver: Driver[ev.TrainerEvent, cmd.TrainerCommand] = Driver(
+            self._core,
+            self._perform,
+            tick=ev.Tick(),
+            clock=ports.clock,
+            on_change=self._changes.notify,
+            on_error=self._broke,
+        )
+        # Released after the driver has stopped: a renewal would take the lease again.
+        self._tenure = Tenure(self.run, me, ports, self._outgoing, self.policy)
+        life.push_async_callback(self._tenure.release)
+        self._outbox = Outbox(ports.bus)
+        life.push_async_callback(self._outbox.close, 1.0)
+        self._windows = Windows(ports, self._subjects)
+        life.push_async_callback(self._windows.abort_all)
+        life.push_async_callback(self._driver.stop)
+        self._telling = Telling(self.run, ports, self._outbox)
+        self._archive = Archive(
+            ports,
+            self._outgoing,
+            self.policy,
+            lambda reason: self._telling.event("log-failed", "trainer", reason),
+        )
+        await self._tenure.reserve()
+        subscription = await ports.bus.subscribe(self._subjects.worker_control_all, self._heard)
+        life.push_async_callback(subscription.unsubscribe)
+        claimed = await self._tenure.claim()
+        self._driver.spawn(self._archive.anchor(self._epoch))
+        self._driver.spawn(self._tenure.keep(self._driver.post))
+        self._driver.post(claimed)
+
+    def _epoch(self) -> int:
+        return self._tenure.epoch
+
+    async def _make_ports(self, life: contextlib.AsyncExitStack) -> Ports:
+        if self._open_ports is not None:
+            return await self._open_ports()
+        url = self._bus_url
+        if url is None:
+            from ..pipeline.bus.broker import Broker
+
+            broker = Broker(advertise=True)
+            life.push_async_callback(asyncio.to_thread, broker.close)
+            url = await asyncio.to_thread(broker.start)
+            log.info("embedded broker at %s", url)
+            print(
+                f"sparsecast: embedded broker at {url}\n"
+                f"sparsecast: watch it with: sparsecast top --run {self.run} --bus {url}",
+                flush=True,
+            )
+        return await connect(
+            url,
+            run=self.run,
+            name=f"{self.run}-trainer",
+            device=lambda: device_for(self._device, self._tensors),
+            timeout_s=self.policy.bus_s,
+        )
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        include, exclude = self._choice["include"], self._choice["exclude"]
+        return named_tensors(
+            self._model, include=include, exclude=exclude, rename=self._choice["rename"]
+        )
+
+    def _make_outgoing(self, writer: str) -> Outgoing:
+        ports = self._ports
+        outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
+        if outgoing.devices or ports.device != "cpu":
+            # Before any window opens: what is loaded while a collective is pending waits for it.
+            rehearse(outgoing.tensors(), torch.device(ports.device), dtype=self._choice["dtype"])
+        return outgoing
+
+    async def close(self) -> None:
+        """Let the log take what was published, up to linger_s, then leave the run. Idempotent."""
+        life, self._life = self._life, None
+        if life is None:
+            return
+        async with life:
+            if self._error is None:
+                await self._linger()
+                self._driver.post(ev.Close("the trainer left"))
+
+    async def _linger(self) -> None:
+        core = self._core
+        assert core is not None
+        try:
+            await self._changes.until(
+                lambda: True if core.quiet or self._error else None,
+                self._linger_s,
+                what="the last updates are in the log",
+                why=lambda: f"version {core.stored} of {core.published} is stored",
+            )
+        except TimeoutError as exc:
+            log.warning("closing without: %s", exc)
+
+    # ---- the user's face
+
+    @property
+    def bus(self) -> str:
+        """The URL of the bus; Closed if it is an embedded one that was never started."""
+        if self._bus_url is None:
+            self._begun()
+        return self._bus_url or self._ports.bus.url
+
+    @property
+    def version(self) -> int:
+        """The newest version that publish() has made, or the one that the run starts from.
+
+        Closed before the first entering.
+        """
+        self._begun()
+        return self._outgoing.version
+
+    @property
+    def window(self) -> str | None:
+        """The kind of the open window, or None while none is open."""
+        return self._core.window_kind if self._core is not None else None
+
+    async def publish(self, step: int | None = None, tags: Tags | None = None) -> AsyncUpdate:
+        """Publish what changed since the last call; returns once the weights may change again.
+
+        Never waits for workers or the bus (unless on_busy="wait"). `step` and `tags` travel in
+        announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor.
+        """
+        streams = [torch.cuda.current_stream(device) for device in self._devices]
+        made = await asyncio.to_thread(self._publish_on, streams, step, tags)
+        return AsyncUpdate(made, self)
+
+    @property
+    def _devices(self) -> tuple[torch.device, ...]:
+        return self._outgoing.devices if self._core is not None else ()
+
+    def _publish_on(
+        self, streams: Sequence[torch.cuda.Stream], step: int | None, tags: Tags | None
+    ) -> Published:
+        """publish() on another thread, in the order of the caller's streams."""
+        with contextlib.ExitStack() as entered:
+            for stream in streams:
+                entered.enter_context(torch.cuda.stream(stream))
+            return self._publish(step, tags)
+
+    def _publish(self, step: int | None, tags: Tags | None) -> Published:
+        self._check()
+        if self._on_busy == "error" and not self._outgoing.wait_taken(0.0):
+            raise PublisherBusy(
+                f"version {self.version} still waits for the round in flight; "
+                'publish less often, or use on_busy="coalesce"'
+            )
+        if self._on_busy == "wait":
+            self._outgoing.wait_taken(self.policy.send_s * self.policy.attempts)
+            self._check()
+        made = self._outgoing.publish(step, tags)
+        try:
+            self._loop.call_soon_threadsafe(self._driver.post, ev.Published(made.version))
+        except RuntimeError as exc:  # the loop was closed meanwhile
+            raise Closed("the publisher was closed") from exc
+        return made
+
+    async def wait_members(self, n: int, timeout_s: float = 60.0) -> list[str]:
+        """Wait until `n` workers are in and current; their names. WaitTimeout says who is not."""
+        core = self._live_core()
+
+        def present() -> list[str] | None:
+            self._check()
+            members = core.membership.members.values()
+            names = sorted(
+                m.sender.name for m in members if m.version is not None and m.version >= core.head
+            )
+            return names if len(names) >= n else None
+
+        def why() -> str:
+            applied, missing = core.progress(core.head)
+            return f"{len(applied)} of {n} are in" + "".join(
+                f"; {name}: {reason}" for name, reason in missing.items()
+            )
+
+        return await self._changes.until(present, timeout_s, what=f"{n} members", why=why)
+
+    async def _wait_applied(self, version: int, timeout_s: float, at_least: AtLeast) -> Report:
+        core = self._live_core()
+
+        def done() -> bool | None:
+            self._check()
+            applied, missing = core.progress(version)
+            if at_least == "all":
+                return True if applied and not missing else None
+            return True if len(applied) >= at_least else None
+
+        with contextlib.suppress(TimeoutError):
+            await self._changes.until(done, timeout_s, what="applied", why=str)
+        applied, missing = core.progress(version)
+        return Report(version, applied, missing)
+
+    def _live_core(self) -> TrainerCore:
+        self._check()
+        return self._begun()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._life is None:
+            raise Closed(NOT_OPEN)
+
+    def _begun(self) -> TrainerCore:
+        if self._core is None:
+            raise Closed(NOT_OPEN)
+        return self._core
+
+    # ---- what comes from the bus
+
+    def _heard(self, message: Message) -> None:
+        said = decoded(message, get_args(WorkerMessage), log)
+        if said is None:
+            return
+        if said.sender.name != sender(message.subject):
+            log.warning("ignored: %s speaks as %s", message.subject, said.sender.name)
+            return
+        self._driver.post(ev.FromWorker(said))
+
+    def _broke(self, exc: Exception) -> None:
+        self._error = self._error or exc
+
+    # ---- what the core asks for
+
+    def _perform(
+        self, command: cmd.TrainerCommand
+    ) -> Coroutine[Any, Any, ev.TrainerEvent | None] | None:
+        match command:
+            case cmd.Say(message):
+                self._outbox.put(self._subjects.trainer_control, codec.encode(message))
+            case cmd.Tell(kind, member, reason):
+                self._telling.event(kind, member, reason)
+            case cmd.Settled(record):
+                self._telling.settled(record, self._epoch())
+            case cmd.Fail(error):
+                self._error = error
+            case cmd.Take(unsafe):
+                return self._take(unsafe)
+            case cmd.Append(announce):
+                return self._tenure.announce(announce)
+            case cmd.OpenWindow():
+                return self._windows.open(command)
+            case cmd.AbortWindow(window):
+                return self._windows.abort(window)
+            case cmd.CloseWindow(window):
+                return self._windows.close(window)
+            case cmd.Send():
+                return self._send(command)
+            case cmd.Store(versions):
+                return self._store(versions)
+            case cmd.Reclaim(epoch):
+                return self._reclaim(epoch)
+        return None
+
+    async def _take(self, unsafe: tuple[int, ...]) -> ev.Sealed | None:
+        sealed: ev.Sealed | None = await self._ports.run(self._outgoing.take, unsafe)
+        return sealed
+
+    async def _send(self, command: cmd.Send) -> ev.Sent:
+        stamp = command.stamp
+        window = self._windows[stamp.window]
+        payload = self._outgoing.payload(stamp.version)
+        if payload is not None and payload.is_cuda and window and window.spec.kind != "nccl":
+            # By our own stream: the window's thread would copy behind what the trainer has queued.
+            payload = await self._ports.run(self._outgoing.host_payload, stamp.version)
+        error: str | None = None
+        if window is None:
+            error = "the window is gone"
+        elif payload is None:
+            error = f"version {stamp.version} is not kept any more"
+        else:
+            try:
+                await window.send(payload, attempt=stamp.attempt, timeout_s=command.timeout_s)
+            except WindowError as exc:
+                error = exc.reason
+        return ev.Sent(stamp.window, stamp.attempt, error)
+
+    async def _store(self, versions: tuple[int, ...]) -> ev.LogStored | ev.LogFailed:
+        await self._until_acknowledged(versions[-1])
+        stored = await self._archive.store(versions, self._epoch())
+        if isinstance(stored, ev.LogStored) and self._archive.due(stored.version):
+            self._driver.spawn(self._archive.anchor(self._epoch))
+        return stored
+
+    async def _until_acknowledged(self, version: int) -> None:
+        """Give the members a moment to say that they have applied it.
+
+        Storing takes this loop's time: begun at once, it would hold their words up.
+        """
+        core = self._begun()
+
+        def done() -> bool | None:
+            _, missing = core.progress(version)
+            return None if missing else True
+
+        with contextlib.suppress(TimeoutError):
+            await self._changes.until(done, ACKNOWLEDGED_S, what="applied", why=str)
+
+    async def _reclaim(self, epoch: int) -> ev.Claimed | ev.ReclaimFailed | ev.LeaseLost:
+        claimed = await self._tenure.reclaim(epoch)
+        if isinstance(claimed, ev.Claimed):
+            self._driver.spawn(self._archive.anchor(self._epoch))
+        return claimed
+
+
+def _require_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise SettingsError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
