@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,9 +43,12 @@ ORIGINS = 1024
 
 @dataclass(slots=True)
 class Staged:
-    """A checked patch in staging. Times in seconds of the driver's clock, or µs."""
+    """A checked patch in staging. Times in seconds of the driver's clock, or µs.
 
-    checked: Checked
+    `checked` None: it was applied, and only what there is to tell of it is left.
+    """
+
+    checked: Checked | None
     base_version: int | None
     version: int
     nbytes: int
@@ -184,8 +187,11 @@ class Incoming:
             return buffer
 
     def _count(self) -> None:
-        buffers = [staged.checked.patch.buffer for staged in self._staged.values()]
-        self._on_device_nbytes = sum(buffer.numel() for buffer in buffers if buffer.is_cuda)
+        self._on_device_nbytes = sum(
+            staged.nbytes
+            for staged in self._staged.values()
+            if staged.checked is not None and staged.checked.patch.buffer.is_cuda
+        )
 
     def stage(
         self,
@@ -280,6 +286,7 @@ class Incoming:
                 self._order(tensors)
                 names: set[str] = set()
                 for patch in patches:
+                    assert patch.checked is not None
                     names.update(apply_checked(patch.checked, tensors, begin=writer.begin_write))
                 last = patches[-1]
                 self._engine.after_apply(last.version, sorted(names))
@@ -292,7 +299,7 @@ class Incoming:
         now = self._clock()
         last.apply_us = round((now - began) * 1e6)
         last.staged_us = round((now - last.staged_at) * 1e6)
-        self.last = last
+        self.last = replace(last, checked=None)
         self.origins[last.version] = (last.step, last.tags)
         while len(self.origins) > ORIGINS:
             self.origins.popitem(last=False)

@@ -73,9 +73,10 @@ class _Kept:
     def facts(self) -> _Facts:
         """What its diff has found; waits until the patch is whole."""
         if self._facts is None:
-            found, self._found = self._found, None
+            found = self._found
             assert found is not None
             self._facts = _Facts(found.digest, found.checksum, found.diff_us, found.encode_us)
+            self._found = None
         return self._facts
 
     @property
@@ -213,6 +214,9 @@ class Outgoing:
             self._kept.pop(old.patch.version, None)
         own(kept.patch.buffer)
         patch, facts = kept.patch, kept.facts
+        with self._diffing:
+            if self._last is not None and self._last.patch.version <= patch.version:
+                self._last = None  # it is whole, and holds memory of the patch's size
         assert patch.base_version is not None
         self._kept[patch.version] = kept
         return Sealed(
