@@ -35,7 +35,7 @@ from ..pipeline.delta import (
 )
 from .engine import Engine
 from .rehearsal import rehearse
-from .streams import CudaFence, devices_of, host_empty, settle
+from .streams import CudaFence, devices_of, host_empty, new_stream, own, settle
 
 #: How many applied versions' step and tags are remembered: a sample of an older one goes without.
 ORIGINS = 1024
@@ -85,6 +85,7 @@ class Incoming:
         self._device = torch.device(device)
         self._device_nbytes = device_nbytes
         self._on_device_nbytes = 0
+        #: Staging is allocated on it, and nothing is ever queued there.
         self._stream: torch.cuda.Stream | None = None
         self._fence = CudaFence()
         self._manifest: Manifest | None = None
@@ -102,7 +103,7 @@ class Incoming:
         """
         if self._device.type == "cuda":
             settle((self._device,))
-            self._stream = torch.cuda.current_stream(self._device)
+            self._stream = new_stream(self._device)
         try:
             tensors = self._engine.tensors()
         except Exception:
@@ -111,7 +112,7 @@ class Incoming:
         rehearse(tensors, self._device)
 
     def adopt_thread(self) -> None:
-        """Make the stream of staging the current one of the calling thread."""
+        """Make the idle stream of staging the current one of the calling thread."""
         if self._stream is not None:
             torch.cuda.set_stream(self._stream)
 
@@ -163,8 +164,8 @@ class Incoming:
         """
         if transport == "nccl" and self._fits(nbytes):
             try:
-                # From the pool of our own stream: a block of another one's may still be in use by
-                # what its owner has queued, and the window does not wait for that.
+                # From the pool of a stream of our own: a block of another one's may still be in
+                # use by what its owner has queued, and the window does not wait for that.
                 with torch.cuda.stream(self._stream):
                     return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             except torch.cuda.OutOfMemoryError:
@@ -215,6 +216,7 @@ class Incoming:
         if buffer.numel() != announce.nbytes:
             raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
         buffer = self._placed(buffer)
+        own(buffer)
         found = checksum(buffer)
         if found != announce.checksum:
             raise CorruptPatch(f"checksum {found:016x}, announced was {announce.checksum:016x}")

@@ -66,7 +66,7 @@ def settle(devices: Sequence[torch.device]) -> None:
     """
     for device in reversed(devices):
         # Sets the thread's device as well.
-        torch.cuda.set_stream(_Stream(device))
+        torch.cuda.set_stream(new_stream(device))
     if devices:
         _let_captures_be()
 
@@ -81,6 +81,12 @@ def _let_captures_be() -> None:
     else:
         if found:
             log.warning("capture mode of this thread left as it is: CUDA error %d", found)
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nothing is queued on."""
+    stream: torch.cuda.Stream = _Stream(device)
+    return stream
 
 
 def finish(device: torch.device, timeout_s: float = DEVICE_S) -> None:
