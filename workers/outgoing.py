@@ -11,15 +11,16 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import LogError
 from ..pipeline.core.events import Sealed
-from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
+from ..pipeline.delta import Diffed, Lookup, Patch, merge
 from ..pipeline.delta import checksum as checksum_of
+from .rehearsal import make_shadow
 from .streams import devices_of, finish, own, settle, to_host
 
 log = logging.getLogger("sparsecast.publisher")
@@ -128,7 +129,7 @@ class Outgoing:
         settle(self.devices)
         for device in self.devices:
             torch.cuda.synchronize(device)  # the owner's stream may still be making the weights
-        self._shadow = _shadow(tensors, dtype, shadow)
+        self._shadow = make_shadow(tensors, dtype, host=shadow == "host")
         for device in self.devices:
             finish(device)  # or they might change while they are copied
         #: The last diff, which the shadow is whole after.
@@ -348,12 +349,3 @@ def _merged(kept: Sequence[_Kept]) -> _Kept:
             encode_us=sum(one.encode_us for one in facts),
         ),
     )
-
-
-def _shadow(
-    tensors: Mapping[str, torch.Tensor],
-    dtype: torch.dtype | Mapping[str, torch.dtype] | None,
-    place: ShadowPlace,
-) -> Shadow:
-    options: dict[str, Any] = {"host": True} if place == "host" else {}
-    return Shadow(tensors, dtype=dtype, **options)

@@ -219,7 +219,12 @@ class AsyncPublisher:
         outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
         if outgoing.devices or ports.device != "cpu":
             # Before any window opens: what is loaded while a collective is pending waits for it.
-            rehearse(outgoing.tensors(), torch.device(ports.device), dtype=self._choice["dtype"])
+            rehearse(
+                outgoing.tensors(),
+                torch.device(ports.device),
+                dtype=self._choice["dtype"],
+                host=self._choice["shadow"] == "host",
+            )
         return outgoing
 
     async def close(self) -> None:

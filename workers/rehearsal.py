@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -20,14 +21,18 @@ _PINNED = range(12, 24)
 
 
 def rehearse(
-    tensors: Mapping[str, torch.Tensor], device: torch.device, *, dtype: Dtypes = None
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    *,
+    dtype: Dtypes = None,
+    host: bool = False,
 ) -> None:
     """Diff, encode, merge, check, apply and digest each kind of tensor that is among these.
 
     Loads every kernel of a round where the tensors lie, and on `device`, and fills torch's pool of
-    pinned memory there. Touches neither the tensors nor any random generator. On the torch thread;
-    returns when the devices are through. CorruptPatch if a device leaves other bits than it should;
-    UnsupportedTensor is left to whoever works in earnest.
+    pinned memory there. `host`: with the shadow in host memory. Touches neither the tensors nor any
+    random generator. On the torch thread; returns when the devices are through. CorruptPatch if a
+    device leaves other bits than it should; UnsupportedTensor is left to whoever works in earnest.
     """
     try:
         manifest_of(tensors, dtype=dtype)
@@ -39,16 +44,24 @@ def rehearse(
     }
     for where, held, published in sorted(kinds, key=str):
         if where.type == "cuda":
-            _rehearse(where, held, published)
+            _rehearse(where, held, published, host=host)
     if device.type == "cuda":
         _fill_pool(device)
 
 
-def _rehearse(device: torch.device, held: torch.dtype, published: torch.dtype) -> None:
+def make_shadow(tensors: Mapping[str, torch.Tensor], dtype: Dtypes, *, host: bool) -> Shadow:
+    """A shadow beside the tensors, or in pinned host memory."""
+    options: dict[str, Any] = {"host": True} if host else {}
+    return Shadow(tensors, dtype=dtype, **options)
+
+
+def _rehearse(
+    device: torch.device, held: torch.dtype, published: torch.dtype, *, host: bool = False
+) -> None:
     bits = torch.zeros(_NUMEL * held.itemsize, dtype=torch.uint8, device=device)
     weights = {str(stride): bits.clone().view(held) for stride in _STRIDES}
     mine = {name: torch.zeros_like(tensor, dtype=published) for name, tensor in weights.items()}
-    shadow = Shadow(weights, dtype=published if published.is_floating_point else None)
+    shadow = make_shadow(weights, published if published.is_floating_point else None, host=host)
     patches: list[Patch] = []
     for version in range(2):
         for stride in _STRIDES:
