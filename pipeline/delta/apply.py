@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def _apply_section(checked: Checked, at: int, target: Target) -> None:
     if section.encoding is Encoding.DENSE:
         target.put_all(patch.values(section))
         return
-    for span in checked.spans[at]:
+    for span in checked.spans(at):
         values_N = span_values(patch, section, span, target.device)
         target.put(span_index(patch, section, span, target.device), values_N)
 
@@ -87,13 +87,21 @@ def apply_checked(
     """
     # Inference mode, because tensors that were made under it can be written to nowhere else.
     with torch.inference_mode():
-        require_manifest(tensors, checked.manifest)
-        names = [checked.manifest.tensors[section.index].name for section in checked.sections]
-        targets = {name: Target(name, tensors[name]) for name in names}
+        manifest = checked.manifest
+        require_manifest(tensors, manifest)
+        index = checked.patch.table_of(manifest).index.tolist()
+        names = [manifest.tensors[at].name for at in index]
+        readied = checked.readied
+        by_torch: Sequence[int] = range(len(names))
+        if readied is not None:
+            by_torch = readied.beyond(tensors, manifest)
+        targets = {at: Target(names[at], tensors[names[at]]) for at in by_torch}
         if begin is not None:
             begin()
-        for at, name in enumerate(names):
-            _apply_section(checked, at, targets[name])
+        if readied is not None:
+            readied.write(tensors, manifest)
+        for at, target in targets.items():
+            _apply_section(checked, at, target)
     return names
 
 

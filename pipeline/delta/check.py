@@ -5,38 +5,56 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...messages.errors import CorruptPatch
 from ...messages.manifest import Manifest
+from . import kernels
 from .bits import quiet
 from .decode import SPAN_VALUES, Span, block_limits, section_counts, spans_of
-from .layout import Encoding, Section
-from .patch import Patch
+from .layout import Encoding, Section, Table
+from .patch import Patch, columns_of
 from .tensors import require_hash
+
+if TYPE_CHECKING:
+    from .readied import Readied
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """A patch that passed check(), ready for apply_checked(): made by check() alone.
 
-    `spans` has, for each of `sections`, the bounded steps in which it is applied. Of the model's
-    size it holds nothing but those.
+    `readied` is what the kernels apply it by, where the patch lies on a device that has some. Of
+    the model's size it holds nothing but a few bytes a block.
     """
 
     patch: Patch
     manifest: Manifest
-    sections: tuple[Section, ...]
-    spans: tuple[tuple[Span, ...], ...]
+    readied: Readied | None
+    _spans: tuple[tuple[Span, ...], ...] | None
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Its sections; in the full form, one a tensor."""
+        return self.patch.sections_of(self.manifest)
+
+    def spans(self, at: int) -> Sequence[Span]:
+        """The bounded steps in which section `at` is applied."""
+        if self._spans is not None:
+            return self._spans[at]
+        section = self.sections[at]
+        return _spans(section, section_counts(self.patch, [section])[0])
 
 
 def check(patch: Patch, manifest: Manifest) -> Checked:
     """Check a patch against the manifest of the weights it is for.
 
     Manifest hash (ManifestMismatch), sizes, counts, positions strictly ascending, so unique, and
-    within their tensor, as many bits as values (CorruptPatch). Waits for the patch's device.
+    within their tensor, as many bits as values (CorruptPatch). Waits for the patch's device: the
+    current stream of it.
     """
     with quiet():
         require_hash(patch.manifest_hash, manifest, f"patch {patch.base_version} → {patch.version}")
@@ -45,30 +63,48 @@ def check(patch: Patch, manifest: Manifest) -> Checked:
                 f"is for {patch.numel} elements in {patch.dense_nbytes} bytes, the manifest has "
                 f"{manifest.numel} in {manifest.nbytes}"
             )
+        _check_sizes(patch.table_of(manifest), manifest)
+        if manifest.numel and kernels.usable(patch.buffer.device):
+            from .readied import ready
+
+            readied = ready(patch, manifest)
+            if readied is not None:
+                return Checked(patch, manifest, readied, None)
         sections = patch.sections_of(manifest)
-        for section in sections:
-            if section.index >= len(manifest.tensors):
-                raise CorruptPatch(
-                    f"names tensor {section.index} of {len(manifest.tensors)} in the manifest"
-                )
-            spec = manifest.tensors[section.index]
-            if (section.numel, section.itemsize) != (spec.numel, spec.itemsize):
-                raise CorruptPatch(
-                    f"has {section.numel} elements of {section.itemsize} bytes, the manifest "
-                    f"{spec.numel} of {spec.itemsize}",
-                    tensor=spec.name,
-                )
         counts = section_counts(patch, sections)
         _check_counts(sections, counts, manifest)
         spans = tuple(
-            tuple(spans_of(section, counts_K)) if section.blocks else ()
+            tuple(_spans(section, counts_K))
             for section, counts_K in zip(sections, counts, strict=True)
         )
         _check_positions(patch, sections, spans, counts, manifest)
         for section, spans_here, counts_K in zip(sections, spans, counts, strict=True):
             if section.encoding is Encoding.BITMAP:
                 _check_bits(patch, section, spans_here, counts_K, manifest)
-        return Checked(patch, manifest, sections, spans)
+        return Checked(patch, manifest, None, spans)
+
+
+def _spans(section: Section, counts_K: Tensor) -> Sequence[Span]:
+    return spans_of(section, counts_K) if section.blocks else ()
+
+
+def _check_sizes(table: Table, manifest: Manifest) -> None:
+    """Each section's tensor is in the manifest, and of its size there."""
+    columns = columns_of(manifest)
+    beyond = table.index >= len(columns.numel)
+    if beyond.any():
+        index = int(table.index[beyond][0])
+        raise CorruptPatch(f"names tensor {index} of {len(columns.numel)} in the manifest")
+    wrong = table.numel != columns.numel[table.index]
+    wrong |= table.itemsize != columns.itemsize[table.index]
+    if wrong.any():
+        at = int(wrong.argmax())
+        spec = manifest.tensors[int(table.index[at])]
+        raise CorruptPatch(
+            f"has {table.numel[at]} elements of {table.itemsize[at]} bytes, the manifest "
+            f"{spec.numel} of {spec.itemsize}",
+            tensor=spec.name,
+        )
 
 
 def _name(section: Section, manifest: Manifest) -> str:

@@ -3,39 +3,81 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...messages.errors import LocalProtocolError
 from ...messages.manifest import Manifest
-from .bits import Source, quiet
-from .digest import addends, block_factors, checksum, dense_sum, sparse_sum
-from .encode import Draft, Piece, assemble, empty_bits
+from . import kernels
+from .bits import Source, bits_dtype, quiet
+from .digest import addends, block_factors, dense_sum, digest, sparse_sum
+from .digest import checksum as checksum_of
+from .encode import Draft, Piece, assemble
 from .layout import ANCHOR, blocks_of
 from .patch import Patch
 from .search import Change, Taking, chunks, scan
 from .tensors import Dtypes, dtype_of, manifest_of, require_manifest
+from .timing import Mark
+
+if TYPE_CHECKING:
+    from .fused import Differ
 
 _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Diffed:
-    """A patch, the digest of the state after it, and what finding and encoding it took."""
+class _Facts:
+    """What a diff came to, once its patch is whole."""
 
-    patch: Patch
     digest: int
+    checksum: int
     diff_us: int
     encode_us: int
 
+
+class Diffed:
+    """A patch and what its diff came to: the digest of the state after it, and what it took.
+
+    On a CUDA device the patch may still be written, in the order of the stream on which diff() was
+    called; whatever is asked here waits until it is whole, on any thread.
+    """
+
+    __slots__ = ("_facts", "_settle", "patch")
+
+    def __init__(self, patch: Patch, settle: Callable[[], _Facts]) -> None:
+        self.patch = patch
+        self._settle = settle
+        self._facts: _Facts | None = None
+
+    def _known(self) -> _Facts:
+        if self._facts is None:
+            self._facts = self._settle()
+        return self._facts
+
+    @property
+    def digest(self) -> int:
+        """The digest of the state after the patch."""
+        return self._known().digest
+
     @property
     def checksum(self) -> int:
-        """The checksum of the patch's buffer; waits until it is whole."""
-        return checksum(self.patch.buffer)
+        """The checksum of the patch's buffer."""
+        return self._known().checksum
+
+    @property
+    def diff_us(self) -> int:
+        """What finding the changes took, in µs."""
+        return self._known().diff_us
+
+    @property
+    def encode_us(self) -> int:
+        """What writing the patch took, in µs."""
+        return self._known().encode_us
 
 
 def _part(held: Tensor, start: int, stop: int) -> Tensor:
@@ -91,6 +133,33 @@ def _device(sources: Sequence[Source]) -> torch.device:
     return sources[0].device if sources else torch.device("cpu")
 
 
+def _memory(manifest: Manifest, devices: Sequence[torch.device], host: bool) -> list[Tensor]:
+    """Integer bits for every tensor, in one piece of memory a device, aligned to 256 bytes."""
+    places = [torch.device("cpu") if host else device for device in devices]
+    held: dict[int, Tensor] = {}
+    for place in dict.fromkeys(places):
+        members = [at for at, other in enumerate(places) if other == place]
+        sizes = [(manifest.tensors[at].nbytes + 255) & ~255 for at in members]
+        pinned = host and torch.cuda.is_available()
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=place, pin_memory=pinned)
+        for at, part in zip(members, memory.split(sizes), strict=True):
+            spec = manifest.tensors[at]
+            held[at] = part[: spec.nbytes].view(bits_dtype(spec.itemsize))
+    return [held[at] for at in range(len(places))]
+
+
+def _differ(manifest: Manifest, tensors: Sequence[Tensor]) -> Differ | None:
+    """The kernels' diff, if all these tensors (the manifest's, once or more) lie on one device
+    that has kernels."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if not manifest.numel or not kernels.usable(device):
+        return None
+    from .fused import Differ
+
+    differ = Differ(manifest, device)
+    return differ if differ.takes(tensors) else None
+
+
 def diff(
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
@@ -108,12 +177,17 @@ def diff(
     with quiet():
         manifest = manifest_of(old, dtype=dtype)
         require_manifest(new, manifest, dtype=dtype)
+        was, now = ([given[spec.name] for spec in manifest.tensors] for given in (old, new))
+        fused = _differ(manifest, [*was, *now]) if dtype is None else None
+        if fused is not None:
+            return fused.diff(was, now, base_version=base_version, version=version).patch
         olds, news = _sources(old, manifest), _sources(new, manifest)
         drafts = []
-        for index, (was, now, spec) in enumerate(zip(olds, news, manifest.tensors, strict=True)):
-            pieces = [change.piece for change in scan(was.piece, now, None)]
+        for index, (one, other) in enumerate(zip(olds, news, strict=True)):
+            pieces = [change.piece for change in scan(one.piece, other, None)]
             if pieces:
-                drafts.append(_draft(index, spec.itemsize, now, pieces))
+                itemsize = manifest.tensors[index].itemsize
+                drafts.append(_draft(index, itemsize, other, pieces))
         return _assemble(
             drafts, manifest, manifest.hash, news,
             base_version=base_version, version=version, device=_device(news),
@@ -129,37 +203,41 @@ def _draft(index: int, itemsize: int, source: Source, pieces: list[Piece]) -> Dr
 
 
 class Shadow:
-    """A private copy of the bits that were published last, on the devices of the tensors.
+    """A private copy of the bits that were published last, beside the tensors they are of.
 
-    Bytes held: the dense model in the published dtypes; within diff(), the patch and up to about
-    12 bytes a changed 8-byte word beside it. Not for several threads at once.
+    Bytes held: the dense model in the published dtypes, on the devices of the tensors, or with
+    `host` in pinned host memory. Within diff() the patch is made beside it, and scratch: by kernels,
+    where all tensors are on one CUDA device, about as much as the patch of the last diff; by torch,
+    up to about 12 bytes a changed 8-byte word. Not for several threads at once.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, dtype: Dtypes = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, dtype: Dtypes = None, host: bool = False
+    ) -> None:
         self._dtype = dtype
         self._torn = False
         with quiet():
             self.manifest = manifest_of(tensors, dtype=dtype)
             self._hash = self.manifest.hash
-            self._held: list[Tensor] = []
-            total = 0
-            for spec, source in zip(
-                self.manifest.tensors, _sources(tensors, self.manifest), strict=True
-            ):
-                held = empty_bits(spec.numel, spec.itemsize, source.device)
-                for start, stop in chunks(spec.numel):
+            sources = _sources(tensors, self.manifest)
+            self._held = _memory(self.manifest, [source.device for source in sources], host)
+            for held, source in zip(self._held, sources, strict=True):
+                for start, stop in chunks(source.numel):
                     held[start:stop].copy_(source.piece(start, stop))
-                total += int(dense_sum(held, spec.name, 0).item())
-                self._held.append(held)
-            self._factors = [
-                block_factors(spec.name, 0, blocks_of(spec.numel), held.device)
-                for spec, held in zip(self.manifest.tensors, self._held, strict=True)
-            ]
-            self._digest = total & _MASK
+            self._factors: list[Tensor] | None = None
+            self._digest = digest(self._named())
+            #: The last diff, while nobody has asked for the digest after it.
+            self._last: Diffed | None = None
+            self._fused: Differ | None = None
+            #: The digest when `_fused` was made.
+            self._fused_from = 0
+            self._mark = Mark(_device(sources))
 
     @property
     def digest(self) -> int:
-        """The digest of the state that it holds."""
+        """The digest of the state that it holds; waits until the last diff is through."""
+        if self._last is not None:
+            self._digest, self._last = self._last.digest, None
         return self._digest
 
     @property
@@ -167,11 +245,11 @@ class Shadow:
         """Bytes of the dense state that it holds."""
         return self.manifest.nbytes
 
-    def _sources(self) -> list[Source]:
-        return [
-            Source(spec.name, held.view(dtype_of(spec)))
+    def _named(self) -> dict[str, Tensor]:
+        return {
+            spec.name: held.view(dtype_of(spec))
             for spec, held in zip(self.manifest.tensors, self._held, strict=True)
-        ]
+        }
 
     def _require_whole(self) -> None:
         if self._torn:
@@ -183,52 +261,91 @@ class Shadow:
     def diff(self, tensors: Mapping[str, Tensor], *, base_version: int, version: int) -> Diffed:
         """The patch from what is held to `tensors`, which is held from then on.
 
-        The tensors must be those of the manifest (ManifestMismatch, UnsupportedTensor). Whatever
-        is raised, the shadow holds what it held; only an interrupt within the last step, the
-        taking over, leaves it torn, and every later call then says so.
+        The tensors must be those of the manifest (ManifestMismatch, UnsupportedTensor). With
+        kernels it waits once, for the counts, and returns when all that reads the tensors is
+        enqueued on their device's current stream: they may change in its order. Whatever is raised,
+        the shadow holds what it held; only an interrupt within the taking over leaves it torn, and
+        every later call then says so.
         """
         _require_versions(base_version, version)
         self._require_whole()
         with quiet():
-            began = time.perf_counter()
             require_manifest(tensors, self.manifest, dtype=self._dtype)
-            sources = _sources(tensors, self.manifest)
-            drafts: list[Draft] = []
-            taken: list[Taking] = []
-            sums: dict[torch.device, Tensor] = {}
-            for index, (held, source) in enumerate(zip(self._held, sources, strict=True)):
-                pieces = []
-                for change in scan(partial(_part, held), source, taken):
-                    pieces.append(change.piece)
-                    before = sums.get(held.device)
-                    amount = self._digest_of(index, change)
-                    sums[held.device] = amount if before is None else before + amount
-                if pieces:
-                    itemsize = self.manifest.tensors[index].itemsize
-                    drafts.append(_draft(index, itemsize, source, pieces))
-            digest = self._digest + sum(int(value.item()) for value in sums.values())
-            found_at = time.perf_counter()
-            patch = _assemble(
-                drafts, self.manifest, self._hash, sources,
-                base_version=base_version, version=version, device=_device(sources),
-            )  # fmt: skip
-            encoded_at = time.perf_counter()
+            self._mark.precede()
+            new = [tensors[spec.name] for spec in self.manifest.tensors]
+            if self._fused is None:
+                self._fused, self._fused_from = _differ(self.manifest, new), self.digest
+            if self._fused is not None and self._fused.takes(new):
+                token = getattr(tensors, "token", None)
+                found = self._diff_fused(self._fused, new, token, base_version, version)
+            else:
+                found = self._diff_torch(tensors, base_version, version)
+            self._last = found
+            self._mark = Mark(self._mark.device)
+        return found
+
+    def _diff_fused(
+        self, fused: Differ, new: list[Tensor], token: object, base_version: int, version: int
+    ) -> Diffed:
+        def begin() -> None:
             self._torn = True
-            for taking in taken:
-                taking.take()
-            self._digest = digest & _MASK
-            self._torn = False
-            taken_at = time.perf_counter()
-        scan_s = found_at - began + taken_at - encoded_at
-        return Diffed(
-            patch, self._digest, round(scan_s * 1e6), round((encoded_at - found_at) * 1e6)
+
+        found = fused.diff(
+            self._held, new, base_version=base_version, version=version, begin=begin, token=token
         )
+        self._torn = False
+        began_at = self._fused_from
+
+        def settle() -> _Facts:
+            changes, checksum = found.sums()
+            return _Facts((began_at + changes) & _MASK, checksum, *found.times_us())
+
+        return Diffed(found.patch, settle)
+
+    def _diff_torch(self, tensors: Mapping[str, Tensor], base_version: int, version: int) -> Diffed:
+        began = time.perf_counter()
+        before = self.digest
+        self._fused = None  # its sums know nothing of what follows
+        sources = _sources(tensors, self.manifest)
+        drafts: list[Draft] = []
+        taken: list[Taking] = []
+        sums: dict[torch.device, Tensor] = {}
+        for index, (held, source) in enumerate(zip(self._held, sources, strict=True)):
+            pieces = []
+            for change in scan(partial(_part, held), source, taken):
+                pieces.append(change.piece)
+                sum_here = sums.get(held.device)
+                amount = self._digest_of(index, change)
+                sums[held.device] = amount if sum_here is None else sum_here + amount
+            if pieces:
+                itemsize = self.manifest.tensors[index].itemsize
+                drafts.append(_draft(index, itemsize, source, pieces))
+        after = (before + sum(int(value.item()) for value in sums.values())) & _MASK
+        found_at = time.perf_counter()
+        patch = _assemble(
+            drafts, self.manifest, self._hash, sources,
+            base_version=base_version, version=version, device=_device(sources),
+        )  # fmt: skip
+        encoded_at = time.perf_counter()
+        self._torn = True
+        for taking in taken:
+            taking.take()
+        self._torn = False
+        taken_at = time.perf_counter()
+        diff_us = round((found_at - began + taken_at - encoded_at) * 1e6)
+        encode_us = round((encoded_at - found_at) * 1e6)
+        return Diffed(patch, lambda: _Facts(after, checksum_of(patch.buffer), diff_us, encode_us))
 
     def _digest_of(self, index: int, change: Change) -> Tensor:
         piece, old_N = change.piece, change.old_N
         if change.idx_N is None:
             name = self.manifest.tensors[index].name
             return dense_sum(change.new_N, name, piece.start) - dense_sum(old_N, name, piece.start)
+        if self._factors is None:
+            self._factors = [
+                block_factors(spec.name, 0, blocks_of(spec.numel), held.device)
+                for spec, held in zip(self.manifest.tensors, self._held, strict=True)
+            ]
         g_K = self._factors[index][piece.start >> 16 : (piece.start + piece.numel + 0xFFFF) >> 16]
         return sparse_sum(addends(change.new_N).sub_(addends(old_N)), change.idx_N, g_K)
 
@@ -241,7 +358,8 @@ class Shadow:
             raise ValueError(f"version {version} is negative")
         self._require_whole()
         with quiet():
-            sources = self._sources()
+            self._mark.precede()
+            sources = [Source(name, held) for name, held in self._named().items()]
             device = _device(sources) if device is None else device
             drafts = [
                 _dense_draft(index, spec.itemsize, source, device)
@@ -250,7 +368,9 @@ class Shadow:
                 )
                 if spec.numel
             ]
-            return _assemble(
+            patch = _assemble(
                 drafts, self.manifest, self._hash, sources,
                 base_version=ANCHOR, version=version, device=device,
             )  # fmt: skip
+            self._mark = Mark(self._mark.device)
+            return patch

@@ -17,13 +17,14 @@ Sums live in int64, which wraps; shapes: R rows of 256 elements, K blocks of 65,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
+from . import kernels
 from .bits import BLOCK, Source, quiet, unsigned
 from .tensors import manifest_of, require_manifest
 
@@ -57,7 +58,7 @@ def _splitmix64_tensor(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """A (256), B (256) and A ⊗ B (65,536), int64 on `device`."""
     with quiet():
         a_K = [_signed(splitmix64(A_SEED + k) | 1) for k in range(256)]
@@ -68,7 +69,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _seed(name: str) -> int:
+def seed_of(name: str) -> int:
     hashed = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(hashed[:8], "little")
 
@@ -83,7 +84,7 @@ def addends(bits_N: Tensor) -> Tensor:
 
 def block_factors(name: str, first: int, count: int, device: torch.device) -> Tensor:
     """G(name, b) for the blocks b = first … first + count - 1: int64 [count] on `device`."""
-    seed = _seed(name)
+    seed = seed_of(name)
     if count <= 4:
         return torch.tensor(
             [_signed(splitmix64(seed + b * GAMMA) | 1) for b in range(first, first + count)],
@@ -100,7 +101,7 @@ def dense_sum(bits_N: Tensor, name: str, start: int) -> Tensor:
     Returns a 0-d int64 tensor on its device, without waiting for the device.
     """
     device = bits_N.device
-    a, b, _ = _tables(device)
+    a, b, _ = tables(device)
     total = torch.zeros((), dtype=torch.int64, device=device)
     wide = bits_N.dtype == torch.int64
     source = unsigned(bits_N)
@@ -141,7 +142,7 @@ def sparse_sum(delta_N: Tensor, idx_N: Tensor, g_K: Tensor) -> Tensor:
 
     `delta_N`: addends, or their differences. Returns a 0-d int64 tensor on their device.
     """
-    _, _, table = _tables(delta_N.device)
+    _, _, table = tables(delta_N.device)
     if g_K.numel() == 1:
         return table.index_select(0, idx_N).mul_(delta_N).sum() * g_K[0]
     terms = table.index_select(0, idx_N & (BLOCK - 1)).mul_(delta_N)
@@ -171,22 +172,38 @@ def partial_at(bits: Tensor, name: str, index: Tensor) -> int:
         return int(sparse_sum(flat, idx_N - (base << 16), g_K).item()) & _MASK
 
 
-def digest(tensors: Mapping[str, Tensor], *, manifest: Manifest | None = None) -> int:
+def digest(
+    tensors: Mapping[str, Tensor],
+    *,
+    manifest: Manifest | None = None,
+    pause: Callable[[], None] | None = None,
+) -> int:
     """The 64-bit digest of a state; 0 ≤ digest < 2⁶⁴. Order of the mapping does not matter.
 
-    With a manifest the tensors must be those of it (ManifestMismatch). Temporaries stay within a
-    chunk of 8 MiB, and one tensor's size for a tensor that is not contiguous.
+    With a manifest the tensors must be those of it (ManifestMismatch). On CUDA it runs on the
+    device's current stream, in slices of a quarter of a millisecond on an H200, and waits for each
+    before it enqueues the next, so that work of other streams comes between; `pause` is called
+    there. Temporaries stay within a chunk of 8 MiB (for what kernels cannot read), and one tensor's
+    size for a tensor that is not contiguous.
     """
     with quiet():
         if manifest is not None:
             require_manifest(tensors, manifest)
         else:
-            manifest_of(tensors)
+            manifest = manifest_of(tensors)
+        device = next((t.device for t in tensors.values() if t.is_cuda), torch.device("cpu"))
+        total = 0
+        rest: Sequence[int] = range(len(manifest.tensors))
+        if kernels.usable(device):
+            from .slices import digest_in_slices
+
+            total, rest = digest_in_slices(tensors, manifest, device, pause)
         sums: dict[torch.device, Tensor] = {}
-        for name, tensor in tensors.items():
-            part = dense_sum(Source(name, tensor).whole(), name, 0)
+        for at in rest:
+            name = manifest.tensors[at].name
+            part = dense_sum(Source(name, tensors[name]).whole(), name, 0)
             sums[part.device] = sums[part.device] + part if part.device in sums else part
-        return sum(int(value.item()) for value in sums.values()) & _MASK
+        return (total + sum(int(value.item()) for value in sums.values())) & _MASK
 
 
 def checksum(buffer: Tensor) -> int:
@@ -198,6 +215,10 @@ def checksum(buffer: Tensor) -> int:
     with quiet():
         nbytes = buffer.numel()
         device = buffer.device
+        if kernels.usable(device) and not (nbytes % 8 or buffer.data_ptr() % 16):
+            from .slices import checksum_on
+
+            return (checksum_on(buffer) + nbytes * LENGTH_FACTOR) & _MASK
         if buffer.data_ptr() % 8 or (buffer.storage_offset() % 8):
             buffer = buffer.clone()
         whole = nbytes & ~7

@@ -248,9 +248,9 @@ def assemble(
     buffer = torch.empty(header.nbytes, dtype=torch.uint8, device=device)
     if full:
         table = Table.empty()
-    start = bytearray(header.pack() + table.pack())
-    buffer[: len(start)].copy_(torch.frombuffer(start, dtype=torch.uint8))
     patch = Patch(buffer, header, table, manifest)
+    start = bytearray(patch.start())
+    buffer[: len(start)].copy_(torch.frombuffer(start, dtype=torch.uint8))
     if full:
         assert manifest is not None
         assert dense_of is not None

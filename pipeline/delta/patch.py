@@ -103,6 +103,10 @@ class Patch:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return cls.from_buffer(buffer)
 
+    def start(self) -> bytes:
+        """Header and section table, as bytes."""
+        return self._header.pack() + self.table.pack()
+
     def to_bytes(self) -> bytes:
         """The wire format, as bytes."""
         with quiet():

@@ -1,0 +1,101 @@
+"""Where a model's tensors lie, as the kernels read it: which of them they can take, and addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...messages.manifest import Manifest
+from .digest import seed_of
+from .patch import columns_of
+
+if TYPE_CHECKING:
+    from .kernels.plan import Plan
+
+#: Sets of addresses and plans that are remembered: a process has one or two models.
+_KNOWN = 8
+
+
+def plan_of(manifest: Manifest, device: torch.device) -> Plan:
+    """The plan of plain, aligned tensors of a manifest; remembered."""
+    from .kernels.plan import Kind, Plan
+
+    key = (manifest.hash, device)
+    plan = _plans.get(key)
+    if plan is None:
+        columns = columns_of(manifest)
+        plan = Plan(
+            columns.numel.tolist(),
+            seeds_of(manifest),
+            [Kind(itemsize) for itemsize in columns.itemsize.tolist()],
+            device,
+        )
+        _remember(_plans, key, plan)
+    return plan
+
+
+def seeds_of(manifest: Manifest) -> list[int]:
+    """The digest's seeds of all tensors, as signed 64-bit integers."""
+    seeds = [seed_of(spec.name) for spec in manifest.tensors]
+    return [seed - (1 << 64) if seed >> 63 else seed for seed in seeds]
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """The addresses of a manifest's tensors: int64 [tensors] on their device.
+
+    `others`: the places in the manifest of those that the kernels cannot take: elsewhere, strided,
+    or not at a multiple of 16 bytes. Their addresses are 0.
+    """
+
+    table: Tensor
+    others: frozenset[int]
+
+
+def addresses_of(
+    tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device
+) -> Addresses:
+    """Where tensors, which are those of the manifest, lie; remembered while nothing moves."""
+    token = getattr(tensors, "token", None)
+    key = (manifest.hash, device)
+    if token is not None:
+        known = _addresses.get(key)
+        if known is not None and known[0] is token:
+            return known[1]
+    pointers: list[int] = []
+    others: set[int] = set()
+    for at, spec in enumerate(manifest.tensors):
+        tensor = tensors[spec.name]
+        pointer = tensor.data_ptr()
+        if tensor.numel() and (
+            tensor.device != device or not tensor.is_contiguous() or pointer % 16
+        ):
+            others.add(at)
+            pointer = 0
+        pointers.append(pointer)
+    found = Addresses(table_of(pointers, device), frozenset(others))
+    if token is not None:
+        _remember(_addresses, key, (token, found))
+    return found
+
+
+def table_of(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [n] on the device, enqueued; the host does not wait."""
+    host = torch.tensor(numbers, dtype=torch.int64)
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+_plans: dict[tuple[str, torch.device], Plan] = {}
+_addresses: dict[tuple[str, torch.device], tuple[object, Addresses]] = {}
+
+
+def _remember(known: dict[Any, Any], key: object, value: object) -> None:
+    if len(known) >= _KNOWN and key not in known:
+        known.pop(next(iter(known)))
+    known[key] = value

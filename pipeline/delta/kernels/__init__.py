@@ -1,0 +1,30 @@
+"""Triton twins of the torch references, one operation a file, its launcher beside the kernel.
+
+Every kernel covers all tensors of a model in one launch: a program finds its tensor through the
+tables of a `Plan`. Results are the references' to the bit; the same tests hold both. Launchers
+enqueue on the current stream of the device and wait for nothing. Addresses are passed as integers,
+so memory may be a device's or pinned host memory that it can reach.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the kernels run on this device: a CUDA device, and Triton is installed."""
+    return device.type == "cuda" and torch.version.cuda is not None and _installed()

@@ -1,0 +1,71 @@
+"""Write the values of bitmap sections where their bits are set, all tensors in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bits import popcount
+from .places import ENCODING, PLACES, VALUES
+from .plan import Group, Plan, word
+
+#: Words of 32 elements that a program takes at a time.
+_WORDS = 64
+
+
+@triton.jit
+def _bitmap(
+    block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
+    BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    block = first + tl.program_id(0)
+    tensor = tl.load(block_tensor + block)
+    if tl.load(table + ENCODING * tensors + tensor) == 2:
+        count = tl.load(counts + block)
+        address = tl.load(weights + tensor)
+        if (count > 0) & (address != 0):
+            first_here = tl.load(first_block + tensor)
+            before = tl.load(ends + block) - count
+            before -= tl.load(ends + first_here) - tl.load(counts + first_here)
+            index = (block - first_here).to(tl.int64)
+            limit = tl.minimum(tl.load(numels + tensor) - index * 65536, 65536).to(tl.int32)
+            masks = patch + tl.load(table + PLACES * tensors + tensor)
+            masks = masks.to(tl.pointer_type(tl.uint32)) + index * 2048
+            values = patch + tl.load(table + VALUES * tensors + tensor)
+            values = values.to(tl.pointer_type(BITS)) + before
+            target = address.to(tl.pointer_type(BITS)) + index * 65536
+            word = tl.arange(0, WORDS)
+            lane = tl.arange(0, 32).to(tl.uint32)
+            at = 0
+            while at * 32 < limit:
+                bits = tl.load(masks + at + word, mask=(at + word) * 32 < limit, other=0)
+                here = popcount(bits)
+                earlier = tl.cumsum(here, 0) - here
+                below = (tl.full((32,), 1, tl.uint32) << lane) - 1
+                rank = earlier[:, None] + popcount(bits[:, None] & below[None, :])
+                spot = (at + word)[:, None] * 32 + lane.to(tl.int32)[None, :]
+                live = (((bits[:, None] >> lane[None, :]) & 1) != 0) & (spot < limit)
+                value = tl.load(values + rank, mask=live, other=0)
+                tl.store(target + spot, value, mask=live)
+                values += tl.sum(here, axis=0)
+                at += WORDS
+
+
+def bitmap(
+    plan: Plan,
+    group: Group,
+    weights: Tensor,
+    table: Tensor,
+    patch: int,
+    counts: Tensor,
+    ends: Tensor,
+) -> None:
+    """Apply a group's bitmap sections, which check() has passed; arguments as for scatter()."""
+    _bitmap[(group.blocks,)](
+        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
+        counts, ends, group.first,
+        BITS=word(group.kind.itemsize), ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
+        WORDS=_WORDS, num_warps=4,
+    )  # fmt: skip

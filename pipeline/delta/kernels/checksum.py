@@ -1,0 +1,60 @@
+"""The checksum of a payload: its 64-bit words under the name "payload"."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..digest import PAYLOAD, seed_of
+from .bits import addend, block_factor
+from .plan import factors
+
+#: Programs, each of which takes every _PROGRAMS-th block of 65,536 words.
+_PROGRAMS = 132 * 8
+
+
+@triton.jit
+def _checksum(
+    payload, whole, seed, rows, columns, sums, programs,
+    R: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, 256)
+    row = tl.arange(0, R)
+    acc = tl.zeros((R, 256), dtype=tl.uint64)
+    words = payload.to(tl.pointer_type(tl.uint64))
+    # A program takes a sixteenth of a block at a time: 16 rows of 256 words, 32 KiB.
+    part = tl.program_id(0)
+    parts = (whole + 4095) // 4096
+    while part < parts:
+        start = part.to(tl.int64) * 4096
+        g = block_factor(seed, part.to(tl.int64) // 16)
+        first = (part % 16) * 16
+        for step in tl.static_range(16 // R):
+            at = start + (step * R + row)[:, None] * 256 + column[None, :]
+            if start + 4096 <= whole:
+                word = tl.load(words + at)
+            else:
+                word = tl.load(words + at, mask=at < whole, other=0)
+            factor = tl.load(rows + first + step * R + row).to(tl.uint64, bitcast=True) * g
+            acc += addend(word, 8) * factor[:, None]
+        part += programs
+    acc *= tl.load(columns + column).to(tl.uint64, bitcast=True)[None, :]
+    total = tl.sum(tl.sum(acc, axis=1), axis=0)
+    tl.atomic_add(sums + tl.program_id(0) % 64, total.to(tl.int64, bitcast=True), sem="relaxed")
+
+
+def checksum(buffer: Tensor, sums: Tensor) -> None:
+    """Add Σ words · h to `sums` (int64 [64]) on its device; the length is the caller's to add.
+
+    `buffer`: uint8 [n], n a multiple of 8, at an address that is a multiple of 16.
+    """
+    whole = buffer.numel() >> 3
+    rows, columns = factors(sums.device)
+    seed = seed_of(PAYLOAD)
+    programs = min(_PROGRAMS, max(1, (whole + 4095) // 4096))
+    _checksum[(programs,)](
+        buffer.data_ptr(), whole,
+        seed - (1 << 64) if seed >> 63 else seed, rows, columns, sums, programs,
+        R=4, num_warps=4,
+    )  # fmt: skip

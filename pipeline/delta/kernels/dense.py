@@ -1,0 +1,56 @@
+"""Copy the whole of some tensors, block by block: dense sections out of weights, and into them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .places import ENCODING, VALUES
+from .plan import Group, Plan, word
+
+
+@triton.jit
+def _dense(
+    block_tensor, first_block, numels, tensors_at, table, tensors, patch, first,
+    BITS: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, INTO: tl.constexpr,
+    ENCODING: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    block = first + tl.program_id(0)
+    tensor = tl.load(block_tensor + block)
+    address = tl.load(tensors_at + tensor)
+    if (tl.load(table + ENCODING * tensors + tensor) == 3) & (address != 0):
+        start = (block - tl.load(first_block + tensor)).to(tl.int64) * 65536
+        left = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
+        weights = address.to(tl.pointer_type(BITS)) + start
+        values = patch + tl.load(table + VALUES * tensors + tensor)
+        values = values.to(tl.pointer_type(BITS)) + start
+        values = tl.multiple_of(values, 16)
+        if ALIGNED:
+            weights = tl.multiple_of(weights, 16)
+        source = values if INTO else weights
+        target = weights if INTO else values
+        lane = tl.arange(0, T)
+        at = 0
+        while at + T <= left:
+            tl.store(target + at + lane, tl.load(source + at + lane))
+            at += T
+        if at < left:
+            live = at + lane < left
+            tl.store(target + at + lane, tl.load(source + at + lane, mask=live), mask=live)
+
+
+def dense(
+    plan: Plan, group: Group, weights: Tensor, table: Tensor, patch: int, *, into: bool
+) -> None:
+    """Copy a group's tensors whose sections are dense: into the weights, or out of them.
+
+    `weights`: int64 [tensors], addresses of contiguous elements (0: leave it out) of the published kind.
+    """
+    kind = group.kind
+    _dense[(group.blocks,)](
+        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
+        group.first,
+        BITS=word(kind.itemsize), ALIGNED=kind.aligned, T=8192 // kind.itemsize, INTO=into,
+        ENCODING=ENCODING, VALUES=VALUES, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Put the records of find.py where they belong in the patch: canonical order, section by section.
+
+A program has a block: its tiles' records go, tile after tile, behind those of the blocks before.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .places import COUNTS, ENCODING, PLACES, VALUES
+from .plan import Group, Plan, word
+
+_WIDTH = 32
+
+
+@triton.jit
+def _place(
+    block_tensor, first_block, tile_counts, block_counts, ends, table, tensors, records, values,
+    patch, first,
+    BITS: tl.constexpr, ITEMSIZE: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr, ENCODING: tl.constexpr, COUNTS: tl.constexpr, PLACES: tl.constexpr,
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    here = tl.program_id(0)
+    block = first + here
+    tensor = tl.load(block_tensor + block)
+    encoding = tl.load(table + ENCODING * tensors + tensor)
+    if (encoding == 1) | (encoding == 2):
+        first_here = tl.load(first_block + tensor)
+        total = tl.load(block_counts + block)
+        counts_at = tl.load(table + COUNTS * tensors + tensor)
+        tl.store((patch + counts_at).to(tl.pointer_type(tl.int32)) + (block - first_here), total)
+        before = tl.load(ends + block) - total
+        before -= tl.load(ends + first_here) - tl.load(block_counts + first_here)
+        places = patch + tl.load(table + PLACES * tensors + tensor)
+        positions = places.to(tl.pointer_type(tl.uint16))
+        masks = places.to(tl.pointer_type(tl.uint32)) + (block - first_here).to(tl.int64) * 2048
+        out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
+        row = tl.arange(0, TILES)
+        count = tl.load(tile_counts + here * TILES + row)
+        at = before + (tl.cumsum(count, 0) - count)
+        # Tiles with more changes than slots are emit.py's.
+        held = tl.where(count <= SLOTS, count, 0)
+        most = tl.max(held, axis=0)
+        column = tl.arange(0, WIDTH)
+        step = 0
+        while step < most:
+            slot = step + column
+            live = slot[None, :] < held[:, None]
+            source = (here.to(tl.int64) * TILES + row)[:, None] * SLOTS + slot[None, :]
+            record = tl.load(records + source, mask=live, other=0)
+            if ITEMSIZE <= 2:
+                value = (record >> 16).to(BITS)
+            elif ITEMSIZE == 4:
+                value = (record >> 32).to(BITS)
+            else:
+                value = tl.load(values + source, mask=live, other=0)
+            place = (record & 0xFFFF).to(tl.uint32)
+            target = at[:, None] + slot[None, :]
+            if encoding == 1:
+                tl.store(positions + target, place.to(tl.uint16), mask=live)
+            else:
+                bit = (tl.full((TILES, WIDTH), 1, tl.uint32) << (place & 31)).to(
+                    tl.int32, bitcast=True
+                )
+                tl.atomic_or(
+                    masks.to(tl.pointer_type(tl.int32)) + (place >> 5).to(tl.int32), bit,
+                    mask=live, sem="relaxed",
+                )  # fmt: skip
+            tl.store(out + target, value, mask=live)
+            step += WIDTH
+
+
+def place(
+    plan: Plan,
+    group: Group,
+    tile_counts: Tensor,
+    block_counts: Tensor,
+    ends: Tensor,
+    table: Tensor,
+    records: Tensor,
+    values: Tensor,
+    patch: int,
+    *,
+    slots: int,
+) -> None:
+    """Write counts, positions and values of a group's sparse and bitmap sections.
+
+    `ends`: int64 [blocks], changed elements up to the end of each block. `table`: places(). `patch`
+    is the address of the buffer, whose bitmaps are zero.
+    """
+    kind = group.kind
+    _place[(group.blocks,)](
+        plan.block_tensor, plan.first_block, tile_counts[group.first_tile :], block_counts, ends,
+        table, plan.tensors, records, values, patch, group.first,
+        BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, TILES=kind.tiles, SLOTS=slots,
+        WIDTH=min(_WIDTH, slots), ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES,
+        num_warps=2,
+    )  # fmt: skip

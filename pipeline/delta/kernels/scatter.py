@@ -1,0 +1,66 @@
+"""Write the values of sparse sections at their positions, all tensors in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .places import ENCODING, PLACES, VALUES
+from .plan import Group, Plan, word
+
+_WIDTH = 512
+
+
+@triton.jit
+def _scatter(
+    block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
+    BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    block = first + tl.program_id(0)
+    tensor = tl.load(block_tensor + block)
+    if tl.load(table + ENCODING * tensors + tensor) == 1:
+        count = tl.load(counts + block).to(tl.int32)
+        address = tl.load(weights + tensor)
+        if (count > 0) & (address != 0):
+            first_here = tl.load(first_block + tensor)
+            before = tl.load(ends + block) - count
+            before -= tl.load(ends + first_here) - tl.load(counts + first_here)
+            start = (block - first_here).to(tl.int64) * 65536
+            limit = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
+            places = patch + tl.load(table + PLACES * tensors + tensor)
+            positions = places.to(tl.pointer_type(tl.uint16)) + before
+            values = patch + tl.load(table + VALUES * tensors + tensor)
+            values = values.to(tl.pointer_type(BITS)) + before
+            target = address.to(tl.pointer_type(BITS)) + start
+            at = 0
+            while at < count:
+                here = at + tl.arange(0, WIDTH)
+                live = here < count
+                place = tl.load(positions + here, mask=live, other=0).to(tl.int32)
+                value = tl.load(values + here, mask=live, other=0)
+                tl.store(target + place, value, mask=live & (place < limit))
+                at += WIDTH
+
+
+def scatter(
+    plan: Plan,
+    group: Group,
+    weights: Tensor,
+    table: Tensor,
+    patch: int,
+    counts: Tensor,
+    ends: Tensor,
+) -> None:
+    """Apply a group's sparse sections, which check() has passed.
+
+    `weights`: int64 [tensors], addresses of contiguous elements (0: leave it out); the others
+    as for check().
+    """
+    _scatter[(group.blocks,)](
+        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
+        counts, ends, group.first,
+        BITS=word(group.kind.itemsize), ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
+        WIDTH=_WIDTH, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Digest and checksum by kernels: what goes through all bytes, in slices that let others pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...messages.manifest import Manifest
+from .addresses import addresses_of, plan_of
+from .kernels.checksum import checksum
+from .kernels.digest import PROGRAMS, digest
+from .kernels.find import SUMS
+from .timing import Mark, to_host
+
+#: Bytes of a slice: 16 blocks of bf16 for each program, a quarter of a millisecond at 4.4 TB/s.
+_SLICE_NBYTES = PROGRAMS * (1 << 20)
+
+
+def digest_in_slices(
+    tensors: Mapping[str, Tensor],
+    manifest: Manifest,
+    device: torch.device,
+    pause: Callable[[], None] | None,
+) -> tuple[int, Sequence[int]]:
+    """The digest's share of the tensors that the kernels can read, and the places of the others.
+
+    Waits for every slice, and calls `pause` between them.
+    """
+    plan = plan_of(manifest, device)
+    addresses = addresses_of(tensors, manifest, device)
+    sums = torch.zeros(SUMS, dtype=torch.int64, device=device)
+    slices = [
+        (group, first, min(step, group.blocks - first))
+        for group in plan.groups
+        for step in [_SLICE_NBYTES // (65_536 * group.kind.itemsize)]
+        for first in range(0, group.blocks, step)
+    ]
+    for at, (group, first, blocks) in enumerate(slices):
+        if at:
+            Mark(device).wait()
+            if pause is not None:
+                pause()
+        digest(plan, group, addresses.table, sums, first=first, blocks=blocks)
+    return _total(sums), sorted(addresses.others)
+
+
+def checksum_on(buffer: Tensor) -> int:
+    """The sum over a payload's words, without its length; waits for it."""
+    sums = torch.zeros(SUMS, dtype=torch.int64, device=buffer.device)
+    checksum(buffer, sums)
+    return _total(sums)
+
+
+def _total(sums: Tensor) -> int:
+    host = to_host(sums)
+    Mark(sums.device).wait()
+    return int(host.numpy().astype(np.uint64).sum(dtype=np.uint64))

@@ -1,0 +1,48 @@
+"""Points in the order of a stream: to wait for, and to measure between."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Their stubs have no types.
+_Event: Any = torch.cuda.Event
+
+
+class Mark:
+    """A point in the current stream of a device, or in time where there are no streams."""
+
+    __slots__ = ("_at_s", "_event", "device")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._at_s = time.perf_counter()
+        self._event = None
+        if device.type == "cuda":
+            self._event = _Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Return when the stream has come to here. On any thread."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def precede(self) -> None:
+        """What is put on the device's current stream from now on comes after this."""
+        if self._event is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._event)
+
+    def until_us(self, later: Mark) -> int:
+        """µs from here to a later mark; both have been waited for."""
+        if self._event is None or later._event is None:
+            return round((later._at_s - self._at_s) * 1e6)
+        return round(self._event.elapsed_time(later._event) * 1e3)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, whole when the current stream of its device has come to here."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=tensor.is_cuda)
