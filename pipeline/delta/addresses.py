@@ -1,4 +1,4 @@
-"""Where a model's tensors lie, as the kernels read it: which of them they can take, and addresses."""
+"""Where a model's tensors lie, as the kernels read it, and which of them they can take."""
 
 from __future__ import annotations
 

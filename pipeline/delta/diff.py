@@ -142,7 +142,7 @@ def _memory(manifest: Manifest, devices: Sequence[torch.device], host: bool) -> 
         sizes = [(manifest.tensors[at].nbytes + 255) & ~255 for at in members]
         pinned = host and torch.cuda.is_available()
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device=place, pin_memory=pinned)
-        for at, part in zip(members, memory.split(sizes), strict=True):
+        for at, part in zip(members, torch.split(memory, sizes), strict=True):
             spec = manifest.tensors[at]
             held[at] = part[: spec.nbytes].view(bits_dtype(spec.itemsize))
     return [held[at] for at in range(len(places))]
@@ -206,9 +206,9 @@ class Shadow:
     """A private copy of the bits that were published last, beside the tensors they are of.
 
     Bytes held: the dense model in the published dtypes, on the devices of the tensors, or with
-    `host` in pinned host memory. Within diff() the patch is made beside it, and scratch: by kernels,
-    where all tensors are on one CUDA device, about as much as the patch of the last diff; by torch,
-    up to about 12 bytes a changed 8-byte word. Not for several threads at once.
+    `host` in pinned host memory. Within diff() the patch is made beside it, and scratch: with
+    kernels, where all tensors are on one CUDA device, up to three times the patch of the last diff;
+    with torch up to about 12 bytes a changed 8-byte word. Not for several threads at once.
     """
 
     def __init__(
@@ -275,8 +275,8 @@ class Shadow:
             new = [tensors[spec.name] for spec in self.manifest.tensors]
             if self._fused is None:
                 self._fused, self._fused_from = _differ(self.manifest, new), self.digest
-            if self._fused is not None and self._fused.takes(new):
-                token = getattr(tensors, "token", None)
+            token = getattr(tensors, "token", None)
+            if self._fused is not None and self._fused.takes(new, token):
                 found = self._diff_fused(self._fused, new, token, base_version, version)
             else:
                 found = self._diff_torch(tensors, base_version, version)

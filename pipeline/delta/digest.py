@@ -70,6 +70,7 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=1 << 16)
 def seed_of(name: str) -> int:
+    """seed(name): 0 ≤ seed < 2⁶⁴."""
     hashed = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(hashed[:8], "little")
 
@@ -181,9 +182,8 @@ def digest(
     """The 64-bit digest of a state; 0 ≤ digest < 2⁶⁴. Order of the mapping does not matter.
 
     With a manifest the tensors must be those of it (ManifestMismatch). On CUDA it runs on the
-    device's current stream, in slices of a quarter of a millisecond on an H200, and waits for each
-    before it enqueues the next, so that work of other streams comes between; `pause` is called
-    there. Temporaries stay within a chunk of 8 MiB (for what kernels cannot read), and one tensor's
+    device's current stream, in slices of a quarter of a millisecond on an H200, two of them
+    enqueued at a time, so that work of other streams comes between; `pause` is called after each. Temporaries stay within a chunk of 8 MiB (for what kernels cannot read), and one tensor's
     size for a tensor that is not contiguous.
     """
     with quiet():

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from operator import is_not
 
 import numpy as np
 import numpy.typing as npt
@@ -86,8 +87,13 @@ class Differ:
 
     # ---- one diff
 
-    def takes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the kernels read all of these, the manifest's once or more, as it has them."""
+    def takes(self, tensors: Sequence[Tensor], token: object = None) -> bool:
+        """Whether the kernels read all of these, the manifest's once or more, as it has them.
+
+        With the `token` of the last diff they do: nothing has moved.
+        """
+        if token is not None and self._new is not None and token is self._new.token:
+            return True
         return all(
             tensor.device == self._device and castable(tensor.dtype, dtype)
             for tensor, dtype in zip(tensors, cycle(self._dtypes), strict=False)
@@ -114,8 +120,9 @@ class Differ:
         began = Mark(self._device)
         # Strided tensors are copied; the copies are kept until all that reads them is enqueued.
         sources = [_contiguous(tensor) for tensor in new]
-        old = old if update else [_contiguous(tensor) for tensor in old]
-        if any(source is not tensor for source, tensor in zip(sources, new, strict=True)):
+        if not update:
+            old = [_contiguous(tensor) for tensor in old]
+        if any(map(is_not, sources, new)):
             token = None
         plan, olds, news = self._tables(old, sources, token)
         counts = self._empty(plan.tiles, torch.int32)
@@ -145,9 +152,8 @@ class Differ:
             self._changed[group.kind] = int(totals[here].sum())
         patch = self._lay_out(totals, base_version, version)
         table = patch.table_of(self._manifest)
-        where = places.to_device(places.places(table, plan), self._device)
+        where = self._write_frame(patch, table, plan)
         address = patch.buffer.data_ptr()
-        self._write_frame(patch)
         if (table.encoding == Encoding.BITMAP).any():
             clear(plan, where, address)
         for group, room, over_here in zip(plan.groups, scratch, over_G, strict=True):
@@ -201,7 +207,8 @@ class Differ:
                 numels = self._columns.numel.tolist()
                 self._plan = Plan(numels, self._seeds, kinds, self._device)
             self._new = _Pointers.of(new, self._device, token, self._new)
-        self._old = _Pointers.of(old, self._device, None, self._old)
+        if self._old is None or self._old.token is not old:
+            self._old = _Pointers.of(old, self._device, old, self._old)
         return self._plan, self._old.table, self._new.table
 
     def _slots(self, group: Group) -> int:
@@ -244,17 +251,28 @@ class Differ:
         )
         return Patch(_buffer(header.nbytes, self._device), header, table, manifest)
 
-    def _write_frame(self, patch: Patch) -> None:
-        """Header, section table, and zeros where no array lies."""
+    def _write_frame(self, patch: Patch, table: Table, plan: Plan) -> Tensor:
+        """Write header, section table and padding; the places of the arrays, on the device.
+
+        What that takes goes to the device in one copy.
+        """
         start = patch.start()
-        head = places.to_device(np.frombuffer(start, np.uint8), self._device)
-        patch.buffer[: len(start)].copy_(head, non_blocking=True)
         if patch.full:
-            patch.buffer[len(start) + patch.dense_nbytes :].zero_()
+            gaps = np.array([[len(start) + patch.dense_nbytes], [patch.nbytes]], np.int64)
         else:
-            patch.buffer[len(start) : table_end(len(patch.table))].zero_()
-            gaps = places.to_device(places.gaps(patch.table), self._device)
-            fill(gaps, patch.buffer.data_ptr())
+            start = start.ljust(table_end(len(table)), b"\0")
+            gaps = places.gaps(table)
+        where = places.places(table, plan)
+        together = np.concatenate(
+            [where.ravel(), gaps.ravel(), np.frombuffer(start, np.uint8).view(np.int64)]
+        )
+        sent = places.to_device(together, self._device)
+        there = sent[: where.size]
+        runs = sent[where.size : where.size + gaps.size].view(2, -1)
+        head = sent[where.size + gaps.size :]
+        patch.buffer[: len(start)].view(torch.int64).copy_(head, non_blocking=True)
+        fill(runs, patch.buffer.data_ptr())
+        return there
 
     def _write_dense(
         self,

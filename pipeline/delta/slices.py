@@ -27,7 +27,7 @@ def digest_in_slices(
 ) -> tuple[int, Sequence[int]]:
     """The digest's share of the tensors that the kernels can read, and the places of the others.
 
-    Waits for every slice, and calls `pause` between them.
+    Waits for every slice, at most one ahead of the device, and calls `pause` then.
     """
     plan = plan_of(manifest, device)
     addresses = addresses_of(tensors, manifest, device)
@@ -38,12 +38,16 @@ def digest_in_slices(
         for step in [_SLICE_NBYTES // (65_536 * group.kind.itemsize)]
         for first in range(0, group.blocks, step)
     ]
-    for at, (group, first, blocks) in enumerate(slices):
-        if at:
-            Mark(device).wait()
+    last: Mark | None = None
+    for group, first, blocks in slices:
+        digest(plan, group, addresses.table, sums, first=first, blocks=blocks)
+        # One slice ahead: else the device would idle while the host takes notice.
+        mark = Mark(device)
+        if last is not None:
+            last.wait()
             if pause is not None:
                 pause()
-        digest(plan, group, addresses.table, sums, first=first, blocks=blocks)
+        last = mark
     return _total(sums), sorted(addresses.others)
 
 

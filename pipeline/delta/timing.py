@@ -39,7 +39,7 @@ class Mark:
         """µs from here to a later mark; both have been waited for."""
         if self._event is None or later._event is None:
             return round((later._at_s - self._at_s) * 1e6)
-        return round(self._event.elapsed_time(later._event) * 1e3)
+        return round(float(self._event.elapsed_time(later._event)) * 1e3)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -57,15 +57,17 @@ def published(raw, CAST: tl.constexpr, NATIVE: tl.constexpr):
 
     The interpreter truncates where it casts to bfloat16: there (NATIVE = False) it is spelled out.
     """
-    if CAST == "bfloat16":
-        if NATIVE:
-            return raw.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    if CAST == "":
+        bits = raw
+    elif CAST == "float16":
+        bits = raw.to(tl.float16).to(tl.uint16, bitcast=True)
+    elif NATIVE:
+        bits = raw.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    else:
         word = raw.to(tl.uint32, bitcast=True)
         rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
-        return tl.where((word & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
-    if CAST == "float16":
-        return raw.to(tl.float16).to(tl.uint16, bitcast=True)
-    return raw
+        bits = tl.where((word & 0x7FFFFFFF) > 0x7F800000, 0x7FFF, rounded).to(tl.uint16)
+    return bits
 
 
 @triton.jit

@@ -45,7 +45,8 @@ def dense(
 ) -> None:
     """Copy a group's tensors whose sections are dense: into the weights, or out of them.
 
-    `weights`: int64 [tensors], addresses of contiguous elements (0: leave it out) of the published kind.
+    `weights`: int64 [tensors], addresses of contiguous elements of the published kind; 0
+    leaves a tensor out.
     """
     kind = group.kind
     _dense[(group.blocks,)](

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import addend, block_factor, changed_words, lowest, popcount, published
+from .bits import addend, block_factor, popcount, published
 from .find import SUMS
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, factors, word
@@ -40,54 +40,52 @@ def _emit(
         if ALIGNED:
             old = tl.multiple_of(old, 16)
             new = tl.multiple_of(new, 16)
-        lane = tl.arange(0, T)
-        if left == T:
-            words = changed_words(
-                tl.load(old + lane), published(tl.load(new + lane), CAST, NATIVE), T
-            )
-        else:
-            words = changed_words(
-                tl.load(old + lane, mask=lane < left, other=0),
-                published(tl.load(new + lane, mask=lane < left, other=0), CAST, NATIVE),
-                T,
-            )
-        count = popcount(words)
-        encoding = tl.load(table + ENCODING * tensors + tensor)
-        places = patch + tl.load(table + PLACES * tensors + tensor)
-        positions = places.to(tl.pointer_type(tl.uint16))
-        out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
-        before = tl.load(ends + block) - tl.load(block_counts + block)
-        before -= tl.load(ends + first_here) - tl.load(block_counts + first_here)
-        row = tl.arange(0, TILES)
-        earlier = tl.load(tile_counts + here * TILES + row, mask=row < tile % TILES, other=0)
-        at = before + tl.sum(earlier, axis=0) + tl.cumsum(count, 0) - count
         base = tl.arange(0, W) * 32
-        if encoding == 2:
-            mask = places.to(tl.pointer_type(tl.uint32)) + start // 32
-            tl.store(mask + tl.arange(0, W), words, mask=base < left)
-        sums = tl.zeros((W,), dtype=tl.uint64)
-        most = tl.max(count, axis=0)
-        while most > 0:
-            live = words != 0
-            spot = base + lowest(words)
-            value = published(tl.load(new + spot, mask=live, other=0), CAST, NATIVE)
-            words = words & (words - 1)
+        lane = tl.arange(0, 32)
+        spot = base[:, None] + lane[None, :]
+        if left == T:
+            before = tl.load(old + spot)
+            value = published(tl.load(new + spot), CAST, NATIVE)
+        else:
+            before = tl.load(old + spot, mask=spot < left, other=0)
+            value = published(tl.load(new + spot, mask=spot < left, other=0), CAST, NATIVE)
+        differ = before != value
+        words = tl.sum(differ.to(tl.uint32) << lane.to(tl.uint32)[None, :], axis=1).to(tl.uint32)
+        encoding = tl.load(table + ENCODING * tensors + tensor)
+        if encoding != 3:
+            places = patch + tl.load(table + PLACES * tensors + tensor)
+            positions = places.to(tl.pointer_type(tl.uint16))
+            out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
+            at = tl.load(ends + block) - tl.load(block_counts + block)
+            at -= tl.load(ends + first_here) - tl.load(block_counts + first_here)
+            row = tl.arange(0, TILES)
+            earlier = tl.load(tile_counts + here * TILES + row, mask=row < tile % TILES, other=0)
+            at += tl.sum(earlier, axis=0)
+            count = popcount(words)
+            below = (tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
+            rank = (tl.cumsum(count, 0) - count)[:, None]
+            rank += popcount(words[:, None] & below[None, :])
+            tl.store(out + at + rank, value, mask=differ)
             if encoding == 1:
-                tl.store(positions + at, (inside + spot).to(tl.uint16), mask=live)
-            if encoding != 3:
-                tl.store(out + at, value, mask=live)
-            if UPDATE:
-                previous = tl.load(old + spot, mask=live, other=0)
-                factor = tl.load(columns + (spot & 255), mask=live, other=0)
-                change = addend(value, ITEMSIZE) - addend(previous, ITEMSIZE)
-                sums += change * factor.to(tl.uint64, bitcast=True)
-                tl.store(old + spot, value, mask=live)
-            at += 1
-            most -= 1
+                tl.store(positions + at + rank, (inside + spot).to(tl.uint16), mask=differ)
+            else:
+                mask = places.to(tl.pointer_type(tl.uint32)) + start // 32
+                tl.store(mask + tl.arange(0, W), words, mask=base < left)
         if UPDATE:
+            factor = tl.load(columns + (spot & 255)).to(tl.uint64, bitcast=True)
+            if ITEMSIZE <= 2:
+                change = (value.to(tl.int32) - before.to(tl.int32)).to(tl.int64)
+                sums = tl.sum(change.to(tl.uint64, bitcast=True) * factor, axis=1)
+            else:
+                change = addend(value, ITEMSIZE) - addend(before, ITEMSIZE)
+                sums = tl.sum(change * factor, axis=1)
             sums *= tl.load(rows + ((inside + base) >> 8)).to(tl.uint64, bitcast=True)
-            change = tl.sum(sums, axis=0) * block_factor(tl.load(seeds + tensor), index)
-            tl.atomic_add(changes + tile % SUMS, change.to(tl.int64, bitcast=True), sem="relaxed")
+            total = tl.sum(sums, axis=0) * block_factor(tl.load(seeds + tensor), index)
+            tl.atomic_add(changes + tile % SUMS, total.to(tl.int64, bitcast=True), sem="relaxed")
+            if left == T:
+                tl.store(old + spot, value)
+            else:
+                tl.store(old + spot, value, mask=spot < left)
 
 
 def emit(
@@ -115,5 +113,5 @@ def emit(
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),
         ALIGNED=kind.aligned, T=kind.tile, UPDATE=update, SUMS=SUMS,
-        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=1,
+        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=2,
     )  # fmt: skip
