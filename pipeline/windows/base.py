@@ -88,12 +88,19 @@ class Window(Protocol):
     async def send(self, payload: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
         """Rank 0: send `payload` (uint8, 1-d, contiguous) to all other ranks.
 
+        It is in host memory; for an nccl window it may be on a GPU. It is whole by now: no window
+        waits for a stream of the caller's, on which a training step or a forward pass may run.
+
         Returns when the payload's memory may be reused: not a proof that anyone has it; members
         acknowledge over the bus. WindowTimeout, WindowAborted, WindowError as in open().
         """
 
     async def receive(self, staging: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
         """Other ranks: fill `staging` (uint8, 1-d, contiguous, of the announced size).
+
+        It lies as in send(), and is idle: nothing that is queued on any stream touches it, nor what
+        its memory was before. A fresh tensor of torch's caching allocator is so only on a stream on
+        which nothing is queued. When this returns it is whole, for every stream.
 
         Until this returns, `staging` belongs to the window; after an error it holds garbage, and
         may be reused only once abort() has returned.

@@ -16,7 +16,6 @@ import torch
 
 from ...messages.errors import SparsecastError, WindowTimeout, WindowUnavailable
 from .base import Courier, Received, Subscription, WindowSpec
-from .lane import Lane
 from .lifecycle import GRACE_S, Deadline, Lifecycle
 from .rendezvous import Rendezvous
 
@@ -36,15 +35,13 @@ _ACK = struct.Struct("<QQ")
 class BusWindow(Lifecycle):
     """One rank's end of a bus window.
 
-    A payload may be empty: then one chunk without data travels. A device payload must be complete
-    (its writer's stream synchronised) before send(); it goes through host memory.
+    A payload may be empty: then one chunk without data travels.
     """
 
     def __init__(self, spec: WindowSpec, courier: Courier) -> None:
         super().__init__(spec, courier)
         self._rendezvous = Rendezvous(spec, courier)
         self._subscription: Subscription | None = None
-        self._lane = Lane(f"sparsecast-{spec.label}")
         #: Rounds so far: an attempt's number may come again with the next version.
         self._round = 0
         self._acked = dict.fromkeys(range(1, spec.size), 0)
@@ -77,10 +74,7 @@ class BusWindow(Lifecycle):
         self._round += 1
         for rank in self._acked:
             self._acked[rank] = 0
-        host = payload
-        if payload.device.type != "cpu":
-            host = await self._lane.run(lambda: payload.to("cpu"))
-        data = host.numpy().data
+        data = payload.numpy().data
         nbytes = len(data)
         step = min(CHUNK_NBYTES, self._courier.max_payload - _HEADER.size)
         subject = f"{self._spec.prefix}.chunk"
@@ -126,8 +120,7 @@ class BusWindow(Lifecycle):
 
     async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
         self._round += 1
-        host = staging if staging.device.type == "cpu" else torch.empty_like(staging, device="cpu")
-        room = host.numpy().data
+        room = staging.numpy().data
         filled, acked = -1, 0  # -1: even an empty payload has one chunk
         while filled < len(room):
             chunk = await self._next_chunk(max(filled, 0), len(room), deadline)
@@ -144,8 +137,6 @@ class BusWindow(Lifecycle):
                 await self._courier.publish(
                     f"{self._spec.prefix}.ack.{self._spec.rank}", _ACK.pack(self._round, acked)
                 )
-        if host is not staging:
-            await asyncio.shield(self._lane.run(lambda: _to_device(host, staging)))
 
     async def _next_chunk(self, filled: int, nbytes: int, deadline: Deadline) -> bytes:
         while not self._chunks:
@@ -202,8 +193,7 @@ class BusWindow(Lifecycle):
     # ---- the end
 
     async def _break(self) -> None:
-        # What runs copies on this very thread, and a copy to a device on the lane: cancelled, and
-        # the lane ended, neither touches anyone's memory again.
+        # What runs copies on this very thread: cancelled, it touches nobody's memory again.
         if self._running is not None:
             self._running.cancel()
         await self._give_up(f"the window was aborted ({self._dead or 'on request'})")
@@ -219,9 +209,3 @@ class BusWindow(Lifecycle):
             with contextlib.suppress(SparsecastError, TimeoutError):
                 await asyncio.wait_for(subscription.unsubscribe(), GRACE_S)
         self._chunks.clear()
-        await self._lane.stop(lambda: None, GRACE_S)
-
-
-def _to_device(host: torch.Tensor, staging: torch.Tensor) -> None:
-    staging.copy_(host)
-    torch.cuda.synchronize(staging.device)

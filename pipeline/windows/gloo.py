@@ -1,7 +1,7 @@
 """The window over gloo: CPU collectives over TCP, without a torch.distributed world.
 
 A ProcessGroupGloo of its own per window, on a store over the bus. Every call that may block runs
-on the window's own thread. Device tensors go through pinned host memory.
+on the window's own thread.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class GlooWindow(Lifecycle):
     the loopback and a rank elsewhere is in the window, reaches that rank. The environment's
     SPARSECAST_GLOO_INTERFACE comes before all of them.
 
-    A payload may be empty: then only the header travels. A device payload must be complete (its
-    writer's stream synchronised) before send().
+    A payload may be empty: then only the header travels.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class GlooWindow(Lifecycle):
         #: Connections that a whole window has; None where that cannot be seen.
         self._links: int | None = None
         self._deadline = Deadline(0.0)
-        self._host = torch.empty(0, dtype=torch.uint8)
 
     # ---- opening
 
@@ -137,13 +135,9 @@ class GlooWindow(Lifecycle):
         await self._lane.run(lambda: self._broadcast_in(staging, attempt, deadline))
 
     def _broadcast_out(self, payload: torch.Tensor, attempt: int, deadline: Deadline) -> None:
-        body = payload
-        if payload.device.type != "cpu":
-            body = self._host_buffer(payload.numel())
-            body.copy_(payload)
-        head = torch.frombuffer(bytearray(self._header(attempt, body.numel())), dtype=torch.uint8)
-        works = [self._broadcast(head, deadline)]
-        works += [self._broadcast(piece, deadline) for piece in self._pieces(body)]
+        header = bytearray(self._header(attempt, payload.numel()))
+        works = [self._broadcast(torch.frombuffer(header, dtype=torch.uint8), deadline)]
+        works += [self._broadcast(piece, deadline) for piece in self._pieces(payload)]
         self._finish(works, deadline)
 
     def _broadcast_in(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
@@ -152,13 +146,7 @@ class GlooWindow(Lifecycle):
         # Before the payload is asked for: gloo ends the whole process (std::terminate on its own
         # thread) when more bytes come than the receiver has room for.
         self._check_header(head.numpy().tobytes(), attempt, staging.numel())
-        if staging.numel() == 0:
-            return
-        body = staging if staging.device.type == "cpu" else self._host_buffer(staging.numel())
-        self._finish([self._broadcast(p, deadline) for p in self._pieces(body)], deadline)
-        if body is not staging:
-            staging.copy_(body)
-            torch.cuda.synchronize(staging.device)
+        self._finish([self._broadcast(p, deadline) for p in self._pieces(staging)], deadline)
 
     def _pieces(self, body: torch.Tensor) -> Sequence[torch.Tensor]:
         # With more than three ranks some pass on what they get, and gloo begins that when it has
@@ -243,13 +231,6 @@ class GlooWindow(Lifecycle):
             f"rank expects attempt {attempt} of {self._spec.epoch}.{self._spec.window}, "
             f"{nbytes} bytes"
         )
-
-    def _host_buffer(self, nbytes: int) -> torch.Tensor:
-        if self._host.numel() < nbytes:
-            self._host = torch.empty(
-                nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-            )
-        return self._host[:nbytes]
 
     # ---- the end
 

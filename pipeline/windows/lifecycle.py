@@ -14,7 +14,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...messages.errors import (
     LocalProtocolError,
@@ -52,6 +52,9 @@ class Deadline:
 
 class Lifecycle(ABC):
     """The states of a window; see base.Window for what each method promises."""
+
+    #: Where payload and staging may lie.
+    _places: ClassVar[tuple[str, ...]] = ("cpu",)
 
     def __init__(self, spec: WindowSpec, courier: Courier) -> None:
         if not (spec.size >= 2 and 0 <= spec.rank < spec.size):
@@ -155,6 +158,11 @@ class Lifecycle(ABC):
             raise LocalProtocolError(
                 "a window carries 1-d contiguous uint8 tensors, "
                 f"not {tensor.dtype} of shape {list(tensor.shape)}"
+            )
+        if tensor.device.type not in self._places:
+            raise LocalProtocolError(
+                f"a tensor on {tensor.device} cannot go through window {self._spec.label}: "
+                "copy it to host memory first"
             )
 
     async def _operate(

@@ -101,11 +101,10 @@ class NcclWindow(Lifecycle):
 
     A payload or staging on that GPU is sent from or received into where it is; host memory and
     memory of other GPUs goes through a bounded buffer. A payload may be empty: then only the header
-    travels. A payload must be complete (its writer's stream synchronised) before send(). What is
-    enqueued on the stream that is current in the caller's thread when receive() begins (the default
-    stream, unless told otherwise) comes before anything is written into staging; so call it under
-    the stream that made the staging, lest it wait for a forward pass.
+    travels.
     """
+
+    _places = ("cpu", "cuda")
 
     def __init__(self, spec: WindowSpec, courier: Courier) -> None:
         super().__init__(spec, courier)
@@ -203,11 +202,7 @@ class NcclWindow(Lifecycle):
 
     async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
         self._deadline = deadline
-        ready: torch.cuda.Event | None = None
-        if staging.is_cuda:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(torch.cuda.current_stream(staging.device))
-        await self._run(lambda: self._broadcast_in(staging, attempt, ready), deadline)
+        await self._run(lambda: self._broadcast_in(staging, attempt), deadline)
 
     def _broadcast_out(self, payload: torch.Tensor, attempt: int) -> None:
         communicator, side = self._parts()
@@ -223,14 +218,10 @@ class NcclWindow(Lifecycle):
         self._finish(side.mark())
         self._memory = None
 
-    def _broadcast_in(
-        self, staging: torch.Tensor, attempt: int, ready: torch.cuda.Event | None
-    ) -> None:
+    def _broadcast_in(self, staging: torch.Tensor, attempt: int) -> None:
         communicator, side = self._parts()
         self._memory = staging
         bounce = self._bounce_for(staging)
-        if ready is not None:
-            side.after(ready)
         self._enqueue_header(attempt, staging.numel())
         headed = side.mark()
         # The payload is asked for before the header is looked at: it would cost a small round half

@@ -40,10 +40,6 @@ class Side:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
-    def after(self, event: torch.cuda.Event) -> None:
-        """What is enqueued from here on begins after `event`."""
-        self._stream.wait_event(event)
-
     def mark(self) -> torch.cuda.Event:
         """An event: all that has been enqueued so far is done."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -276,6 +276,8 @@ async def _misuse(me: Rank) -> dict[str, str]:
         mine(torch.zeros(16, dtype=torch.uint8)[::2], attempt=1, timeout_s=5)
     )
     found["2-d"] = await _refusal(mine(tensor.view(2, 4), attempt=1, timeout_s=5))
+    elsewhere = torch.zeros(8, dtype=torch.uint8, device="meta")
+    found["elsewhere"] = await _refusal(mine(elsewhere, attempt=1, timeout_s=5))
     running = asyncio.ensure_future(mine(tensor, attempt=1, timeout_s=5))
     await asyncio.sleep(0)
     found["busy"] = await _refusal(mine(tensor, attempt=2, timeout_s=5))
@@ -291,7 +293,8 @@ async def _misuse(me: Rank) -> dict[str, str]:
 
 
 def test_misuse_is_refused_and_harms_nothing(window: str, prefix: str, broker_url: str) -> None:
-    """Wrong side, strided memory, another shape, two rounds at a time: each named, none sent."""
+    """Wrong side, strided memory, another shape or device, two rounds at a time: each named, none
+    sent."""
     results = spawn(2, _misuse, window, prefix, timeout_s=60, broker_url=broker_url)
     for found in results:
         assert "not open" in found["before open"]
@@ -299,6 +302,7 @@ def test_misuse_is_refused_and_harms_nothing(window: str, prefix: str, broker_ur
         assert "contiguous" in found["strided"]
         assert "contiguous" in found["strided bytes"]
         assert "shape [2, 4]" in found["2-d"]
+        assert "a tensor on meta cannot go through" in found["elsewhere"]
         assert "one round at a time" in found["busy"]
         assert "closed" in found["closed"]
         assert found["open after abort"].startswith("WindowAborted")

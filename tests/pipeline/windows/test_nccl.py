@@ -171,34 +171,27 @@ def test_payload_and_staging_may_lie_anywhere(
 
 
 @in_rank
-async def _busy_staging(me: Rank) -> bool:
+async def _busy_stream(me: Rank) -> tuple[bool, bool]:
     window = me.window(1)
     await window.open(20)
     nbytes = 8 << 20
     expected = pattern(nbytes, 1)
-    if me.rank == 0:
-        payload = me.settled(expected.to(me.device))
-        await window.send(payload, attempt=1, timeout_s=20)
-    else:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            staging = torch.zeros(nbytes, dtype=torch.uint8, device=me.device)
-            staging.fill_(1)  # warm: nothing may load a kernel amid the collective
-            stream.synchronize()
-            torch.cuda._sleep(200_000_000)  # some 100 ms
-            staging.fill_(255)
-            await window.receive(staging, attempt=1, timeout_s=20)
-        expected = expected if digest(staging) == digest(expected) else torch.zeros(0)
+    memory = expected.to(me.device) if me.rank == 0 else me.memory(nbytes, 255)
+    me.settled(memory)
+    torch.cuda._sleep(4_000_000_000)  # some 2 s
+    await me.round_of(window, memory, 1)
+    busy = not torch.cuda.current_stream().query()
+    found = digest(memory) == digest(expected)
     await window.close()
-    return expected.numel() == nbytes
+    return busy, found
 
 
 @pytest.mark.gpu(2)
-def test_staging_with_work_ahead_of_it_is_not_overwritten(prefix: str, broker: Broker) -> None:
-    """The stream that made the staging still writes into it when receive() begins: that comes
-    first, and the payload stays."""
-    found = spawn(2, _busy_staging, "nccl", prefix, timeout_s=60, broker_url=broker.url)
-    assert found == [True, True]
+def test_a_round_waits_for_no_stream_of_the_callers(prefix: str, broker: Broker) -> None:
+    """An engine's forward pass is queued on the stream that is current on the window's loop: the
+    payload comes all the same, and whole, before that is done."""
+    found = spawn(2, _busy_stream, "nccl", prefix, timeout_s=60, broker_url=broker.url)
+    assert found == [(True, True)] * 2
 
 
 # ---- beside others
