@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,14 @@ from devices import Device
 from report import table_of, targets_table
 from shapes import MODELS, Cut, Tensors, make_weights, train_step
 from sparsecast import Patch, digest
-from sparsecast.pipeline.delta import Shadow, apply_checked, check, checksum, named_tensors
+from sparsecast.pipeline.delta import (
+    Lookup,
+    Shadow,
+    apply_checked,
+    check,
+    checksum,
+    named_tensors,
+)
 
 DENSITIES = (0.00005, 0.001, 0.01, 0.03, 0.1, 0.5, 1.0)
 #: Beyond this share the ready int64 indices of index_put alone would outgrow a GPU.
@@ -51,7 +58,9 @@ class Clock:
         self._repeats = repeats
         self._seconds = seconds
 
-    def of(self, work: Callable[[], Any]) -> dict[str, Any]:
+    def of(
+        self, work: Callable[[], Any], before: Callable[[], Any] | None = None
+    ) -> dict[str, Any]:
         """The device's and the host's ms of `work`, and the memory on top of what was held."""
         device_ms, host_ms = [], []
         end = time.monotonic() + self._seconds
@@ -60,6 +69,8 @@ class Clock:
         for number in range(-_WARMUP, self._repeats):
             if number >= _LEAST and time.monotonic() > end:
                 break
+            if before is not None:
+                before()
             self._device.watch()
             on_device, on_host = self._device.timed(work)
             if number >= 0:
@@ -84,6 +95,8 @@ class Subject:
         self._numel = cut.numel
         self._a = make_weights(cut, seed, device.torch)
         self._b = {name: tensor.clone() for name, tensor in self._a.items()}
+        #: What a trainer has: tensors that change where they lie. It looks them up for every diff.
+        self._live = Lookup({name: tensor.clone() for name, tensor in self._a.items()})
         self._flat = torch.empty(cut.numel, dtype=torch.int16, device=device.torch)
 
     def states(self) -> dict[str, Any]:
@@ -92,11 +105,11 @@ class Subject:
         words = [tensor[: tensor.numel() & ~3].view(torch.int64) for tensor in big]
         found = {"copy": self._copy()}
         found["sum"] = self._clock.of(lambda: [part.sum() for part in words])
-        self._shadow = Shadow(self._a)
+        self._shadow = Shadow(self._live.tensors())
         manifest = self._shadow.manifest
-        found["digest"] = self._clock.of(lambda: digest(self._a, manifest=manifest))
+        found["digest"] = self._clock.of(lambda: digest(self._live.tensors(), manifest=manifest))
         found["named_tensors"] = self._clock.of(lambda: named_tensors(self._a))
-        self._held = {name: tensor.clone() for name, tensor in self._a.items()}
+        self._held = Lookup({name: tensor.clone() for name, tensor in self._a.items()})
         return {"works": found, "digest_slices_ms": self._slices()}
 
     def _copy(self) -> dict[str, Any]:
@@ -117,7 +130,7 @@ class Subject:
                 last = time.perf_counter()
 
             kept: Any = {"pause": pause}
-            digest(self._a, manifest=self._shadow.manifest, **kept)
+            digest(self._live.tensors(), manifest=self._shadow.manifest, **kept)
         return stats.spread(slices) if slices else None
 
     def density(self, density: float) -> dict[str, Any]:
@@ -129,20 +142,23 @@ class Subject:
         # Outside the handler, whose traceback holds what filled the memory.
         gc.collect()
         self._shadow = Shadow(self._a)
-        for name, tensor in self._held.items():
-            tensor.copy_(self._a[name])
+        _copy(self._a, self._held.tensors())
         return {"density": density, "failed": reason, "exact": False, "works": {}}
 
     def _density(self, density: float) -> dict[str, Any]:
-        for name, tensor in self._b.items():
-            tensor.copy_(self._a[name])
+        _copy(self._a, self._b)
         train_step(self._b, density, self._random)
         works: dict[str, Any] = {}
         ways = itertools.cycle((self._b, self._a))
-        works["diff"] = self._clock.of(lambda: self._diff(next(ways)))
-        works["diff_ready"] = self._clock.of(lambda: self._ready(next(ways)))
-        self._diff(self._a)
-        found = self._diff(self._b)
+        live = self._live.tensors()
+
+        def step() -> None:
+            _copy(next(ways), live)
+
+        works["diff"] = self._clock.of(self._diff, step)
+        works["diff_ready"] = self._clock.of(self._ready, step)
+        self._become(self._a)
+        found = self._become(self._b)
         patch = found.patch
         facts = {
             "density": density,
@@ -153,19 +169,23 @@ class Subject:
         }
         works |= self._receiver(patch)
         works |= self._torch(density)
-        exact = digest(self._held) == digest(self._b) == found.digest
-        self._diff(self._a)
+        exact = digest(self._held.tensors()) == digest(self._b) == found.digest
         # The next density starts from the first state again.
-        for name, tensor in self._held.items():
-            tensor.copy_(self._a[name])
+        self._become(self._a)
+        _copy(self._a, self._held.tensors())
         return facts | {"exact": exact, "works": works}
 
-    def _diff(self, tensors: Tensors) -> Any:
+    def _diff(self) -> Any:
         version = next(self._versions)
+        tensors = self._live.tensors()
         return self._shadow.diff(tensors, base_version=version, version=version + 1)
 
-    def _ready(self, tensors: Tensors) -> tuple[int, int]:
-        found = self._diff(tensors)
+    def _become(self, state: Tensors) -> Any:
+        _copy(state, self._live.tensors())
+        return self._diff()
+
+    def _ready(self) -> tuple[int, int]:
+        found = self._diff()
         return found.digest, found.checksum
 
     def _receiver(self, patch: Patch) -> dict[str, Any]:
@@ -179,15 +199,15 @@ class Subject:
         return {
             "checksum": self._clock.of(lambda: checksum(buffer)),
             "check": self._clock.of(checked),
-            "apply": self._clock.of(lambda: apply_checked(ready, self._held)),
-            "check_apply": self._clock.of(lambda: apply_checked(checked(), self._held)),
+            "apply": self._clock.of(lambda: apply_checked(ready, self._held.tensors())),
+            "check_apply": self._clock.of(lambda: apply_checked(checked(), self._held.tensors())),
         }
 
     def _torch(self, density: float) -> dict[str, Any]:
         """Plain torch at the same work: a diff a tensor; writing with ready int64 indices."""
         pairs = [
-            (_bits(self._a[name]), _bits(self._b[name]), _bits(self._held[name]))
-            for name in self._a
+            (_bits(self._a[name]), _bits(self._b[name]), _bits(tensor))
+            for name, tensor in self._held.tensors().items()
         ]
 
         def find() -> None:
@@ -213,6 +233,11 @@ class Subject:
         works["index_put"] = self._clock.of(put)
         works["index_put_fused"] = self._clock.of(lambda: self._flat.index_put_((every,), values))
         return works
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -183,8 +183,9 @@ def digest(
 
     With a manifest the tensors must be those of it (ManifestMismatch). On CUDA it runs on the
     device's current stream, in slices of a quarter of a millisecond on an H200, two of them
-    enqueued at a time, so that work of other streams comes between; `pause` is called after each. Temporaries stay within a chunk of 8 MiB (for what kernels cannot read), and one tensor's
-    size for a tensor that is not contiguous.
+    enqueued at a time, so that work of other streams comes between; `pause` is called after each.
+    Temporaries stay within a chunk of 8 MiB (for what kernels cannot read), and one tensor's size
+    for a tensor that is not contiguous.
     """
     with quiet():
         if manifest is not None:

@@ -3,7 +3,9 @@
 Every kernel covers all tensors of a model in one launch: a program finds its tensor through the
 tables of a `Plan`. Results are the references' to the bit; the same tests hold both. Launchers
 enqueue on the current stream of the device and wait for nothing. Addresses are passed as integers,
-so memory may be a device's or pinned host memory that it can reach.
+so memory may be a device's or pinned host memory that it can reach. Sizes are not specialised on:
+what one small round has compiled and loaded serves every model of the same dtypes, and nothing
+loads while a collective is pending.
 """
 
 from __future__ import annotations

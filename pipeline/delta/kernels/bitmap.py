@@ -14,7 +14,7 @@ from .plan import Group, Plan, word
 _WORDS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "first"])
 def _bitmap(
     block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
     BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,

@@ -17,7 +17,7 @@ _ROWS = 1024
 _WIDTH = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "blocks"])
 def _counts(
     block_tensor, first_block, table, tensors, patch, counts, blocks,
     ENCODING: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr,
@@ -33,7 +33,7 @@ def _counts(
     tl.store(counts + block, count.to(tl.int64), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def _check(
     block_tensor, first_block, numels, table, tensors, patch, counts, ends, wrong,
     ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr, CHANGED: tl.constexpr,

@@ -14,7 +14,7 @@ from .plan import factors
 _PROGRAMS = 132 * 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["whole", "programs"])
 def _checksum(
     payload, whole, seed, rows, columns, sums, programs,
     R: tl.constexpr,

@@ -10,7 +10,7 @@ from .places import ENCODING, VALUES
 from .plan import Group, Plan, word
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "first"])
 def _dense(
     block_tensor, first_block, numels, tensors_at, table, tensors, patch, first,
     BITS: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, INTO: tl.constexpr,

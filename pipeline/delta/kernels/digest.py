@@ -14,7 +14,7 @@ from .plan import Group, Plan, factors, word
 PROGRAMS = 132 * 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["at", "end"])
 def _digest(
     block_tensor, first_block, numels, seeds, rows, columns, weights, sums, at, end,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr,

@@ -15,7 +15,7 @@ from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, factors, word
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "first", "slots"])
 def _emit(
     block_tensor, first_block, numels, seeds, rows, columns, olds, news,
     tile_counts, block_counts, ends, table, tensors, changes, patch, first, slots,
@@ -113,5 +113,5 @@ def emit(
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),
         ALIGNED=kind.aligned, T=kind.tile, UPDATE=update, SUMS=SUMS,
-        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=2,
+        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=kind.tile // 512,
     )  # fmt: skip

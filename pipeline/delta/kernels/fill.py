@@ -12,7 +12,7 @@ from .plan import Plan
 _ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _fill(runs, count, buffer, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.load(runs + row, mask=row < count, other=0)
@@ -22,7 +22,7 @@ def _fill(runs, count, buffer, ROWS: tl.constexpr):
     tl.store(buffer.to(tl.pointer_type(tl.uint8)) + at, zero, mask=at < end[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def _clear(
     block_tensor, first_block, table, tensors, patch,
     ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,

@@ -26,39 +26,31 @@ from .plan import Group, Plan, factors, word
 SUMS = 64
 #: Tiles that a program looks at, one after the other.
 _CHAIN = 8
+#: Registers of a thread: with more, too few warps are there to hide the memory's latency.
+_REGISTERS = 96
+
+
+@triton.jit
+def _total_and_most(total, most, other_total, other_most):
+    return total + other_total, tl.maximum(most, other_most)
 
 
 @triton.jit
 def _take(
-    words,
-    old,
-    new,
-    inside,
-    tile,
-    records,
-    values,
-    counts,
-    rows,
-    columns,
-    BITS: tl.constexpr,
-    ITEMSIZE: tl.constexpr,
-    CAST: tl.constexpr,
-    NATIVE: tl.constexpr,
-    T: tl.constexpr,
-    SLOTS: tl.constexpr,
-    UPDATE: tl.constexpr,
-):
+    words, old, new, inside, tile, records, values, counts, rows, columns, slots,
+    BITS: tl.constexpr, ITEMSIZE: tl.constexpr, CAST: tl.constexpr, NATIVE: tl.constexpr,
+    T: tl.constexpr, UPDATE: tl.constexpr,
+):  # fmt: skip
     """Count a tile's changes and, if they fit its slots, take them; the digest's change / G."""
     W: tl.constexpr = T // 32
     count = popcount(words)
     through = tl.cumsum(count, 0)
-    total = tl.max(through, axis=0)
+    total, most = tl.reduce((count, count), 0, _total_and_most)
     tl.store(counts + tile, total)
     sums = tl.zeros((W,), dtype=tl.uint64)
-    if (total > 0) & (total <= SLOTS):
-        slot = tile.to(tl.int64) * SLOTS + through - count
+    if (total > 0) & (total <= slots):
+        slot = tile.to(tl.int64) * slots + through - count
         base = tl.arange(0, W) * 32
-        most = tl.max(count, axis=0)
         while most > 0:
             live = words != 0
             at = base + lowest(words)
@@ -93,13 +85,13 @@ def _take(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _find(
     block_tensor, first_block, numels, seeds, rows, columns, olds, news,
-    records, values, counts, changes, first,
+    records, values, counts, changes, first, slots,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, CAST: tl.constexpr, NATIVE: tl.constexpr,
     RAW: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, CHAIN: tl.constexpr,
-    SLOTS: tl.constexpr, UPDATE: tl.constexpr, SUMS: tl.constexpr,
+    UPDATE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = 65536 // T
     PAIRED: tl.constexpr = (ITEMSIZE == 2) and (CAST == "") and ALIGNED
@@ -134,8 +126,8 @@ def _find(
                 )
             sums += _take(
                 words, old + step * T, new + step * T, inside + step * T, tile + step,
-                records, values, counts, rows, columns,
-                BITS, ITEMSIZE, CAST, NATIVE, T, SLOTS, UPDATE,
+                records, values, counts, rows, columns, slots,
+                BITS, ITEMSIZE, CAST, NATIVE, T, UPDATE,
             )  # fmt: skip
             step += 1
     else:
@@ -149,8 +141,8 @@ def _find(
             )
             sums += _take(
                 words, old + step * T, new + step * T, inside + step * T, tile + step,
-                records, values, counts, rows, columns,
-                BITS, ITEMSIZE, CAST, NATIVE, T, SLOTS, UPDATE,
+                records, values, counts, rows, columns, slots,
+                BITS, ITEMSIZE, CAST, NATIVE, T, UPDATE,
             )  # fmt: skip
             step += 1
     if UPDATE:
@@ -186,9 +178,9 @@ def find(
     rows, columns = factors(plan.device)
     _find[(group.tiles // _CHAIN,)](
         plan.block_tensor, plan.first_block, plan.numels, plan.seeds, rows, columns, olds, news,
-        records, values, counts[group.first_tile :], changes, group.first,
+        records, values, counts[group.first_tile :], changes, group.first, slots,
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),
-        ALIGNED=kind.aligned, T=kind.tile, CHAIN=_CHAIN, SLOTS=slots, UPDATE=update, SUMS=SUMS,
-        num_warps=1,
+        ALIGNED=kind.aligned, T=kind.tile, CHAIN=_CHAIN, UPDATE=update, SUMS=SUMS,
+        num_warps=2 if kind.cast or kind.itemsize == 1 else 1, maxnreg=_REGISTERS,
     )  # fmt: skip

@@ -12,14 +12,15 @@ from torch import Tensor
 from .places import COUNTS, ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
-_WIDTH = 32
+#: Records that a program moves at a time.
+_LANES = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "first", "slots"])
 def _place(
     block_tensor, first_block, tile_counts, block_counts, ends, table, tensors, records, values,
-    patch, first,
-    BITS: tl.constexpr, ITEMSIZE: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr,
+    patch, first, slots,
+    BITS: tl.constexpr, ITEMSIZE: tl.constexpr, TILES: tl.constexpr,
     WIDTH: tl.constexpr, ENCODING: tl.constexpr, COUNTS: tl.constexpr, PLACES: tl.constexpr,
     VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -42,14 +43,14 @@ def _place(
         count = tl.load(tile_counts + here * TILES + row)
         at = before + (tl.cumsum(count, 0) - count)
         # Tiles with more changes than slots are emit.py's.
-        held = tl.where(count <= SLOTS, count, 0)
+        held = tl.where(count <= slots, count, 0)
         most = tl.max(held, axis=0)
         column = tl.arange(0, WIDTH)
         step = 0
         while step < most:
             slot = step + column
             live = slot[None, :] < held[:, None]
-            source = (here.to(tl.int64) * TILES + row)[:, None] * SLOTS + slot[None, :]
+            source = (here.to(tl.int64) * TILES + row)[:, None] * slots + slot[None, :]
             record = tl.load(records + source, mask=live, other=0)
             if ITEMSIZE <= 2:
                 value = (record >> 16).to(BITS)
@@ -94,8 +95,8 @@ def place(
     kind = group.kind
     _place[(group.blocks,)](
         plan.block_tensor, plan.first_block, tile_counts[group.first_tile :], block_counts, ends,
-        table, plan.tensors, records, values, patch, group.first,
-        BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, TILES=kind.tiles, SLOTS=slots,
-        WIDTH=min(_WIDTH, slots), ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES,
-        num_warps=2,
+        table, plan.tensors, records, values, patch, group.first, slots,
+        BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, TILES=kind.tiles,
+        WIDTH=_LANES // kind.tiles, ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES,
+        num_warps=4,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from .plan import Group, Plan, word
 _WIDTH = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "first"])
 def _scatter(
     block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
     BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,

@@ -12,7 +12,7 @@ from .plan import Group, Plan
 _ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "blocks", "slots"])
 def _tally(
     block_tensor, counts, block_counts, totals, over, first, blocks, slots,
     TILES: tl.constexpr, ROWS: tl.constexpr,
