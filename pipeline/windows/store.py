@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -50,7 +51,7 @@ class BusStore(Store):
         """Set a key for all ranks."""
         data = value.encode() if isinstance(value, str) else bytes(value)
         mine = {key: data, **self._annotate(key, data)}
-        self.entries.update(self._call(self._rendezvous.put(mine, self._deadline)))
+        self.entries.update(self._call(lambda: self._rendezvous.put(mine, self._deadline)))
 
     def get(self, key: str) -> bytes:
         """The value of a key, once a rank has set it."""
@@ -60,17 +61,35 @@ class BusStore(Store):
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Return once all keys are set."""
         if not all(key in self.entries for key in keys):
-            self.entries.update(self._call(self._rendezvous.want(keys, self._deadline)))
+            found = self._call(lambda: self._rendezvous.want(keys, self._deadline))
+            self.entries.update(found)
 
-    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
-        call = asyncio.run_coroutine_threadsafe(work, self._loop)
+    def _call(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        call = asyncio.run_coroutine_threadsafe(_settled(work), self._loop)
         self._calls.add(call)
         try:
             if self._aborted:
                 call.cancel()
             # The work keeps the deadline itself; this bound is for a loop that stands still.
-            return call.result(self._deadline.remaining_s + GRACE_S)
+            settled = call.result(self._deadline.remaining_s + GRACE_S)
         except concurrent.futures.CancelledError:
             raise WindowAborted(self._rendezvous.label, "aborted while the ranks met") from None
         finally:
             self._calls.discard(call)
+        if isinstance(settled, _Failed):
+            raise settled.error
+        return settled
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: Exception
+
+
+async def _settled(work: Callable[[], Awaitable[_T]]) -> _T | _Failed:
+    """An error comes as a value: raised by a task whose call abort() has just cancelled, it would
+    be collected by nobody, and asyncio would complain of it."""
+    try:
+        return await work()
+    except Exception as exc:
+        return _Failed(exc)

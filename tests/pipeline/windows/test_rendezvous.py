@@ -1,6 +1,7 @@
 """How ranks meet over the bus: questions, answers, and what is neither."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -191,3 +192,26 @@ async def test_abort_wakes_a_blocked_store(bus: NatsBus, run: str, rank: int) ->
     assert await asyncio.to_thread(ended.wait, 5)
     assert len(errors) == 2
     await ends[0].stop("done")
+
+
+async def test_an_error_amid_an_abort_is_not_complained_of() -> None:
+    """The other ranks are found dead just when abort() cancels the call that waits for them: the
+    blocked thread gets WindowAborted, and asyncio has no error that nobody collected."""
+    complaints: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+
+    class Failing:
+        label = "gloo:1.1"
+
+        async def want(self, keys: list[str], deadline: Deadline) -> dict[str, bytes]:
+            await asyncio.sleep(0.05)  # by now the thread is blocked
+            store.abort()
+            raise WindowError(self.label, "rank 0 says: the window was aborted")
+
+    store = BusStore(Failing(), Deadline(5), loop, lambda k, v: {})  # type: ignore[arg-type]
+    with pytest.raises(WindowAborted):
+        await asyncio.to_thread(store.get, "key")
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert complaints == []
