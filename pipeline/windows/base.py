@@ -91,8 +91,9 @@ class Window(Protocol):
         It is in host memory; for an nccl window it may be on a GPU. It is whole by now: no window
         waits for a stream of the caller's, on which a training step or a forward pass may run.
 
-        Returns when the payload's memory may be reused: not a proof that anyone has it; members
-        acknowledge over the bus. WindowTimeout, WindowAborted, WindowError as in open().
+        Returns when the payload's memory may be reused: not a proof that anyone has it (NCCL comes
+        to an end as well when a receiver aborts); members acknowledge over the bus. WindowTimeout,
+        WindowAborted, WindowError as in open().
         """
 
     async def receive(self, staging: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
@@ -101,6 +102,9 @@ class Window(Protocol):
         It lies as in send(), and is idle: nothing that is queued on any stream touches it, nor what
         its memory was before. A fresh tensor of torch's caching allocator is so only on a stream on
         which nothing is queued. When this returns it is whole, for every stream.
+
+        That it returns is no proof either: if another receiver that passes the payload on aborts
+        meanwhile, NCCL brings what it happened to have. Check the bytes.
 
         Until this returns, `staging` belongs to the window; after an error it holds garbage, and
         may be reused only once abort() has returned.

@@ -445,7 +445,9 @@ def test_abort_while_receivers_wait(window: str, prefix: str, broker_url: str) -
             assert ended[0] in ("WindowAborted", "WindowError")[:rank]
             assert ended[1] < 5.0 + MARGIN_S
         else:
-            assert ended[0] in ("WindowTimeout", "WindowError")
+            # A receiver that is broken off within NCCL gives way: the sender may come to its end.
+            through = ["done"] if window == "nccl" else []
+            assert ended[0] in ("WindowTimeout", "WindowError", *through)
             assert ended[1] < 1.0 + MARGIN_S
 
 
@@ -460,11 +462,13 @@ async def _stopped(me: Rank, how: str) -> tuple[Outcome, Outcome, str] | None:
         await window.abort()
         return None
     await me.context.waiting("go", rank=-1)
-    timeout_s = 1.0 if how == "deadline" else 30.0
+    # Rank 0 is the first to give up: the abort of a receiver may let it through (base.Window.send).
+    later_s = 0.0 if me.rank == 0 else 0.5
+    timeout_s = 1.0 + later_s if how == "deadline" else 30.0
     work = window.send if me.rank == 0 else window.receive
     running = asyncio.ensure_future(outcome(work(memory, attempt=1, timeout_s=timeout_s)))
     if how == "abort":
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0 + later_s)
     else:
         await running
     aborted = await outcome(window.abort())
@@ -534,7 +538,9 @@ async def _killed(me: Rank, when: str) -> tuple[Outcome, Outcome, str] | None:
         if when == "idle":
             await me.context.waiting("killed", rank=-1)
         work = window.send if me.rank == 0 else window.receive
-        ended = await outcome(work(memory, attempt=1, timeout_s=1.5))
+        # Rank 0 begins last and gives up first: see _stopped.
+        timeout_s = 1.5 if me.rank == 0 else 3.0
+        ended = await outcome(work(memory, attempt=1, timeout_s=timeout_s))
     aborted = await outcome(window.abort())
     await me.context.waiting("killed", rank=-1)
     again = me.window(2, size=2)
@@ -564,8 +570,8 @@ def test_survivors_of_a_killed_peer_open_a_new_window(
     assert results[2] == KILLED
     ended, _, _ = results[0]
     assert ended[0] in ("WindowTimeout", "WindowError")
-    for ended, aborted, found in results[:2]:
-        assert ended[1] < 1.5 + MARGIN_S
+    for rank, (ended, aborted, found) in enumerate(results[:2]):
+        assert ended[1] < (3.0 if rank else 1.5) + MARGIN_S
         assert aborted[0] == "done"
         assert aborted[1] < MARGIN_S
         assert found == digest(pattern(300_000, 4))

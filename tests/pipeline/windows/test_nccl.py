@@ -323,7 +323,9 @@ async def _lost(me: Rank, how: str) -> dict[str, Any] | None:
         if how != "killed while others wait":
             await me.context.waiting("lost", rank=-1)
         work = window.send if me.rank == 0 else window.receive
-        running = asyncio.ensure_future(outcome(work(memory, attempt=1, timeout_s=1.5)))
+        # Rank 0 gives up first: the abort of a receiver may let it through.
+        timeout_s = 1.5 if me.rank == 0 else 2.0
+        running = asyncio.ensure_future(outcome(work(memory, attempt=1, timeout_s=timeout_s)))
         await asyncio.sleep(0.2)
         me.context.mark("entered")
         ended = await running
@@ -378,7 +380,7 @@ def test_a_lost_peer_costs_one_deadline_and_one_window(
     assert results[0]["ended"][0] in ("WindowTimeout", "WindowError")
     for found in results[:2]:
         if found["ended"] is not None:
-            assert found["ended"][1] < 1.5 + MARGIN_S
+            assert found["ended"][1] < 2.0 + MARGIN_S
             assert found["aborted"][0] == "done"
             assert found["aborted"][1] < MARGIN_S
         assert found["product"] == 64.0**3 + 7
