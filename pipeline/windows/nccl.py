@@ -45,7 +45,7 @@ _IDENTITY = "nccl"
 #: A wait for the GPU spins for so long, since a small round is over by then; then it sleeps between
 #: two looks, and asks NCCL now and then.
 _SPIN_S = 0.002
-_POLL_S = 0.0001
+_POLL_S = 0.00003
 _ASK_S = 0.02
 #: By how much the window's thread may miss a deadline before it is taken to be stuck.
 _LATE_S = 0.5
