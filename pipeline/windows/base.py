@@ -104,7 +104,7 @@ class Window(Protocol):
         which nothing is queued. When this returns it is whole, for every stream.
 
         That it returns is no proof either: if another receiver that passes the payload on aborts
-        meanwhile, NCCL brings what it happened to have. Check the bytes.
+        meanwhile, NCCL may bring what it happened to have. Check the bytes.
 
         Until this returns, `staging` belongs to the window; after an error it holds garbage, and
         may be reused only once abort() has returned.
