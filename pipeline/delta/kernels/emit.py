@@ -25,67 +25,75 @@ def _emit(
 ):  # fmt: skip
     TILES: tl.constexpr = 65536 // T
     W: tl.constexpr = T // 32
-    tile = tl.program_id(0)
-    if tl.load(tile_counts + tile) > slots:
-        here = tile // TILES
+    here = tl.program_id(0)
+    counts = tile_counts + here * TILES
+    if tl.max(tl.load(counts + tl.arange(0, TILES)), axis=0) > slots:
         block = first + here
-        inside = (tile % TILES) * T
         tensor = tl.load(block_tensor + block)
         first_here = tl.load(first_block + tensor)
         index = block - first_here
-        start = index.to(tl.int64) * 65536 + inside
-        left = tl.minimum(tl.load(numels + tensor) - start, T).to(tl.int32)
+        start = index.to(tl.int64) * 65536
+        limit = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
         old = tl.load(olds + tensor).to(tl.pointer_type(BITS)) + start
         new = tl.load(news + tensor).to(tl.pointer_type(RAW)) + start
         if ALIGNED:
             old = tl.multiple_of(old, 16)
             new = tl.multiple_of(new, 16)
+        encoding = tl.load(table + ENCODING * tensors + tensor)
+        places = patch + tl.load(table + PLACES * tensors + tensor)
+        positions = places.to(tl.pointer_type(tl.uint16))
+        masks = places.to(tl.pointer_type(tl.uint32)) + start // 32
+        out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
+        at = tl.load(ends + block) - tl.load(block_counts + block)
+        at -= tl.load(ends + first_here) - tl.load(block_counts + first_here)
         base = tl.arange(0, W) * 32
         lane = tl.arange(0, 32)
-        spot = base[:, None] + lane[None, :]
-        if left == T:
-            before = tl.load(old + spot)
-            value = published(tl.load(new + spot), CAST, NATIVE)
-        else:
-            before = tl.load(old + spot, mask=spot < left, other=0)
-            value = published(tl.load(new + spot, mask=spot < left, other=0), CAST, NATIVE)
-        differ = before != value
-        words = tl.sum(differ.to(tl.uint32) << lane.to(tl.uint32)[None, :], axis=1).to(tl.uint32)
-        encoding = tl.load(table + ENCODING * tensors + tensor)
-        if encoding != 3:
-            places = patch + tl.load(table + PLACES * tensors + tensor)
-            positions = places.to(tl.pointer_type(tl.uint16))
-            out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
-            at = tl.load(ends + block) - tl.load(block_counts + block)
-            at -= tl.load(ends + first_here) - tl.load(block_counts + first_here)
-            row = tl.arange(0, TILES)
-            earlier = tl.load(tile_counts + here * TILES + row, mask=row < tile % TILES, other=0)
-            at += tl.sum(earlier, axis=0)
-            count = popcount(words)
-            below = (tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
-            rank = (tl.cumsum(count, 0) - count)[:, None]
-            rank += popcount(words[:, None] & below[None, :])
-            tl.store(out + at + rank, value, mask=differ)
-            if encoding == 1:
-                tl.store(positions + at + rank, (inside + spot).to(tl.uint16), mask=differ)
-            else:
-                mask = places.to(tl.pointer_type(tl.uint32)) + start // 32
-                tl.store(mask + tl.arange(0, W), words, mask=base < left)
+        below = (tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
+        sums = tl.zeros((W,), dtype=tl.uint64)
+        tile = 0
+        while tile < TILES:
+            found = tl.load(counts + tile)
+            if found > slots:
+                inside = tile * T
+                spot = inside + base[:, None] + lane[None, :]
+                if inside + T <= limit:
+                    before = tl.load(old + spot)
+                    value = published(tl.load(new + spot), CAST, NATIVE)
+                else:
+                    before = tl.load(old + spot, mask=spot < limit, other=0)
+                    value = published(tl.load(new + spot, mask=spot < limit, other=0), CAST, NATIVE)
+                differ = before != value
+                words = tl.sum(differ.to(tl.uint32) << lane.to(tl.uint32)[None, :], axis=1)
+                words = words.to(tl.uint32)
+                if encoding != 3:
+                    count = popcount(words)
+                    rank = (tl.cumsum(count, 0) - count)[:, None]
+                    rank += popcount(words[:, None] & below[None, :])
+                    tl.store(out + at + rank, value, mask=differ)
+                    if encoding == 1:
+                        tl.store(positions + at + rank, spot.to(tl.uint16), mask=differ)
+                    else:
+                        word = inside // 32 + tl.arange(0, W)
+                        tl.store(masks + word, words, mask=inside + base < limit)
+                if UPDATE:
+                    factor = tl.load(columns + (spot & 255)).to(tl.uint64, bitcast=True)
+                    if ITEMSIZE <= 2:
+                        change = (value.to(tl.int32) - before.to(tl.int32)).to(tl.int64)
+                        here_W = tl.sum(change.to(tl.uint64, bitcast=True) * factor, axis=1)
+                    else:
+                        change = addend(value, ITEMSIZE) - addend(before, ITEMSIZE)
+                        here_W = tl.sum(change * factor, axis=1)
+                    row = tl.load(rows + ((inside + base) >> 8))
+                    sums += here_W * row.to(tl.uint64, bitcast=True)
+                    if inside + T <= limit:
+                        tl.store(old + spot, value)
+                    else:
+                        tl.store(old + spot, value, mask=spot < limit)
+            at += found
+            tile += 1
         if UPDATE:
-            factor = tl.load(columns + (spot & 255)).to(tl.uint64, bitcast=True)
-            if ITEMSIZE <= 2:
-                change = (value.to(tl.int32) - before.to(tl.int32)).to(tl.int64)
-                sums = tl.sum(change.to(tl.uint64, bitcast=True) * factor, axis=1)
-            else:
-                change = addend(value, ITEMSIZE) - addend(before, ITEMSIZE)
-                sums = tl.sum(change * factor, axis=1)
-            sums *= tl.load(rows + ((inside + base) >> 8)).to(tl.uint64, bitcast=True)
             total = tl.sum(sums, axis=0) * block_factor(tl.load(seeds + tensor), index)
-            tl.atomic_add(changes + tile % SUMS, total.to(tl.int64, bitcast=True), sem="relaxed")
-            if left == T:
-                tl.store(old + spot, value)
-            else:
-                tl.store(old + spot, value, mask=spot < left)
+            tl.atomic_add(changes + here % SUMS, total.to(tl.int64, bitcast=True), sem="relaxed")
 
 
 def emit(
@@ -106,7 +114,7 @@ def emit(
     """Write the tiles with more than `slots` changes: arguments as for find() and place()."""
     kind = group.kind
     rows, columns = factors(plan.device)
-    _emit[(group.tiles,)](
+    _emit[(group.blocks,)](
         plan.block_tensor, plan.first_block, plan.numels, plan.seeds, rows, columns, olds, news,
         tile_counts[group.first_tile :], block_counts, ends, table, plan.tensors, changes, patch,
         group.first, slots,
