@@ -2,15 +2,14 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from reach import reached
 from sparsecast.messages.errors import CorruptPatch
 from sparsecast.pipeline.delta import Encoding, Patch, check, diff
-from sparsecast.pipeline.delta.addresses import plan_of
 from states import State, bits
 from twins import DEVICE, by_kernels, by_torch, copied, model
 
@@ -162,40 +161,10 @@ def test_garbage_is_judged_as_torch_judges_it() -> None:
         pytest.param(3, (4_000,), id="beyond the end"),
     ],
 )
-def test_no_count_leads_out_of_the_patch(
-    at: int, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_count_leads_out_of_the_patch(at: int, counts: tuple[int, ...]) -> None:
     """Hostile counts: every address that the kernels read lies in an array that they were given."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    from sparsecast.pipeline.delta.kernels.check import check as check_by_kernel
-    from sparsecast.pipeline.delta.kernels.check import counts_of
-    from sparsecast.pipeline.delta.kernels.places import places, to_device
-
     patch = patch_of()
     set_counts(*counts)(patch, at)
-    plan = plan_of(patch.manifest, DEVICE)
-    where = to_device(places(patch.table, plan), DEVICE)
-    found = torch.empty(plan.blocks, dtype=torch.int64)
-    wrong = torch.zeros(1, dtype=torch.int32)
-    read: list[Any] = []
-    load = InterpreterBuilder.create_masked_load
-
-    def noted(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        read.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.uint64))
-        return load(self, ptrs, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", noted)
-    address = patch.buffer.data_ptr()
-    counts_of(plan, where, address, found)
-    ends = found.cumsum(0)
-    check_by_kernel(plan, where, address, found, ends, wrong)
-    assert wrong.item() > 0
-    given = [patch.buffer, where, found, ends, plan.block_tensor, plan.first_block, plan.numels]
-    addresses = np.concatenate([part.ravel() for part in read])
-    inside = np.zeros(addresses.shape, np.bool_)
-    for tensor in given:
-        start = np.uint64(tensor.data_ptr())
-        inside |= (addresses >= start) & (addresses < start + np.uint64(tensor.nbytes))
-    assert len(addresses) > 1_000
-    assert inside.all(), f"{(~inside).sum()} reads outside, from {hex(int(addresses[~inside][0]))}"
+    with reached() as reach:
+        assert not by_kernels_alone(patch)
+    assert reach.require_within(patch.buffer) > 1_000
