@@ -65,12 +65,12 @@ def compile_instead(
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             attributes[(at,)] = [["tt.divisibility", 16]]
-        elif value == 1:
+        elif value == 1 and not parameter.do_not_specialize:
             constants[(at,)] = 1
             signature[parameter.name] = "constexpr"
         else:
             signature[parameter.name] = "i64" if abs(value) >= 1 << 31 else "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(at,)] = [["tt.divisibility", 16]]
     key = (kernel.__name__, str(constants), str(signature), str(options))
     if key not in compiled:

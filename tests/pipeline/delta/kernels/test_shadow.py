@@ -96,6 +96,32 @@ def test_masters_are_cast(target: str) -> None:
         twins.deliver(twins.publish())
 
 
+def test_every_kind_at_once() -> None:
+    """Every itemsize, both casts, each aligned and askew: as many launches as there can be, and
+    in each of them a tile has more changes than slots."""
+    generator = torch.Generator().manual_seed(6)
+    sources = {
+        "to_bfloat16": torch.randn(400, generator=generator),
+        "to_float16": torch.randn(400, generator=generator),
+        "bfloat16": torch.randn(400, generator=generator).bfloat16(),
+        "float32": torch.randn(400, generator=generator),
+        "float64": torch.randn(400, generator=generator).double(),
+        "uint8": torch.arange(400).to(torch.uint8),
+    }
+    state, dtypes = {}, {}
+    for name, source in sources.items():
+        for layout in ("plain", "askew"):
+            state[f"{name}.{layout}"] = placed(laid_out(source, layout))
+            if name.startswith("to_"):
+                dtypes[f"{name}.{layout}"] = getattr(torch, name.removeprefix("to_"))
+    twins = Twins(state, dtype=dtypes)
+    for tensor in state.values():
+        tensor[::3] += 1
+    found = twins.publish()
+    assert found.patch.changed == 12 * 134
+    twins.deliver(found)
+
+
 @pytest.mark.parametrize("target", ["bfloat16", "float16"])
 def test_cast_nans(target: str) -> None:
     """A master becomes NaN: so does what is published. Its bits are torch's on a GPU; torch's on

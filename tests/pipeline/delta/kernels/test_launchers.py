@@ -1,0 +1,164 @@
+"""Each launcher by itself, against a few lines of torch."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparsecast.pipeline.delta import checksum, digest
+from sparsecast.pipeline.delta.addresses import seeds_of, table_of
+from sparsecast.pipeline.delta.tensors import manifest_of
+from states import DTYPES, State, bits
+from twins import DEVICE, by_torch, copied, model, require_same, step
+
+MASK = (1 << 64) - 1
+
+
+def planned(state: State) -> tuple[Any, Tensor]:
+    """A plan of contiguous, aligned tensors, and their addresses."""
+    from sparsecast.pipeline.delta.kernels.plan import Kind, Plan
+
+    kinds = [Kind(tensor.element_size()) for tensor in state.values()]
+    numels = [tensor.numel() for tensor in state.values()]
+    plan = Plan(numels, seeds_of(manifest_of(state)), kinds, DEVICE)
+    return plan, table_of([tensor.data_ptr() for tensor in state.values()], DEVICE)
+
+
+def total(sums: Tensor) -> int:
+    """The sum of sums, as an unsigned 64-bit integer."""
+    return int(sums.cpu().numpy().astype(np.uint64).sum(dtype=np.uint64))
+
+
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "bfloat16", "float32", "float64"])
+def test_find_and_tally(dtype: str, update: bool) -> None:
+    """Counts of tiles, blocks and tensors; records in the slots of tiles that have room, none of
+    the others; and the old copy, which moves where there is room, if it is to move at all."""
+    from sparsecast.pipeline.delta.kernels.find import SUMS, find
+    from sparsecast.pipeline.delta.kernels.tally import tally
+
+    slots = 8
+    old = model(DTYPES[dtype], w=(4_500,), s=(3,))
+    new = copied(old)
+    step(new, 0.004, 1)
+    bits(new["w"])[:40] ^= 1  # more in a tile than it has slots
+    kept = copied(old)
+    plan, olds = planned(old)
+    _, news = planned(new)
+    (group,) = plan.groups
+    itemsize, tile = group.kind.itemsize, group.kind.tile
+    wide = torch.int64 if itemsize == 4 else torch.int32
+    records = torch.zeros(plan.tiles * slots, dtype=wide, device=DEVICE)
+    values = torch.zeros(plan.tiles * slots, dtype=torch.int64, device=DEVICE)
+    counts = torch.full((plan.tiles,), -1, dtype=torch.int32, device=DEVICE)
+    changes = torch.zeros(SUMS, dtype=torch.int64, device=DEVICE)
+    find(
+        plan, group, olds, news, records, values, counts, changes, slots=slots, update=update
+    )  # fmt: skip
+    differ = torch.zeros(2, 65_536, dtype=torch.bool)
+    for at, name in enumerate(kept):
+        here = (bits(kept[name]) != bits(new[name])).cpu()
+        differ[at, : here.numel()] = here
+    expected = differ.view(-1, tile).sum(1)
+    assert counts.tolist() == expected.tolist()
+    assert int(expected.max()) > slots
+
+    moved = copied(kept)
+    fits = (expected <= slots).repeat_interleave(tile).view(2, -1)
+    for at, name in enumerate(kept):
+        where = (differ & fits)[at, : kept[name].numel()].to(DEVICE)
+        bits(moved[name]).copy_(torch.where(where, bits(new[name]), bits(kept[name])))
+    require_same(old, moved if update else kept)
+    with by_torch():
+        change = (digest(moved) - digest(kept)) & MASK if update else 0
+    assert total(changes) == change
+
+    size = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF, 8: MASK}[itemsize]
+    for at in (expected <= slots).nonzero().flatten().tolist():
+        name, inside = ("w", "s")[at * tile >> 16], at * tile & 65_535
+        spots = differ.view(-1, tile)[at].nonzero().flatten() + inside
+        found = records[at * slots : at * slots + len(spots)].tolist()
+        assert [record & 0xFFFF for record in found] == spots.tolist()
+        held = values[at * slots :].tolist() if itemsize == 8 else None
+        for nth, spot in enumerate(spots.tolist()):
+            shift = 32 if itemsize == 4 else 16
+            value = held[nth] if held else found[nth] >> shift
+            assert value & size == int(bits(new[name])[spot]) & size
+
+    block_counts = torch.full((plan.blocks,), -1, dtype=torch.int32, device=DEVICE)
+    totals, over = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (2, 1))
+    tally(plan, group, counts, block_counts, totals, over, slots=slots)
+    assert block_counts.tolist() == totals.tolist() == differ.sum(1).tolist()
+    assert over.item() > 0
+    over.zero_()
+    tally(plan, group, counts, block_counts, totals, over, slots=4_096)
+    assert over.item() == 0
+
+
+def test_fill_zeroes_its_runs_and_nothing_else() -> None:
+    """Runs of 1 to 15 bytes at any place, more of them than a program takes at a time."""
+    from sparsecast.pipeline.delta.kernels.fill import fill
+
+    starts = torch.arange(70) * 40 + torch.arange(70) % 7
+    runs = torch.stack([starts, starts + 1 + torch.arange(70) % 15]).to(DEVICE)
+    buffer = torch.full((3_000,), 0xFF, dtype=torch.uint8, device=DEVICE)
+    expected = buffer.clone()
+    for start, end in runs.T.tolist():
+        expected[start:end] = 0
+    fill(runs, buffer.data_ptr())
+    assert torch.equal(buffer, expected)
+    fill(runs[:, :0], buffer.data_ptr())
+    assert torch.equal(buffer, expected)
+
+
+def test_clear_and_dense_go_by_the_table() -> None:
+    """clear() zeroes bitmaps to their padding, dense() copies dense sections there and back: each
+    leaves alone what the table says is of another kind, and a tensor whose address is 0."""
+    from sparsecast.pipeline.delta.kernels.dense import dense
+    from sparsecast.pipeline.delta.kernels.fill import clear
+    from sparsecast.pipeline.delta.kernels.places import ENCODING, PLACES, ROWS, VALUES
+    from sparsecast.pipeline.delta.layout import lay_out
+
+    state = model(torch.bfloat16, b=(65_536 + 61,), d=(66_000,), e=(999,), s=(400,))
+    plan, addresses = planned(state)
+    (group,) = plan.groups
+    numel = np.array([tensor.numel() for tensor in state.values()])
+    table = lay_out(np.arange(4), np.full(4, 2), numel, np.array([9_000, 66_000, 999, 4]))
+    assert table.encoding.tolist() == [2, 3, 3, 1]
+    where = torch.zeros(ROWS, 4, dtype=torch.int64, device=DEVICE)
+    columns = ((ENCODING, table.encoding), (PLACES, table.places_offset))
+    for row, column in (*columns, (VALUES, table.values_offset)):
+        where[row] = torch.from_numpy(column)
+    patch = torch.full((table.nbytes,), 0xA5, dtype=torch.uint8, device=DEVICE)
+    expected = patch.clone()
+    clear(plan, where, patch.data_ptr())
+    expected[table.places_offset[0] : table.values_offset[0]] = 0
+    assert torch.equal(patch, expected)
+    dense(plan, group, addresses, where, patch.data_ptr(), into=False)
+    for at, name in ((1, "d"), (2, "e")):
+        start = int(table.values_offset[at])
+        nbytes = state[name].nbytes
+        expected[start : start + nbytes] = bits(state[name]).view(torch.uint8)
+    assert torch.equal(patch, expected)
+    other = model(torch.bfloat16, 5, b=(65_536 + 61,), d=(66_000,), e=(999,), s=(400,))
+    kept = copied(other)
+    _, there = planned(other)
+    there[2] = 0
+    dense(plan, group, there, where, patch.data_ptr(), into=True)
+    require_same(other, {**kept, "d": state["d"]})
+
+
+def test_checksum_adds_up() -> None:
+    """Sums are added to, so that a caller may zero them when it likes."""
+    from sparsecast.pipeline.delta.digest import LENGTH_FACTOR
+    from sparsecast.pipeline.delta.kernels.checksum import checksum as by_kernel
+
+    payload = torch.arange(4_000, device=DEVICE).to(torch.uint8)
+    sums = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    by_kernel(payload, sums)
+    by_kernel(payload, sums)
+    with by_torch():
+        expected = checksum(payload) - 4_000 * LENGTH_FACTOR
+    assert total(sums) == 2 * expected & MASK
