@@ -85,6 +85,8 @@ FAULTS = [
     pytest.param(1, flip_bits(6, 65_537), "not as many", id="moved to the next block"),
     pytest.param(1, flip_bits(65_597), "a bit is beyond", id="first bit beyond"),
     pytest.param(1, flip_bits(65_599), "a bit is beyond", id="last bit beyond"),
+    pytest.param(1, flip_bits(65_538, 65_597), "a bit is beyond", id="moved beyond"),
+    pytest.param(1, flip_bits(65_538, 65_601), "padding", id="moved into padding"),
     pytest.param(1, flip_bits(65_600), "padding", id="first bit of padding"),
     pytest.param(1, flip_bits(65_600 + 63), "padding", id="last bit of padding"),
 ]

@@ -82,18 +82,23 @@ def test_masters_are_cast(target: str) -> None:
     edges += [1 + 2.0**-11, 1 + 3 * 2.0**-11, 1.00390625001, -1.0009765]
     generator = torch.Generator().manual_seed(1)
     state = {
-        "w": torch.cat([torch.tensor(edges), torch.randn(2_200, generator=generator)]).to(DEVICE),
+        "w": torch.cat([torch.full((19,), 7.0), torch.randn(2_200, generator=generator)]).to(
+            DEVICE
+        ),
         "own": torch.randn(300, generator=generator).to(dtype).to(DEVICE),
         "steps": torch.tensor(7, device=DEVICE),
     }
     state["askew"] = placed(laid_out(torch.randn(65, generator=generator), "askew"))
     twins = Twins(state, dtype=dtype)
-    for share, factor in ((1.0, 1 + 2.0**-13), (0.01, 1.5), (0.5, -1.0)):
+    state["w"][:19] = torch.tensor(edges, device=DEVICE)
+    assert twins.publish().patch.changed == 19
+    for share, factor in ((1.0, 1 + 2.0**-13), (0.5, -1.0)):
         for name in ("w", "own", "askew"):
             mask = torch.rand(state[name].shape, generator=generator) < share
             state[name].mul_(torch.where(mask, factor, 1.0).to(DEVICE).to(state[name].dtype))
         state["steps"] += 1
-        twins.deliver(twins.publish())
+        found = twins.publish()
+    assert found.patch.changed > 1_000
 
 
 def test_every_kind_at_once() -> None:
@@ -144,15 +149,19 @@ def test_cast_nans(target: str) -> None:
 
 def test_a_lookup_sees_what_moves() -> None:
     """With a Lookup the addresses are remembered: a parameter whose storage is replaced, under the
-    trainer and under the worker, is read and written where it lies now."""
+    trainer and under the worker, is read and written where it lies now; and a strided buffer, of
+    which each diff reads a copy, is copied anew."""
 
     def layer() -> nn.Linear:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            return nn.Linear(40, 30).to(DEVICE).requires_grad_(False)
+            layer = nn.Linear(40, 30).requires_grad_(False)
+            layer.register_buffer("strided", torch.zeros(7, 30).t())
+            return layer.to(DEVICE)
 
     trained, served = layer(), layer()
     source, target = Lookup(trained), Lookup(served)
+    taken: list[Tensor] = []
     with by_kernels():
         shadow = Shadow(source.tensors())
         for version in range(1, 6):
@@ -165,8 +174,11 @@ def test_a_lookup_sees_what_moves() -> None:
                 served.weight.data = stale_served.clone()
             trained.weight[version] += 1
             trained.bias[version] = -version
+            trained.strided[:, 3] = version
+            # Takes the place of whatever copy of `strided` the last diff has let go of.
+            taken.append(torch.full((30, 7), 9.0, device=DEVICE))
             found = shadow.diff(source.tensors(), base_version=version - 1, version=version)
-            assert found.patch.changed == 41
+            assert found.patch.changed == 71
             apply_checked(check(found.patch, shadow.manifest), target.tensors())
             require_same(dict(served.state_dict()), dict(trained.state_dict()))
             assert digest(target.tensors(), manifest=shadow.manifest) == found.digest
