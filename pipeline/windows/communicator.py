@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...messages.errors import WindowAborted, WindowError, WindowTimeout
 from .lifecycle import Deadline
+
+if TYPE_CHECKING:
+    import torch
 
 _T = TypeVar("_T")
 
@@ -23,7 +27,10 @@ log = logging.getLogger("sparsecast.windows")
 
 #: ncclResult_t.
 _SUCCESS, _IN_PROGRESS = 0, 7
-#: How long a wait spins before it sleeps between two looks.
+#: ncclUint8 of ncclDataType_t.
+_UINT8 = 1
+#: How long a wait spins before it sleeps between two looks: a launch takes some 30 µs, and the
+#: shortest sleep 70.
 _SPIN_S = 0.002
 _POLL_S = 0.0002
 #: How long abort() waits for a call that is under way: these return at once unless they are stuck.
@@ -35,9 +42,12 @@ class Library:
 
     def __init__(self) -> None:
         self.core: Any = importlib.import_module("nccl.core")
-        bindings = importlib.import_module("nccl.bindings.nccl")
+        self.bindings: Any = importlib.import_module("nccl.bindings.nccl")
         #: What it raises: for what NCCL refuses, and for what it refuses itself.
-        self.errors: tuple[type[Exception], ...] = (bindings.NCCLError, self.core.NcclInvalid)
+        self.errors: tuple[type[Exception], ...] = (
+            self.bindings.NCCLError,
+            self.core.NcclInvalid,
+        )
 
     def version(self) -> str:
         """The version of the NCCL library, "" if there is none."""
@@ -60,6 +70,8 @@ class Communicator:
         self._library = library
         self._lock = threading.Lock()
         self._comm: Any = None
+        #: The same, for the calls of each round: nccl4py looks up a tensor's kind twice a call.
+        self._bare: Any = None
         self._over = False
 
     def connect(self, rank: int, size: int, unique_id: bytes, deadline: Deadline) -> None:
@@ -73,17 +85,23 @@ class Communicator:
             if self._over:  # abort() came meanwhile and had nothing to abort yet
                 found.abort()
                 raise WindowAborted(self._label, "aborted while it connected")
-            self._comm = found
+            self._comm, self._bare = found, self._library.bindings.Comm(found.ptr)
 
         self._call("connecting", init)
         self._settle("connecting", deadline)
 
-    def broadcast(self, tensor: Any, stream: int, deadline: Deadline) -> None:
-        """Enqueue on `stream`: `tensor` goes from rank 0 to the same tensor on the others.
+    def broadcast(self, tensor: torch.Tensor, stream: int, deadline: Deadline) -> None:
+        """Enqueue on `stream`: `tensor` (uint8, contiguous, on the rank's GPU) goes from rank 0 to
+        the same tensor on the others.
 
         Returns when NCCL has taken it; it is done when the stream is.
         """
-        self._call("broadcast", lambda: self._comm.broadcast(tensor, tensor, root=0, stream=stream))
+        enqueue, address = self._library.bindings.broadcast, tensor.data_ptr()
+        nbytes = tensor.numel()
+        self._call(
+            "broadcast",
+            lambda: enqueue(address, address, nbytes, _UINT8, 0, self._bare, stream),
+        )
         self._settle("broadcast", deadline)
 
     def check(self) -> None:
@@ -97,6 +115,7 @@ class Communicator:
 
         def destroy() -> None:
             comm, self._comm, self._over = self._comm, None, True
+            self._bare = None
             comm.destroy()
 
         self._call("leaving", destroy)
@@ -107,7 +126,7 @@ class Communicator:
         # The other thread may be stuck in its call: that is what abort() is for.
         held = self._lock.acquire(timeout=_PATIENCE_S)
         try:
-            comm, self._comm = self._comm, None
+            comm, self._comm, self._bare = self._comm, None, None
             if comm is not None:
                 comm.abort()
         except self._library.errors as exc:
@@ -128,7 +147,9 @@ class Communicator:
                 raise WindowError(self._label, f"NCCL, {what}: {exc}{self._detail()}") from exc
 
     def _state(self, what: str) -> int:
-        result = int(self._call(what, lambda: self._comm.get_async_error()))
+        result = int(
+            self._call(what, lambda: self._library.bindings.comm_get_async_error(self._bare))
+        )
         if result not in (_SUCCESS, _IN_PROGRESS):
             text = self._library.core.get_error_string(result)
             with self._lock:
@@ -142,7 +163,10 @@ class Communicator:
                 raise WindowTimeout(
                     self._label, f"NCCL, {what}: not done within {deadline.timeout_s:g} s"
                 )
-            time.sleep(_POLL_S if spin.passed else 0)
+            if spin.passed:
+                time.sleep(_POLL_S)
+            else:
+                os.sched_yield()  # time.sleep(0) takes some 70 µs
 
     def _detail(self) -> str:
         text = ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...messages.errors import (
@@ -55,6 +55,9 @@ class Lifecycle(ABC):
 
     #: Where payload and staging may lie.
     _places: ClassVar[tuple[str, ...]] = ("cpu",)
+    #: Whether an operation needs no task of its own, since all that touches memory runs on a thread
+    #: and, if the caller is cancelled, on until `_break`. It spares turns of a busy event loop.
+    _in_caller: ClassVar[bool] = False
 
     def __init__(self, spec: WindowSpec, courier: Courier) -> None:
         if not (spec.size >= 2 and 0 <= spec.rank < spec.size):
@@ -64,7 +67,7 @@ class Lifecycle(ABC):
         self._spec = spec
         self._courier = courier
         self._opening: asyncio.Task[None] | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._running: asyncio.Future[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._aborted = False
         self._dead: str | None = None
@@ -168,34 +171,49 @@ class Lifecycle(ABC):
     async def _operate(
         self, work: Coroutine[Any, Any, None], deadline: Deadline, what: str
     ) -> None:
-        self._running = self._start(work, deadline, what)
+        if self._in_caller:
+            running = self._running = asyncio.get_running_loop().create_future()
+            operation: Awaitable[None] = self._guard(work, deadline, what, in_caller=True)
+        else:
+            running = self._running = self._start(work, deadline, what)
+            operation = asyncio.shield(running)
         try:
-            await asyncio.shield(self._running)
+            await operation
         except asyncio.CancelledError:
             # The operation runs on and holds the memory: nothing may follow it but abort().
             self._dead = self._dead or f"the caller of {what} was cancelled"
             raise
+        finally:
+            if self._in_caller:
+                self._finished(running)
+                running.set_result(None)
 
     def _start(
         self, work: Coroutine[Any, Any, None], deadline: Deadline, what: str
     ) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(self._guard(work, deadline, what))
+        bounded = _bounded(work, deadline.timeout_s + 2 * GRACE_S)
+        task = asyncio.ensure_future(self._guard(bounded, deadline, what))
         task.add_done_callback(self._finished)
         return task
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, task: asyncio.Future[None]) -> None:
         if task is self._running and self._dead is None:
             self._running = None
-        if not task.cancelled():
+        if task.done() and not task.cancelled():
             task.exception()  # marked as seen: a cancelled caller does not fetch it
 
-    async def _guard(self, work: Coroutine[Any, Any, None], deadline: Deadline, what: str) -> None:
+    async def _guard(
+        self,
+        work: Coroutine[Any, Any, None],
+        deadline: Deadline,
+        what: str,
+        *,
+        in_caller: bool = False,
+    ) -> None:
         """Run `work`, name its errors by the window's, and let none outlive abort()."""
         label = self._spec.label
         try:
-            # A backstop: every kind of window keeps the deadline itself.
-            async with asyncio.timeout(deadline.timeout_s + 2 * GRACE_S):
-                await work
+            await work
             if self._aborted:
                 raise WindowAborted(label, f"aborted during {what}")
         except (
@@ -205,7 +223,8 @@ class Lifecycle(ABC):
             RuntimeError,
             OSError,
         ) as exc:
-            if self._aborted:
+            cancelled = in_caller and isinstance(exc, asyncio.CancelledError)
+            if self._aborted and not cancelled:
                 self._dead = "aborted"
                 raise WindowAborted(label, f"aborted during {what}") from exc
             error: BaseException = exc
@@ -233,3 +252,9 @@ class Lifecycle(ABC):
         if running:
             await asyncio.wait(running, timeout=GRACE_S)
         self._dead = self._dead or "aborted"
+
+
+async def _bounded(work: Coroutine[Any, Any, None], timeout_s: float) -> None:
+    """A backstop: every kind of window keeps the deadline itself."""
+    async with asyncio.timeout(timeout_s):
+        await work

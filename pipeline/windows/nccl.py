@@ -12,6 +12,7 @@ import asyncio
 import functools
 import importlib.metadata
 import logging
+import os
 import socket
 import struct
 import threading
@@ -26,8 +27,9 @@ from ...messages.errors import WindowAborted, WindowError, WindowTimeout, Window
 from .base import Courier, WindowSpec
 from .bounce import Bounce, pieces
 from .communicator import Communicator, Library
+from .envelope import CAPACITY, Envelope
 from .gpus import enter_gpu, gpu_identity
-from .lane import Lane
+from .lane import Lane, sharpen_sleeps
 from .lifecycle import GRACE_S, Deadline, Lifecycle
 from .rendezvous import Rendezvous
 from .side import Side
@@ -43,9 +45,10 @@ _MAGIC = b"spcast-n"
 _IDENTITY = "nccl"
 
 #: A wait for the GPU spins for so long, since a small round is over by then; then it sleeps between
-#: two looks, and asks NCCL now and then.
-_SPIN_S = 0.002
-_POLL_S = 0.00003
+#: two looks, for a 64th of what it has waited, and asks NCCL now and then.
+_SPIN_S = 0.00015
+_POLL_S, _POLL_MOST_S = 0.00002, 0.0001
+_SHARE = 64
 _ASK_S = 0.02
 #: By how much the window's thread may miss a deadline before it is taken to be stuck.
 _LATE_S = 0.5
@@ -99,12 +102,13 @@ def probe() -> Probe:
 class NcclWindow(Lifecycle):
     """One rank's end of an nccl window; `spec.device` is its GPU, which no other rank is on.
 
-    A payload or staging on that GPU is sent from or received into where it is; host memory and
-    memory of other GPUs goes through a bounded buffer. A payload may be empty: then only the header
-    travels.
+    A small payload goes in the envelope that precedes every one. A larger payload or staging on
+    that GPU is sent from or received into where it is; host memory and memory of other GPUs goes
+    through a bounded buffer.
     """
 
     _places = ("cpu", "cuda")
+    _in_caller = True
 
     def __init__(self, spec: WindowSpec, courier: Courier) -> None:
         super().__init__(spec, courier)
@@ -117,7 +121,7 @@ class NcclWindow(Lifecycle):
         self._library: Library | None = None
         self._side: Side | None = None
         self._bounce: Bounce | None = None
-        self._head = self._head_host = torch.empty(0, dtype=torch.uint8)
+        self._envelope: Envelope | None = None
         #: The caller's, while an operation may touch it.
         self._memory: torch.Tensor | None = None
         self._has_turn = False
@@ -153,12 +157,11 @@ class NcclWindow(Lifecycle):
         named = ":" in self._spec.device
         self._index = device.index if named else torch.cuda.current_device()
         enter_gpu(self._index)
+        sharpen_sleeps()
         self._side = side = Side(self._index)
+        side.enter()
         self._bounce = Bounce(side, self._wait)
-        self._head = side.empty(_HEADER.size)
-        self._head_host = torch.zeros(_HEADER.size, dtype=torch.uint8, pin_memory=True)
-        side.copy(self._head, self._head_host)
-        side.copy(self._head_host, self._head)
+        self._envelope = Envelope(side)
         self._wait(side.mark())
         self._communicator = Communicator(label, self._library)
         return f"{socket.gethostname()} {gpu_identity(f'cuda:{self._index}')}"
@@ -189,7 +192,7 @@ class NcclWindow(Lifecycle):
         communicator, side = self._parts()
         communicator.connect(spec.rank, spec.size, identity, self._deadline)
         # Connections are made by the first broadcast.
-        self._enqueue_header(0, 0)
+        self._enqueue_envelope(0, 0, None)
         self._finish(side.mark())
         self._check_header(0, 0)
         self._end_turn()
@@ -197,19 +200,19 @@ class NcclWindow(Lifecycle):
     # ---- rounds
 
     async def _send(self, payload: torch.Tensor, attempt: int, deadline: Deadline) -> None:
-        self._deadline = deadline
+        self._deadline, self._memory = deadline, payload
         await self._run(lambda: self._broadcast_out(payload, attempt), deadline)
 
     async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
-        self._deadline = deadline
+        self._deadline, self._memory = deadline, staging
         await self._run(lambda: self._broadcast_in(staging, attempt), deadline)
 
     def _broadcast_out(self, payload: torch.Tensor, attempt: int) -> None:
         communicator, side = self._parts()
-        self._memory = payload
+        nbytes = payload.numel()
         bounce = self._bounce_for(payload)
-        self._enqueue_header(attempt, payload.numel())
-        for start, end in pieces(payload.numel()):
+        self._enqueue_envelope(attempt, nbytes, payload)
+        for start, end in pieces(nbytes) if nbytes > CAPACITY else ():
             piece = payload[start:end]
             if bounce is not None:
                 bounce.fill(piece)
@@ -220,50 +223,62 @@ class NcclWindow(Lifecycle):
 
     def _broadcast_in(self, staging: torch.Tensor, attempt: int) -> None:
         communicator, side = self._parts()
-        self._memory = staging
+        nbytes = staging.numel()
         bounce = self._bounce_for(staging)
-        self._enqueue_header(attempt, staging.numel())
-        headed = side.mark()
+        envelope = self._enqueue_envelope(attempt, nbytes, staging)
+        headed = done = side.mark()
         # The payload is asked for before the header is looked at: it would cost a small round half
         # as much again. Another attempt's bytes come to this rank's own staging, or do not come at
         # all; the header tells, and the window is dead then.
-        for start, end in pieces(staging.numel()):
+        for start, end in pieces(nbytes) if nbytes > CAPACITY else ():
             piece = staging[start:end]
             if bounce is None:
                 communicator.broadcast(piece, side.handle, self._deadline)
-                continue
-            communicator.broadcast(bounce.buffer(end - start), side.handle, self._deadline)
-            self._wait(headed)
-            self._check_header(attempt, staging.numel())
-            bounce.drain(piece)
+            else:
+                communicator.broadcast(bounce.buffer(end - start), side.handle, self._deadline)
+                self._wait(headed)
+                self._check_header(attempt, nbytes)
+                bounce.drain(piece)
+            done = side.mark()
         self._wait(headed)
-        self._check_header(attempt, staging.numel())
-        self._finish(side.mark())
+        self._check_header(attempt, nbytes)
+        if nbytes <= CAPACITY:
+            envelope.land(staging)
+        self._finish(done)
         self._memory = None
 
     def _bounce_for(self, memory: torch.Tensor) -> Bounce | None:
-        if not memory.numel() or memory.device == torch.device("cuda", self._index):
+        """What memory that is not on this GPU goes through; ready for it."""
+        if memory.device == torch.device("cuda", self._index):
+            return None
+        if not memory.numel() or (memory.numel() <= CAPACITY and not memory.is_cuda):
             return None
         assert self._bounce is not None
         self._bounce.reserve(memory)
         return self._bounce
 
-    def _enqueue_header(self, attempt: int, nbytes: int) -> None:
+    def _enqueue_envelope(self, attempt: int, nbytes: int, memory: torch.Tensor | None) -> Envelope:
         communicator, side = self._parts()
+        envelope = self._envelope
+        assert envelope is not None
+        inside = memory if 0 < nbytes <= CAPACITY else None
         if self._spec.rank == 0:
-            header = bytearray(self._header(attempt, nbytes))
-            self._head_host.copy_(torch.frombuffer(header, dtype=torch.uint8))
-            side.copy(self._head, self._head_host)
-        communicator.broadcast(self._head, side.handle, self._deadline)
+            envelope.seal(self._header(attempt, nbytes), inside)
+        communicator.broadcast(envelope.buffer, side.handle, self._deadline)
         if self._spec.rank != 0:
-            side.copy(self._head_host, self._head)
+            envelope.open(_HEADER.size, inside)
+        return envelope
 
     def _header(self, attempt: int, nbytes: int) -> bytes:
         return _HEADER.pack(_MAGIC, self._spec.epoch, self._spec.window, attempt, nbytes)
 
     def _check_header(self, attempt: int, nbytes: int) -> None:
-        found = self._head_host.numpy().tobytes()
-        if found == self._header(attempt, nbytes):
+        expected = self._header(attempt, nbytes)
+        if self._spec.rank == 0:
+            return
+        assert self._envelope is not None
+        found = self._envelope.header(len(expected))
+        if found == expected:
             return
         magic, epoch, window, its_attempt, its_nbytes = _HEADER.unpack(found)
         if magic != _MAGIC:
@@ -278,24 +293,34 @@ class NcclWindow(Lifecycle):
 
     async def _run(self, job: Callable[[], _T], deadline: Deadline) -> _T:
         """Run `job` on the window's thread; it keeps the deadline, unless a CUDA call is stuck."""
-        running = asyncio.ensure_future(self._lane.run(job))
-        running.add_done_callback(_seen)
-        done, _ = await asyncio.wait({running}, timeout=deadline.remaining_s + _LATE_S)
-        if not done:
-            raise WindowTimeout(
-                self._spec.label, f"no call to the GPU returned within {deadline.timeout_s:g} s"
-            )
-        return running.result()
+        running = self._lane.submit(job)
+
+        def give_up() -> None:
+            if not running.done():
+                reason = f"no call to the GPU returned within {deadline.timeout_s:g} s"
+                running.set_exception(WindowTimeout(self._spec.label, reason))
+                running.exception()  # marked as seen: the caller may be cancelled just now
+
+        loop = asyncio.get_running_loop()
+        late = loop.call_later(deadline.remaining_s + _LATE_S, give_up)
+        try:
+            return await running
+        finally:
+            late.cancel()
 
     def _wait(self, event: torch.cuda.Event) -> None:
         """Wait until the GPU has come to `event`; by the deadline, and not after abort()."""
-        spin, asked = Deadline(_SPIN_S), Deadline(_ASK_S)
+        began, asked = time.monotonic(), Deadline(_ASK_S)
         while not event.query():  # type: ignore[no-untyped-call]
             self._look("the broadcast did not end")
             if asked.passed and self._communicator is not None:
                 self._communicator.check()
                 asked = Deadline(_ASK_S)
-            time.sleep(_POLL_S if spin.passed else 0)
+            waited_s = time.monotonic() - began
+            if waited_s < _SPIN_S:
+                os.sched_yield()  # time.sleep(0) takes some 70 µs
+            else:
+                time.sleep(min(max(_POLL_S, waited_s / _SHARE), _POLL_MOST_S))
         # What is aborted returns as if it were done.
         if self._aborted:
             raise WindowAborted(self._spec.label, "aborted during the broadcast")
@@ -361,9 +386,8 @@ class NcclWindow(Lifecycle):
                 side.give_back()
             else:
                 log.error("window %s: its stream did not end", self._spec.label)
-                _lost.append((side, self._memory, self._bounce, self._head, self._head_host))
-        self._memory = self._bounce = self._communicator = None
-        self._head = self._head_host = torch.empty(0, dtype=torch.uint8)
+                _lost.append((side, self._memory, self._bounce, self._envelope))
+        self._memory = self._bounce = self._envelope = self._communicator = None
 
     def _end_turn(self) -> None:
         if self._has_turn:

@@ -24,6 +24,7 @@ class Side:
         if stream is None:
             stream = torch.cuda.Stream(device=index, priority=-1)  # type: ignore[no-untyped-call]
         self._stream = stream
+        self._thread = 0
 
     @property
     def handle(self) -> int:
@@ -35,8 +36,16 @@ class Side:
         with torch.cuda.stream(self._stream):
             return torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{self._index}")
 
+    def enter(self) -> None:
+        """Make it the stream of the calling thread, which is a window's own, for good."""
+        torch.cuda.set_stream(self._stream)
+        self._thread = threading.get_ident()
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue a copy. Memory of the host must be pinned: else this would block."""
+        if threading.get_ident() == self._thread:
+            target.copy_(source, non_blocking=True)
+            return
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from sparsecast.messages.errors import WindowAborted, WindowError, WindowTimeout
 from sparsecast.pipeline.windows.communicator import Communicator, Library
 from sparsecast.pipeline.windows.lifecycle import Deadline
+
+PAYLOAD = torch.zeros(1, dtype=torch.uint8)
 
 
 class Refusal(Exception):
@@ -23,7 +26,7 @@ class Played(Library):
     """A library whose communicator answers `states`, one after the other, the last for ever."""
 
     def __init__(self, *states: int, hang: threading.Event | None = None) -> None:
-        self.core = self
+        self.core = self.bindings = self
         self.errors = (Refusal,)
         self.states = list(states)
         self.hang = hang
@@ -34,7 +37,7 @@ class Played(Library):
 
     def _called(self, name: str) -> Any:
         self.calls.append(name)
-        if name == "get_async_error":
+        if name == "comm_get_async_error":
             return self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if name == "broadcast" and self.hang is not None:
             assert self.hang.wait(20)
@@ -61,10 +64,10 @@ def connected(library: Played) -> Communicator:
 def test_no_call_follows_before_nccl_has_settled() -> None:
     """NCCL says "in progress" three times: asked until it is done, and only then called again."""
     library = Played(7, 7, 7, 0)
-    connected(library).broadcast("tensor", 1, Deadline(5))
-    calls = [name for name in library.calls if name != "get_async_error"]
-    assert calls == ["from_bytes", "NCCLConfig", "init", "broadcast"]
-    assert library.calls[2:7] == ["init", *["get_async_error"] * 4]
+    connected(library).broadcast(PAYLOAD, 1, Deadline(5))
+    calls = [name for name in library.calls if name != "comm_get_async_error"]
+    assert calls == ["from_bytes", "NCCLConfig", "init", "Comm", "broadcast"]
+    assert library.calls[2:8] == ["init", "Comm", *["comm_get_async_error"] * 4]
 
 
 def test_a_communicator_that_never_comes_about_costs_the_deadline() -> None:
@@ -94,7 +97,7 @@ def test_abort_comes_through_a_call_that_is_stuck() -> None:
 
     def broadcast() -> None:
         try:
-            communicator.broadcast("tensor", 1, Deadline(20))
+            communicator.broadcast(PAYLOAD, 1, Deadline(20))
         except WindowAborted as exc:
             found.append(exc)
 
@@ -131,7 +134,7 @@ def test_leaving_is_finalized_before_it_is_destroyed() -> None:
     library = Played(0, 0, 7, 0)
     communicator = connected(library)
     communicator.leave(Deadline(5))
-    calls = [name for name in library.calls if name != "get_async_error"]
+    calls = [name for name in library.calls if name != "comm_get_async_error"]
     assert calls[-2:] == ["finalize", "destroy"]
     communicator.abort()
     assert "abort" not in library.calls

@@ -12,7 +12,14 @@ import torch
 
 from sparsecast.messages.errors import WindowError, WindowUnavailable
 from sparsecast.pipeline.bus.broker import Broker
-from sparsecast.pipeline.windows import WindowSpec, available_kinds, bounce, gpu_identity, nccl
+from sparsecast.pipeline.windows import (
+    WindowSpec,
+    available_kinds,
+    bounce,
+    envelope,
+    gpu_identity,
+    nccl,
+)
 from spawn import KILLED, Processes, spawn
 from windowranks import MARGIN_S, Outcome, Rank, digest, in_rank, outcome, pattern
 
@@ -125,6 +132,10 @@ def test_a_shared_gpu_is_refused_before_nccl_sees_it(prefix: str, broker: Broker
 # ---- where memory lies
 
 
+#: In the envelope, as much as it takes, and a byte more; and of several pieces.
+_SIZES = (1, 0, 5_000_001, envelope.CAPACITY, envelope.CAPACITY + 1, 3 << 20, 40)
+
+
 @in_rank
 async def _memories(me: Rank, root: str, other: str) -> list[bool]:
     mine = root if me.rank == 0 else other
@@ -132,7 +143,7 @@ async def _memories(me: Rank, root: str, other: str) -> list[bool]:
     window = me.window(1)
     await window.open(20)
     found = []
-    for attempt, nbytes in enumerate((1, 0, 5_000_001, 3 << 20, 40)):
+    for attempt, nbytes in enumerate(_SIZES):
         expected = pattern(nbytes, attempt)
         memory = expected if me.rank == 0 else torch.full((nbytes,), 255, dtype=torch.uint8)
         if mine == "pinned":
@@ -167,7 +178,7 @@ def test_payload_and_staging_may_lie_anywhere(
     """A payload of many pieces from host memory to the GPU, the other way round, and between
     GPUs: all bytes come, whatever memory each rank has."""
     found = spawn(2, _memories, "nccl", prefix, root, other, timeout_s=60, broker_url=broker.url)
-    assert found == [[True] * 5] * 2
+    assert found == [[True] * len(_SIZES)] * 2
 
 
 @in_rank
