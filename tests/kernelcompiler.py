@@ -4,8 +4,9 @@ A program: it calls every launcher with tables of the right dtypes and compiles 
 launch. It prints a line for each kernel that was compiled, and fails at the first that cannot be.
 """
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,41 +79,47 @@ def compile_instead(
         compiled[key] = triton.compile(source, target=TARGET, options=options)
 
 
-def launches(kind: Kind) -> Iterator[Callable[[], None]]:
-    """Every launcher, called as the data path calls it for tensors of this kind."""
+def launch_all(kind: Kind) -> None:
+    """Call every launcher as the data path does for tensors of this kind, arguments by name."""
     plan = Plan([70_000, 5], [1, 2], [kind, kind], torch.device("cpu"))
     plan.device = torch.device("cuda:0")  # casts are spelled out for the interpreter alone
     (group,) = plan.groups
-    two, blocks, sums = (torch.zeros(n, dtype=torch.int64) for n in (2, plan.blocks, 64))
-    where = torch.zeros(6, 2, dtype=torch.int64)
-    tiles, per_block = (torch.zeros(n, dtype=torch.int32) for n in (plan.tiles, plan.blocks))
-    wide = torch.int64 if kind.itemsize == 4 else torch.int32
-    records, values = torch.zeros(16, dtype=wide), torch.zeros(16, dtype=torch.int64)
+    of_tensors = torch.zeros(2, dtype=torch.int64)
+    of_blocks, sums = (torch.zeros(n, dtype=torch.int64) for n in (plan.blocks, 64))
+    counts = torch.zeros(plan.tiles, dtype=torch.int32)
+    table = torch.zeros(8, 2, dtype=torch.int64)
+    arguments = {
+        "plan": plan, "group": group, "patch": _ADDRESS, "slots": 64, "first": 0, "blocks": 2,
+        "olds": of_tensors, "news": of_tensors, "weights": of_tensors, "totals": of_tensors,
+        "over": sums, "sums": sums, "changes": sums, "table": table, "ends": of_blocks,
+        "records": torch.zeros(16, dtype=torch.int64 if kind.itemsize == 4 else torch.int32),
+        "values": torch.zeros(16, dtype=torch.int64),
+        "tile_counts": counts, "block_counts": torch.zeros(plan.blocks, dtype=torch.int32),
+        "wrong": torch.zeros(1, dtype=torch.int32),
+    }  # fmt: skip
+
+    def launch(launcher: Callable[..., None], **others: Any) -> None:
+        given = arguments | others
+        launcher(**{name: given[name] for name in inspect.signature(launcher).parameters})
+
     # Two states without a shadow are never cast.
     for update in (True,) if kind.cast or not kind.aligned else (True, False):
-        yield lambda update=update: find.find(
-            plan, group, two, two, records, values, tiles, sums, slots=64, update=update
-        )
-        yield lambda update=update: emit.emit(
-            plan, group, two, two, tiles, per_block, blocks, where, sums, _ADDRESS,
-            slots=64, update=update,
-        )  # fmt: skip
-    yield lambda: tally.tally(plan, group, tiles, per_block, two, two, slots=64)
-    yield lambda: place.place(
-        plan, group, tiles, per_block, blocks, where, records, values, _ADDRESS, slots=64
-    )
+        launch(find.find, counts=counts, update=update)
+        launch(emit.emit, update=update)
+    launch(tally.tally, counts=counts)
+    launch(place.place)
     if kind.cast:
         return  # what follows reads what is published already
-    yield lambda: fill.fill(where[:2], _ADDRESS)
-    yield lambda: fill.clear(plan, where, _ADDRESS)
-    yield lambda: checksum.checksum(torch.zeros(4096, dtype=torch.uint8), sums)
-    yield lambda: digest.digest(plan, group, two, sums, first=0, blocks=2)
-    yield lambda: check.counts_of(plan, where, _ADDRESS, blocks)
-    yield lambda: check.check(plan, where, _ADDRESS, blocks, blocks, tiles)
-    yield lambda: scatter.scatter(plan, group, two, where, _ADDRESS, blocks, blocks)
-    yield lambda: bitmap.bitmap(plan, group, two, where, _ADDRESS, blocks, blocks)
+    launch(fill.fill, runs=table[:2], buffer=_ADDRESS)
+    launch(fill.clear)
+    launch(checksum.checksum, buffer=torch.zeros(4096, dtype=torch.uint8))
+    launch(digest.digest)
+    launch(check.counts_of, counts=of_blocks)
+    launch(check.check, counts=of_blocks)
+    launch(scatter.scatter, counts=of_blocks)
+    launch(bitmap.bitmap, counts=of_blocks)
     for into in (True, False):
-        yield lambda into=into: dense.dense(plan, group, two, where, _ADDRESS, into=into)
+        launch(dense.dense, into=into)
 
 
 def main() -> None:
@@ -122,11 +129,10 @@ def main() -> None:
         module.factors = lambda device: (factors, factors)
     JITFunction.run = compile_instead
     for kind in KINDS:
-        for launch in launches(kind):
-            try:
-                launch()
-            except Exception as exc:
-                sys.exit(f"{kind}: {exc}")
+        try:
+            launch_all(kind)
+        except Exception as exc:
+            sys.exit(f"{kind}: {exc!r}")
     for key, kernel in compiled.items():
         print(key[0], len(kernel.asm["cubin"]))
 
