@@ -91,7 +91,7 @@ def launch_all(kind: Kind) -> None:
     arguments = {
         "plan": plan, "group": group, "patch": _ADDRESS, "slots": 64, "first": 0, "blocks": 2,
         "olds": of_tensors, "news": of_tensors, "weights": of_tensors, "totals": of_tensors,
-        "over": sums, "sums": sums, "changes": sums, "table": table, "ends": of_blocks,
+        "over": 1, "sums": sums, "changes": sums, "table": table, "ends": of_blocks,
         "records": torch.zeros(16, dtype=torch.int64 if kind.itemsize == 4 else torch.int32),
         "values": torch.zeros(16, dtype=torch.int64),
         "tile_counts": counts, "block_counts": torch.zeros(plan.blocks, dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""The data path of one update: diff, encode, check, apply, merge, digest. A torch reference."""
+"""The data path of one update: diff, encode, check, apply, merge, digest."""
 
 from .apply import apply, apply_checked
 from .check import Checked, check
@@ -8,6 +8,7 @@ from .layout import Encoding, Section
 from .lookup import Lookup
 from .merge import merge
 from .patch import Patch
+from .payload import Payload
 from .tensors import manifest_of, named_tensors
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Encoding",
     "Lookup",
     "Patch",
+    "Payload",
     "Section",
     "Shadow",
     "apply",

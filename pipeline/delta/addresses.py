@@ -12,6 +12,7 @@ from torch import Tensor
 from ...messages.manifest import Manifest
 from .digest import seed_of
 from .patch import columns_of
+from .timing import Mark, host_numbers
 
 if TYPE_CHECKING:
     from .kernels.plan import Plan
@@ -79,16 +80,16 @@ def addresses_of(
         pointers.append(pointer)
     found = Addresses(table_of(pointers, device), frozenset(others))
     if token is not None:
+        Mark(device).wait()  # other streams will read the table
         _remember(_addresses, key, (token, found))
     return found
 
 
 def table_of(numbers: Sequence[int], device: torch.device) -> Tensor:
     """int64 [n] on the device, enqueued; the host does not wait."""
-    host = torch.tensor(numbers, dtype=torch.int64)
-    if device.type != "cuda":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+    host = host_numbers(len(numbers), device)
+    host.numpy()[:] = numbers
+    return host.to(device, non_blocking=True)
 
 
 _plans: dict[tuple[str, torch.device], Plan] = {}

@@ -148,7 +148,7 @@ def _memory(manifest: Manifest, devices: Sequence[torch.device], host: bool) -> 
     return [held[at] for at in range(len(places))]
 
 
-def _differ(manifest: Manifest, tensors: Sequence[Tensor]) -> Differ | None:
+def _differ(manifest: Manifest, tensors: Sequence[Tensor], *, held: int = 0) -> Differ | None:
     """The kernels' diff, if all these tensors (the manifest's, once or more) lie on one device
     that has kernels."""
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -156,7 +156,7 @@ def _differ(manifest: Manifest, tensors: Sequence[Tensor]) -> Differ | None:
         return None
     from .fused import Differ
 
-    differ = Differ(manifest, device)
+    differ = Differ(manifest, device, held=held)
     return differ if differ.takes(tensors) else None
 
 
@@ -207,8 +207,9 @@ class Shadow:
 
     Bytes held: the dense model in the published dtypes, on the devices of the tensors, or with
     `host` in pinned host memory. Within diff() the patch is made beside it, and scratch: with
-    kernels, where all tensors are on one CUDA device, up to three times the patch of the last diff;
-    with torch up to about 12 bytes a changed 8-byte word. Not for several threads at once.
+    kernels, where all tensors are on one CUDA device, slots for what the last diff lets expect: 1
+    to 12 % of the model, 6 % in the first; with torch up to about 12 bytes a changed 8-byte word.
+    Not for several threads at once.
     """
 
     def __init__(
@@ -229,8 +230,6 @@ class Shadow:
             #: The last diff, while nobody has asked for the digest after it.
             self._last: Diffed | None = None
             self._fused: Differ | None = None
-            #: The digest when `_fused` was made.
-            self._fused_from = 0
             self._mark = Mark(_device(sources))
 
     @property
@@ -263,9 +262,9 @@ class Shadow:
 
         The tensors must be those of the manifest (ManifestMismatch, UnsupportedTensor). With
         kernels it waits once, for the counts, and returns when all that reads the tensors is
-        enqueued on their device's current stream: they may change in its order. Whatever is raised,
-        the shadow holds what it held; only an interrupt within the taking over leaves it torn, and
-        every later call then says so.
+        enqueued on their device's current stream: they may change in its order. What is raised by a
+        check has changed nothing; what breaks the taking over (an interrupt, a device that fails)
+        leaves the shadow torn, and every later call then says so.
         """
         _require_versions(base_version, version)
         self._require_whole()
@@ -274,7 +273,7 @@ class Shadow:
             self._mark.precede()
             new = [tensors[spec.name] for spec in self.manifest.tensors]
             if self._fused is None:
-                self._fused, self._fused_from = _differ(self.manifest, new), self.digest
+                self._fused = _differ(self.manifest, new, held=self.digest)
             token = getattr(tensors, "token", None)
             if self._fused is not None and self._fused.takes(new, token):
                 found = self._diff_fused(self._fused, new, token, base_version, version)
@@ -294,13 +293,7 @@ class Shadow:
             self._held, new, base_version=base_version, version=version, begin=begin, token=token
         )
         self._torn = False
-        began_at = self._fused_from
-
-        def settle() -> _Facts:
-            changes, checksum = found.sums()
-            return _Facts((began_at + changes) & _MASK, checksum, *found.times_us())
-
-        return Diffed(found.patch, settle)
+        return Diffed(found.patch, lambda: _Facts(*found.sums(), *found.times_us()))
 
     def _diff_torch(self, tensors: Mapping[str, Tensor], base_version: int, version: int) -> Diffed:
         began = time.perf_counter()

@@ -216,7 +216,7 @@ def checksum(buffer: Tensor) -> int:
     with quiet():
         nbytes = buffer.numel()
         device = buffer.device
-        if kernels.usable(device) and not (nbytes % 8 or buffer.data_ptr() % 16):
+        if nbytes and kernels.usable(device) and not (nbytes % 8 or buffer.data_ptr() % 16):
             from .slices import checksum_on
 
             return (checksum_on(buffer) + nbytes * LENGTH_FACTOR) & _MASK

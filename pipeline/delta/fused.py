@@ -26,6 +26,7 @@ from .digest import LENGTH_FACTOR
 from .kernels import places
 from .kernels.checksum import checksum
 from .kernels.dense import dense
+from .kernels.digest import digest
 from .kernels.emit import emit
 from .kernels.fill import clear, fill
 from .kernels.find import SUMS, find
@@ -44,23 +45,25 @@ from .layout import (
 )
 from .patch import Patch, columns_of
 from .tensors import dtype_of
-from .timing import Mark, to_host
+from .timing import Mark, Sent, host_numbers, to_host
 
 _MASK = (1 << 64) - 1
 #: The share of a tile that has slots before anything is known of the run: 1 in 32.
 _FIRST_SHARE = 32
 _FEWEST_SLOTS = 8
+#: More kinds of tensors than a plan can have: sizes, casts, alignments.
+_KINDS = 16
 #: Beyond 1 in 16 a bitmap is smaller than positions for 2-byte elements, and a second look is dear
 #: only to memory that would be needed anyway.
-_LEAST_SHARE = 16
+_LARGEST_SHARE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A patch that may still be written in stream order, and how to learn what it came to.
 
-    The callables wait for the device: `sums()` gives the sum of the digest's changes since the
-    Differ was made, and the checksum; `times_us()` diff and encode.
+    The callables wait for the device: `sums()` gives the digest of what was updated and the
+    checksum of the patch, `times_us()` what diff and encode took.
     """
 
     patch: Patch
@@ -69,9 +72,12 @@ class Found:
 
 
 class Differ:
-    """Finds what changed between two sets of tensors on one device. Not for several threads."""
+    """Finds what changed between two sets of tensors on one device. Not for several threads.
 
-    def __init__(self, manifest: Manifest, device: torch.device) -> None:
+    `held`: the digest of what diff() is to update.
+    """
+
+    def __init__(self, manifest: Manifest, device: torch.device, *, held: int = 0) -> None:
         self._manifest = manifest
         self._device = device
         self._columns = columns_of(manifest)
@@ -82,6 +88,11 @@ class Differ:
         self._new: _Pointers | None = None
         #: Changed elements of each group in the last diff, by its kind.
         self._changed: dict[Kind, int] = {}
+        #: What goes to and fro in every diff, in memory that is made once.
+        tensors = len(manifest.tensors)
+        self._where = Sent(places.ROWS * tensors, device)
+        self._tallied = Sent(tensors + _KINDS, device)
+        self._held = held
         #: Sums of the digest's changes since the beginning, and of one checksum: int64 [2, SUMS].
         self._sums = torch.zeros((2, SUMS), dtype=torch.int64, device=device)
 
@@ -127,9 +138,8 @@ class Differ:
         plan, olds, news = self._tables(old, sources, token)
         counts = self._empty(plan.tiles, torch.int32)
         block_counts = self._empty(plan.blocks, torch.int32)
-        tallied = torch.zeros(
-            plan.tensors + len(plan.groups), dtype=torch.int64, device=self._device
-        )
+        tallied = self._tallied.there
+        tallied.zero_()
         scratch = [_Scratch(group, self._slots(group), self._device) for group in plan.groups]
         if begin is not None:
             begin()
@@ -138,36 +148,37 @@ class Differ:
                 plan, group, olds, news, room.records, room.values, counts, self._sums[0],
                 slots=room.slots, update=update,
             )  # fmt: skip
-            over = tallied[plan.tensors + at :]
-            tally(plan, group, counts, block_counts, tallied, over, slots=room.slots)
+            tally(plan, group, counts, block_counts, tallied, plan.tensors + at, slots=room.slots)
         ends = block_counts.cumsum(0, dtype=torch.int64)
-        host = to_host(tallied)
+        self._tallied.fetch()
         found = Mark(self._device)
         found.wait()
-        totals = host.numpy()[: plan.tensors]
-        over_G = host.numpy()[plan.tensors :].tolist()
-        for group in plan.groups:
-            first, last = group.first, group.first + group.blocks
-            here = (plan.first >= first) & (plan.first < last) & (self._columns.numel > 0)
-            self._changed[group.kind] = int(totals[here].sum())
+        totals = self._tallied.here[: plan.tensors]
+        over_G = self._tallied.here[plan.tensors :].tolist()
         patch = self._lay_out(totals, base_version, version)
         table = patch.table_of(self._manifest)
-        where = self._write_frame(patch, table, plan)
+        places.places(table, self._where.here.reshape(places.ROWS, -1))
+        where = self._where.send()
         address = patch.buffer.data_ptr()
-        if (table.encoding == Encoding.BITMAP).any():
+        encodings = set(table.encoding.tolist())
+        if Encoding.BITMAP in encodings:
             clear(plan, where, address)
-        for group, room, over_here in zip(plan.groups, scratch, over_G, strict=True):
+        for group, room in zip(plan.groups, scratch, strict=True):
             if not patch.full:
                 place(
                     plan, group, counts, block_counts, ends, where, room.records, room.values,
                     address, slots=room.slots,
                 )  # fmt: skip
+        self._write_frame(patch, table)
+        for group, room, over_here in zip(plan.groups, scratch, over_G, strict=False):
             if over_here:
                 emit(
-                    plan, group, olds, news, counts, block_counts, ends, where, self._sums[0],
-                    address, slots=room.slots, update=update,
+                    plan, group, olds, news, counts, block_counts, ends, where, address,
+                    slots=room.slots, update=update,
                 )  # fmt: skip
-        if (table.encoding == Encoding.DENSE).any():
+        if update and any(over_G):
+            self._digest_anew(plan, olds)
+        if Encoding.DENSE in encodings:
             self._write_dense(
                 plan, patch, table, where, old if update else sources, olds, news, update
             )
@@ -175,17 +186,29 @@ class Differ:
         checksum(patch.buffer, self._sums[1])
         sums = to_host(self._sums)
         written = Mark(self._device)
+        for group in plan.groups:
+            self._changed[group.kind] = int(totals[plan.members(group)].sum())
 
         def totalled() -> tuple[int, int]:
             written.wait()
             changes, payload = sums.numpy().astype(np.uint64).sum(1, dtype=np.uint64).tolist()
-            return changes, (payload + patch.nbytes * LENGTH_FACTOR) & _MASK
+            checksum = (payload + patch.nbytes * LENGTH_FACTOR) & _MASK
+            return (self._held + changes) & _MASK, checksum
 
         def times_us() -> tuple[int, int]:
             written.wait()
             return began.until_us(found), found.until_us(written)
 
         return Found(patch, totalled, times_us)
+
+    def _digest_anew(self, plan: Plan, olds: Tensor) -> None:
+        """Put the digest's change since the beginning right by reading all that is held."""
+        changes = self._sums[0]
+        changes.zero_()
+        for group in plan.groups:
+            kind = replace(group.kind, cast="", aligned=True)
+            digest(plan, replace(group, kind=kind), olds, changes, first=0, blocks=group.blocks)
+        changes[:1].sub_(self._held - (1 << 64) if self._held >> 63 else self._held)
 
     # ---- tables
 
@@ -221,7 +244,7 @@ class Differ:
         mean = changed / elements * tile
         wanted = mean + 6 * math.sqrt(mean) + 4
         slots = 1 << max(math.ceil(math.log2(wanted)), 3)
-        return min(max(slots, _FEWEST_SLOTS), tile // _LEAST_SHARE)
+        return min(max(slots, _FEWEST_SLOTS), tile // _LARGEST_SHARE)
 
     def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=self._device)
@@ -251,28 +274,22 @@ class Differ:
         )
         return Patch(_buffer(header.nbytes, self._device), header, table, manifest)
 
-    def _write_frame(self, patch: Patch, table: Table, plan: Plan) -> Tensor:
-        """Write header, section table and padding; the places of the arrays, on the device.
-
-        What that takes goes to the device in one copy.
-        """
+    def _write_frame(self, patch: Patch, table: Table) -> None:
+        """Header, section table and padding."""
         start = patch.start()
         if patch.full:
             gaps = np.array([[len(start) + patch.dense_nbytes], [patch.nbytes]], np.int64)
         else:
             start = start.ljust(table_end(len(table)), b"\0")
             gaps = places.gaps(table)
-        where = places.places(table, plan)
-        together = np.concatenate(
-            [where.ravel(), gaps.ravel(), np.frombuffer(start, np.uint8).view(np.int64)]
-        )
-        sent = places.to_device(together, self._device)
-        there = sent[: where.size]
-        runs = sent[where.size : where.size + gaps.size].view(2, -1)
-        head = sent[where.size + gaps.size :]
-        patch.buffer[: len(start)].view(torch.int64).copy_(head, non_blocking=True)
-        fill(runs, patch.buffer.data_ptr())
-        return there
+        runs, head = gaps.size, len(start) // 8
+        together = host_numbers(runs + head, self._device)
+        numbers = together.numpy()
+        numbers[:runs] = gaps.ravel()
+        numbers[runs:] = np.frombuffer(start, np.int64)
+        there = together.to(self._device, non_blocking=True)
+        patch.buffer[: len(start)].view(torch.int64).copy_(there[runs:], non_blocking=True)
+        fill(there[:runs].view(2, -1), patch.buffer.data_ptr())
 
     def _write_dense(
         self,

@@ -33,7 +33,7 @@ Found = TypeVar("Found")
 #: Manifests that are remembered: a process has one or two.
 _KNOWN = 8
 #: Header and table come to the host in one copy of so many bytes: tables of up to 1,636 sections.
-_START_NBYTES = 1 << 16
+START_NBYTES = 1 << 16
 _NAMES: dict[Encoding, EncodingName] = {
     Encoding.SPARSE: "sparse",
     Encoding.BITMAP: "bitmap",
@@ -84,15 +84,19 @@ class Patch:
         with quiet():
             if buffer.numel() and (buffer.storage_offset() % 16 or buffer.data_ptr() % 16):
                 buffer = buffer.clone()
-            nbytes = buffer.numel()
-            start = buffer[:_START_NBYTES].cpu().numpy()
-            header = parse_header(start[: HEADER.size].tobytes(), nbytes)
-            end = HEADER.size + ENTRY.itemsize * header.sections
-            if end > len(start):
-                start = buffer[:end].cpu().numpy()
-            if header.form is Form.FULL:
-                return cls(buffer, header, Table.empty())
-            return cls(buffer, header, Table.parse(start[HEADER.size : end], header))
+            return cls.from_start(buffer, buffer[:START_NBYTES].cpu())
+
+    @classmethod
+    def from_start(cls, buffer: Tensor, start: Tensor) -> Patch:
+        """from_buffer() with the buffer's first START_NBYTES on the host; it is 16-aligned."""
+        read = start.numpy()
+        header = parse_header(read[: HEADER.size].tobytes(), buffer.numel())
+        end = HEADER.size + ENTRY.itemsize * header.sections
+        if end > len(read):
+            read = buffer[:end].cpu().numpy()
+        if header.form is Form.FULL:
+            return cls(buffer, header, Table.empty())
+        return cls(buffer, header, Table.parse(read[HEADER.size : end], header))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Patch:

@@ -19,7 +19,7 @@ from .kernels.plan import Plan
 from .kernels.scatter import scatter
 from .layout import Encoding, Table
 from .patch import Patch
-from .timing import Mark, to_host
+from .timing import Mark, host_numbers, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,9 @@ class Readied:
         if self.patch.full:
             return
         plan, table = self.plan, self.table
+        for tensor in (self.where, self.counts, self.ends):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         weights = addresses_of(tensors, manifest, plan.device).table
         address = self.patch.buffer.data_ptr()
         present = set(table.encoding.tolist())
@@ -75,16 +78,18 @@ def ready(patch: Patch, manifest: Manifest) -> Readied | None:
     device = patch.buffer.device
     plan = plan_of(manifest, device)
     table = patch.table_of(manifest)
-    where = places.to_device(places.places(table, plan), device)
+    laid = host_numbers(places.ROWS * plan.tensors, device)
+    places.places(table, laid.numpy().reshape(places.ROWS, -1))
+    where = laid.to(device, non_blocking=True)
     counts = torch.empty(plan.blocks, dtype=torch.int64, device=device)
     address = patch.buffer.data_ptr()
     counts_of(plan, where, address, counts)
     ends = counts.cumsum(0)
+    wrong = torch.zeros(1, dtype=torch.int32, device=device)
     if bool((table.encoding != Encoding.DENSE).any()):
-        wrong = torch.zeros(1, dtype=torch.int32, device=device)
         check(plan, where, address, counts, ends, wrong)
-        found = to_host(wrong)
-        Mark(device).wait()
-        if int(found.item()):
-            return None
+    found = to_host(wrong)
+    Mark(device).wait()
+    if int(found.item()):
+        return None
     return Readied(patch, table, plan, where, counts, ends)

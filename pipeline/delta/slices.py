@@ -53,12 +53,22 @@ def digest_in_slices(
 
 def checksum_on(buffer: Tensor) -> int:
     """The sum over a payload's words, without its length; waits for it."""
+    return _total(checksum_sums(buffer))
+
+
+def checksum_sums(buffer: Tensor) -> Tensor:
+    """The parts of checksum_on(), enqueued: int64 [SUMS] on the buffer's device."""
     sums = torch.zeros(SUMS, dtype=torch.int64, device=buffer.device)
     checksum(buffer, sums)
-    return _total(sums)
+    return sums
+
+
+def total(sums: Tensor) -> int:
+    """The sum mod 2⁶⁴ of int64 on the host."""
+    return int(sums.numpy().astype(np.uint64).sum(dtype=np.uint64))
 
 
 def _total(sums: Tensor) -> int:
     host = to_host(sums)
     Mark(sums.device).wait()
-    return int(host.numpy().astype(np.uint64).sum(dtype=np.uint64))
+    return total(host)

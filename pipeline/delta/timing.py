@@ -42,7 +42,35 @@ class Mark:
         return round(float(self._event.elapsed_time(later._event)) * 1e3)
 
 
+def host_numbers(size: int, device: torch.device) -> Tensor:
+    """Host memory for numbers on their way to a device: int64 [size], pinned, not initialised."""
+    return torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, whole when the current stream of its device has come to here."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+class Sent:
+    """Numbers that go to a device, or come from it, again and again: int64 [n].
+
+    `here` is host memory (pinned, as numpy sees it), `there` the device's. Whoever writes `here`
+    must have waited for the device since the last send().
+    """
+
+    __slots__ = ("_host", "here", "there")
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.here = self._host.numpy()
+        self.there = torch.zeros(size, dtype=torch.int64, device=device)
+
+    def send(self) -> Tensor:
+        """Enqueue the copy to the device; the device's memory."""
+        return self.there.copy_(self._host, non_blocking=True)
+
+    def fetch(self) -> None:
+        """Enqueue the copy from the device."""
+        self._host.copy_(self.there, non_blocking=True)

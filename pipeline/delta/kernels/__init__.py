@@ -12,14 +12,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 
 import torch
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Look at the tiles again that had more changes than slots, and write theirs into the patch.
 
-By now it is known where they belong, so no scratch is needed however much has changed.
+By now it is known where they belong, so no scratch is needed however much has changed. Their share
+of the digest is left to digest.py, which reads all for less than it would cost here.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import addend, block_factor, popcount, published
-from .find import SUMS
+from .bits import popcount, published
 from .places import ENCODING, PLACES, VALUES
-from .plan import Group, Plan, factors, word
+from .plan import Group, Plan, word
 
 
 @triton.jit(do_not_specialize=["tensors", "first", "slots"])
 def _emit(
-    block_tensor, first_block, numels, seeds, rows, columns, olds, news,
-    tile_counts, block_counts, ends, table, tensors, changes, patch, first, slots,
-    BITS: tl.constexpr, ITEMSIZE: tl.constexpr, CAST: tl.constexpr, NATIVE: tl.constexpr,
+    block_tensor, first_block, numels, olds, news,
+    tile_counts, block_counts, ends, table, tensors, patch, first, slots,
+    BITS: tl.constexpr, CAST: tl.constexpr, NATIVE: tl.constexpr,
     RAW: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, UPDATE: tl.constexpr,
-    SUMS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
+    ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = 65536 // T
     W: tl.constexpr = T // 32
@@ -49,7 +49,6 @@ def _emit(
         base = tl.arange(0, W) * 32
         lane = tl.arange(0, 32)
         below = (tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
-        sums = tl.zeros((W,), dtype=tl.uint64)
         tile = 0
         while tile < TILES:
             found = tl.load(counts + tile)
@@ -76,24 +75,12 @@ def _emit(
                         word = inside // 32 + tl.arange(0, W)
                         tl.store(masks + word, words, mask=inside + base < limit)
                 if UPDATE:
-                    factor = tl.load(columns + (spot & 255)).to(tl.uint64, bitcast=True)
-                    if ITEMSIZE <= 2:
-                        change = (value.to(tl.int32) - before.to(tl.int32)).to(tl.int64)
-                        here_W = tl.sum(change.to(tl.uint64, bitcast=True) * factor, axis=1)
-                    else:
-                        change = addend(value, ITEMSIZE) - addend(before, ITEMSIZE)
-                        here_W = tl.sum(change * factor, axis=1)
-                    row = tl.load(rows + ((inside + base) >> 8))
-                    sums += here_W * row.to(tl.uint64, bitcast=True)
                     if inside + T <= limit:
                         tl.store(old + spot, value)
                     else:
                         tl.store(old + spot, value, mask=spot < limit)
             at += found
             tile += 1
-        if UPDATE:
-            total = tl.sum(sums, axis=0) * block_factor(tl.load(seeds + tensor), index)
-            tl.atomic_add(changes + here % SUMS, total.to(tl.int64, bitcast=True), sem="relaxed")
 
 
 def emit(
@@ -105,21 +92,23 @@ def emit(
     block_counts: Tensor,
     ends: Tensor,
     table: Tensor,
-    changes: Tensor,
     patch: int,
     *,
     slots: int,
     update: bool,
 ) -> None:
-    """Write the tiles with more than `slots` changes: arguments as for find() and place()."""
+    """Write the tiles with more than `slots` changes: arguments as for find() and place().
+
+    With `update` the old copy takes the new bits; the digest's change is nobody's here.
+    """
     kind = group.kind
-    rows, columns = factors(plan.device)
     _emit[(group.blocks,)](
-        plan.block_tensor, plan.first_block, plan.numels, plan.seeds, rows, columns, olds, news,
-        tile_counts[group.first_tile :], block_counts, ends, table, plan.tensors, changes, patch,
+        plan.block_tensor, plan.first_block, plan.numels, olds, news,
+        tile_counts[group.first_tile :], block_counts, ends, table, plan.tensors, patch,
         group.first, slots,
-        BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, CAST=kind.cast,
+        BITS=word(kind.itemsize), CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),
-        ALIGNED=kind.aligned, T=kind.tile, UPDATE=update, SUMS=SUMS,
-        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=kind.tile // 512,
+        ALIGNED=kind.aligned, T=kind.tile, UPDATE=update,
+        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=kind.tile // 256,
+        maxnreg=80 if kind.itemsize < 8 else 128,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from .plan import Group, Plan, factors, word
 #: Sums of the digest's change, so that programs do not queue for one address.
 SUMS = 64
 #: Tiles that a program looks at, one after the other.
-_CHAIN = 8
+_CHAIN = 2
 #: Registers of a thread: with more, too few warps are there to hide the memory's latency.
 _REGISTERS = 96
 
@@ -110,7 +110,9 @@ def _find(
     lane = tl.arange(0, T)
     sums = tl.zeros((T // 32,), dtype=tl.uint64)
     step = 0
-    if left >= CHAIN * T:
+    if left <= 0:
+        tl.store(counts + tile + tl.arange(0, CHAIN), tl.zeros((CHAIN,), dtype=tl.int32))
+    elif left >= CHAIN * T:
         while step < CHAIN:
             if PAIRED:
                 pair = step * (T // 2) + tl.arange(0, T // 2)

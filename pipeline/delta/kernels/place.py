@@ -13,7 +13,7 @@ from .places import COUNTS, ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
 #: Records that a program moves at a time.
-_LANES = 1024
+_LANES = 512
 
 
 @triton.jit(do_not_specialize=["tensors", "first", "slots"])
@@ -98,5 +98,5 @@ def place(
         table, plan.tensors, records, values, patch, group.first, slots,
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, TILES=kind.tiles,
         WIDTH=_LANES // kind.tiles, ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES,
-        num_warps=4,
+        num_warps=2,
     )  # fmt: skip

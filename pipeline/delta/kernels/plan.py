@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -109,7 +110,13 @@ class Plan:
         self.order = np.array(order, np.int64)
         first = np.zeros(self.tensors, np.int32)
         first[self.order] = each.cumsum() - each
-        self.first = first
+        self._members = [
+            self.order[
+                (first[self.order] >= group.first)
+                & (first[self.order] < group.first + group.blocks)
+            ]
+            for group in self.groups
+        ]
         with quiet():
             self.block_tensor = torch.from_numpy(np.repeat(self.order.astype(np.int32), each)).to(
                 device
@@ -117,6 +124,10 @@ class Plan:
             self.first_block = torch.from_numpy(first).to(device)
             self.numels = torch.tensor(list(numels), dtype=torch.int64).to(device)
             self.seeds = torch.tensor(list(seeds), dtype=torch.int64).to(device)
+
+    def members(self, group: Group) -> npt.NDArray[np.int64]:
+        """The tensors of one of its groups, those without elements left out."""
+        return self._members[self.groups.index(group)]
 
 
 @cache

@@ -12,7 +12,7 @@ from .plan import Group, Plan
 _ROWS = 16
 
 
-@triton.jit(do_not_specialize=["first", "blocks", "slots"])
+@triton.jit(do_not_specialize=["over", "first", "blocks", "slots"])
 def _tally(
     block_tensor, counts, block_counts, totals, over, first, blocks, slots,
     TILES: tl.constexpr, ROWS: tl.constexpr,
@@ -27,7 +27,7 @@ def _tally(
     tl.atomic_add(totals + tensor, total.to(tl.int64), mask=live & (total > 0), sem="relaxed")
     most = tl.max(tl.max(count, axis=1), axis=0)
     if most > slots:
-        tl.atomic_add(over, 1, sem="relaxed")
+        tl.atomic_add(totals + over, 1, sem="relaxed")
 
 
 def tally(
@@ -36,14 +36,14 @@ def tally(
     counts: Tensor,
     block_counts: Tensor,
     totals: Tensor,
-    over: Tensor,
+    over: int,
     *,
     slots: int,
 ) -> None:
     """From counts of tiles (int32) to those of blocks and tensors.
 
     `block_counts`: int32 [blocks of the plan], written. `totals`: int64 [tensors], added to.
-    `over`: int64 [1], grows where a tile has more than `slots` changes.
+    At `over` in it there grows a count of programs that met a tile with more than `slots` changes.
     """
     _tally[(triton.cdiv(group.blocks, _ROWS),)](
         plan.block_tensor, counts[group.first_tile :], block_counts, totals, over,
