@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import ssl
@@ -17,6 +18,9 @@ from ...messages.errors import BusError
 
 #: The oldest server that knows all we use: a time to live for single messages, batched direct gets.
 MINIMUM_SERVER = (2, 11)
+
+#: Up to so many bytes are written at once, if no more than that waits for the socket.
+DIRECT_NBYTES = 64 << 10
 
 _USERINFO = re.compile(r"^([a-z]+://)?[^/]*@", re.IGNORECASE)
 
@@ -128,6 +132,32 @@ class HardenedClient(Client):
             self._pending = []
             self._pending_data_size = 0
         await super()._send_ping(future)
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        # nats-py leaves the writing to a task of its own: every message waits for that one's turn.
+        # Where much waits to be written already, that task's own waiting is what bounds it.
+        transport = self._transport
+        writer = getattr(transport, "_io_writer", None)
+        if (
+            force_flush
+            or transport is None
+            or writer is None
+            or not self.is_connected
+            or self._pending_data_size > DIRECT_NBYTES
+            or writer.transport.get_write_buffer_size() > DIRECT_NBYTES
+        ):
+            return await super()._flush_pending(force_flush)
+        if self._pending:
+            try:
+                transport.writelines(self._pending[:])
+            except (OSError, RuntimeError):
+                # The socket is gone: the task of its own knows what follows from that.
+                return await super()._flush_pending(force_flush)
+            self._pending = []
+            self._pending_data_size = 0
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
 
     async def _process_err(self, err_msg: str) -> None:
         # nats-py closes for good on any error of the server that is not about permissions
