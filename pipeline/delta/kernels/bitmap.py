@@ -10,8 +10,8 @@ from .bits import popcount
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
-#: Words of 32 elements that a program takes at a time.
-_WORDS = 64
+#: Words of 32 elements that a program takes at a time: as many as one warp needs no barrier for.
+_WORDS = 16
 
 
 @triton.jit(do_not_specialize=["tensors", "first"])
@@ -67,5 +67,5 @@ def bitmap(
         plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
         counts, ends, group.first,
         BITS=word(group.kind.itemsize), ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
-        WORDS=_WORDS, num_warps=4,
+        WORDS=_WORDS, num_warps=1,
     )  # fmt: skip

@@ -14,21 +14,23 @@ from .bits import popcount, published
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
+#: Elements that a program takes at a time: as many as one warp needs no barrier for.
+_PART = 512
+
 
 @triton.jit(do_not_specialize=["tensors", "first", "slots"])
 def _emit(
     block_tensor, first_block, numels, olds, news,
     tile_counts, block_counts, ends, table, tensors, patch, first, slots,
     BITS: tl.constexpr, CAST: tl.constexpr, NATIVE: tl.constexpr,
-    RAW: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, UPDATE: tl.constexpr,
-    ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
+    RAW: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, PART: tl.constexpr,
+    UPDATE: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = 65536 // T
-    W: tl.constexpr = T // 32
-    here = tl.program_id(0)
-    counts = tile_counts + here * TILES
+    W: tl.constexpr = PART // 32
+    counts = tile_counts + tl.program_id(0) * TILES
     if tl.max(tl.load(counts + tl.arange(0, TILES)), axis=0) > slots:
-        block = first + here
+        block = first + tl.program_id(0)
         tensor = tl.load(block_tensor + block)
         first_here = tl.load(first_block + tensor)
         index = block - first_here
@@ -54,31 +56,35 @@ def _emit(
             found = tl.load(counts + tile)
             if found > slots:
                 inside = tile * T
-                spot = inside + base[:, None] + lane[None, :]
-                if inside + T <= limit:
-                    before = tl.load(old + spot)
-                    value = published(tl.load(new + spot), CAST, NATIVE)
-                else:
-                    before = tl.load(old + spot, mask=spot < limit, other=0)
-                    value = published(tl.load(new + spot, mask=spot < limit, other=0), CAST, NATIVE)
-                differ = before != value
-                words = tl.sum(differ.to(tl.uint32) << lane.to(tl.uint32)[None, :], axis=1)
-                words = words.to(tl.uint32)
-                if encoding != 3:
-                    count = popcount(words)
-                    rank = (tl.cumsum(count, 0) - count)[:, None]
-                    rank += popcount(words[:, None] & below[None, :])
-                    tl.store(out + at + rank, value, mask=differ)
-                    if encoding == 1:
-                        tl.store(positions + at + rank, spot.to(tl.uint16), mask=differ)
+                here = at
+                while inside < tile * T + T:
+                    spot = inside + base[:, None] + lane[None, :]
+                    if inside + PART <= limit:
+                        before = tl.load(old + spot)
+                        value = published(tl.load(new + spot), CAST, NATIVE)
+                        if UPDATE:
+                            tl.store(old + spot, value)
                     else:
-                        word = inside // 32 + tl.arange(0, W)
-                        tl.store(masks + word, words, mask=inside + base < limit)
-                if UPDATE:
-                    if inside + T <= limit:
-                        tl.store(old + spot, value)
-                    else:
-                        tl.store(old + spot, value, mask=spot < limit)
+                        live = spot < limit
+                        before = tl.load(old + spot, mask=live, other=0)
+                        value = published(tl.load(new + spot, mask=live, other=0), CAST, NATIVE)
+                        if UPDATE:
+                            tl.store(old + spot, value, mask=live)
+                    if encoding != 3:
+                        differ = before != value
+                        words = differ.to(tl.uint32) << lane.to(tl.uint32)[None, :]
+                        words = tl.sum(words, axis=1).to(tl.uint32)
+                        count = popcount(words)
+                        rank = (tl.cumsum(count, 0) - count)[:, None]
+                        rank += popcount(words[:, None] & below[None, :])
+                        tl.store(out + here + rank, value, mask=differ)
+                        if encoding == 1:
+                            tl.store(positions + here + rank, spot.to(tl.uint16), mask=differ)
+                        else:
+                            word = inside // 32 + tl.arange(0, W)
+                            tl.store(masks + word, words, mask=inside + base < limit)
+                        here += tl.sum(count, axis=0)
+                    inside += PART
             at += found
             tile += 1
 
@@ -108,7 +114,6 @@ def emit(
         group.first, slots,
         BITS=word(kind.itemsize), CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),
-        ALIGNED=kind.aligned, T=kind.tile, UPDATE=update,
-        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=kind.tile // 256,
-        maxnreg=80 if kind.itemsize < 8 else 128,
+        ALIGNED=kind.aligned, T=kind.tile, PART=_PART, UPDATE=update,
+        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=1,
     )  # fmt: skip
