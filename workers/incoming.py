@@ -26,10 +26,9 @@ from ..messages.manifest import Manifest
 from ..pipeline.core import events as ev
 from ..pipeline.delta import (
     Checked,
-    Patch,
+    Payload,
     apply_checked,
     check,
-    checksum,
     digest,
     manifest_of,
 )
@@ -217,10 +216,12 @@ class Incoming:
             raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
         buffer = self._placed(buffer)
         own(buffer)
-        found = checksum(buffer)
-        if found != announce.checksum:
-            raise CorruptPatch(f"checksum {found:016x}, announced was {announce.checksum:016x}")
-        patch = Patch.from_buffer(buffer)
+        payload = Payload(buffer)
+        if payload.checksum != announce.checksum:
+            raise CorruptPatch(
+                f"checksum {payload.checksum:016x}, announced was {announce.checksum:016x}"
+            )
+        patch = payload.patch()
         if (patch.base_version, patch.version) != (announce.base_version, announce.version):
             raise CorruptPatch(
                 f"it says {patch.base_version} → {patch.version}, announced was "
