@@ -12,6 +12,8 @@ from .plan import Group, Plan, word
 
 #: Words of 32 elements that a program takes at a time: as many as one warp needs no barrier for.
 _WORDS = 16
+#: Registers of a thread, for enough warps to hide the memory's latency.
+_REGISTERS = 64
 
 
 @triton.jit(do_not_specialize=["tensors", "first"])
@@ -67,5 +69,5 @@ def bitmap(
         plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
         counts, ends, group.first,
         BITS=word(group.kind.itemsize), ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
-        WORDS=_WORDS, num_warps=1,
+        WORDS=_WORDS, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip

@@ -16,6 +16,8 @@ from .plan import Group, Plan, word
 
 #: Elements that a program takes at a time: as many as one warp needs no barrier for.
 _PART = 512
+#: Registers of a thread, for enough warps to hide the memory's latency.
+_REGISTERS = 64
 
 
 @triton.jit(do_not_specialize=["tensors", "first", "slots"])
@@ -115,5 +117,5 @@ def emit(
         BITS=word(kind.itemsize), CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),
         ALIGNED=kind.aligned, T=kind.tile, PART=_PART, UPDATE=update,
-        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=1,
+        ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip
