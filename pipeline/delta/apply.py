@@ -15,6 +15,7 @@ from .decode import span_index, span_values
 from .layout import Encoding
 from .patch import Patch
 from .tensors import manifest_of, overlaps_itself, require_manifest
+from .timing import on
 
 __all__ = ["Checked", "Target", "apply", "apply_checked", "check"]
 
@@ -99,7 +100,8 @@ def apply_checked(
         if begin is not None:
             begin()
         if readied is not None:
-            readied.write(tensors, manifest)
+            with on(checked.patch.buffer.device):
+                readied.write(tensors, manifest)
         for at, target in targets.items():
             _apply_section(checked, at, target)
     return names

@@ -18,6 +18,7 @@ from .decode import SPAN_VALUES, Span, block_limits, section_counts, spans_of
 from .layout import Encoding, Section, Table
 from .patch import Patch, columns_of
 from .tensors import require_hash
+from .timing import on
 
 if TYPE_CHECKING:
     from .readied import Readied
@@ -67,7 +68,8 @@ def check(patch: Patch, manifest: Manifest) -> Checked:
         if manifest.numel and kernels.usable(patch.buffer.device):
             from .readied import ready
 
-            readied = ready(patch, manifest)
+            with on(patch.buffer.device):
+                readied = ready(patch, manifest)
             if readied is not None:
                 return Checked(patch, manifest, readied, None)
         sections = patch.sections_of(manifest)

@@ -22,7 +22,7 @@ from .layout import ANCHOR, blocks_of
 from .patch import Patch
 from .search import Change, Taking, chunks, scan
 from .tensors import Dtypes, dtype_of, manifest_of, require_manifest
-from .timing import Mark
+from .timing import Mark, on
 
 if TYPE_CHECKING:
     from .fused import Differ
@@ -180,7 +180,8 @@ def diff(
         was, now = ([given[spec.name] for spec in manifest.tensors] for given in (old, new))
         fused = _differ(manifest, [*was, *now]) if dtype is None else None
         if fused is not None:
-            return fused.diff(was, now, base_version=base_version, version=version).patch
+            with on(was[0].device):
+                return fused.diff(was, now, base_version=base_version, version=version).patch
         olds, news = _sources(old, manifest), _sources(new, manifest)
         drafts = []
         for index, (one, other) in enumerate(zip(olds, news, strict=True)):
@@ -289,9 +290,15 @@ class Shadow:
         def begin() -> None:
             self._torn = True
 
-        found = fused.diff(
-            self._held, new, base_version=base_version, version=version, begin=begin, token=token
-        )
+        with on(new[0].device):
+            found = fused.diff(
+                self._held,
+                new,
+                base_version=base_version,
+                version=version,
+                begin=begin,
+                token=token,
+            )
         self._torn = False
         return Diffed(found.patch, lambda: _Facts(*found.sums(), *found.times_us()))
 

@@ -27,6 +27,7 @@ from ...messages.manifest import Manifest
 from . import kernels
 from .bits import BLOCK, Source, quiet, unsigned
 from .tensors import manifest_of, require_manifest
+from .timing import on
 
 GAMMA = 0x9E3779B97F4A7C15
 A_SEED = 0x5350415253454341  # "SPARSECA", big-endian
@@ -198,7 +199,8 @@ def digest(
         if kernels.usable(device):
             from .slices import digest_in_slices
 
-            total, rest = digest_in_slices(tensors, manifest, device, pause)
+            with on(device):
+                total, rest = digest_in_slices(tensors, manifest, device, pause)
         sums: dict[torch.device, Tensor] = {}
         for at in rest:
             name = manifest.tensors[at].name
@@ -219,7 +221,8 @@ def checksum(buffer: Tensor) -> int:
         if nbytes and kernels.usable(device) and not (nbytes % 8 or buffer.data_ptr() % 16):
             from .slices import checksum_on
 
-            return (checksum_on(buffer) + nbytes * LENGTH_FACTOR) & _MASK
+            with on(device):
+                return (checksum_on(buffer) + nbytes * LENGTH_FACTOR) & _MASK
         if buffer.data_ptr() % 8 or (buffer.storage_offset() % 8):
             buffer = buffer.clone()
         whole = nbytes & ~7

@@ -10,7 +10,7 @@ from . import kernels
 from .bits import quiet
 from .digest import LENGTH_FACTOR, checksum
 from .patch import START_NBYTES, Patch
-from .timing import Mark, to_host
+from .timing import Mark, on, to_host
 
 
 class Payload:
@@ -32,7 +32,7 @@ class Payload:
             return
         from .slices import checksum_sums, total
 
-        with quiet():
+        with quiet(), on(buffer.device):
             sums = to_host(checksum_sums(buffer))
             self._start = to_host(buffer[:START_NBYTES])
             Mark(buffer.device).wait()

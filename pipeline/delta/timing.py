@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -10,6 +11,12 @@ from torch import Tensor
 
 #: Their stubs have no types.
 _Event: Any = torch.cuda.Event
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a CUDA device the thread's current one: kernels are launched on that, whatever memory
+    they are given."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Mark:
