@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PIP := $(INSTALL) --constraint constraints.txt
+# On a GPU machine updates go by NCCL: nccl4py comes along.
+EXTRA := $(shell if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null 2>&1; then echo '[nccl]'; fi)
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .PHONY: help demo test lint bench
@@ -51,7 +53,7 @@ bench: .venv/.runtime
 	else \
 		$(PIP) "$(TORCH)"; \
 	fi
-	@$(PIP) --no-build-isolation --editable .
+	@$(PIP) --no-build-isolation --editable ".$(EXTRA)"
 	@touch $@
 
 .venv/.dev: .venv/.runtime

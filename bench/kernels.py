@@ -122,12 +122,15 @@ class Subject:
             return None
         slices: list[float] = []
         for _ in range(_LEAST):
-            last = time.perf_counter()
+            last: float | None = None
 
             def pause(*_: Any) -> None:
                 nonlocal last
-                slices.append(1e3 * (time.perf_counter() - last))
-                last = time.perf_counter()
+                now = time.perf_counter()
+                # Before the first one ends tensors are looked up, too.
+                if last is not None:
+                    slices.append(1e3 * (now - last))
+                last = now
 
             kept: Any = {"pause": pause}
             digest(self._live.tensors(), manifest=self._shadow.manifest, **kept)
