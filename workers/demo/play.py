@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,15 @@ class DemoOptions:
 class Demo:
     """One demo, from the first import to the verdict."""
 
-    def __init__(self, options: DemoOptions, view: PlainView, directory: Path) -> None:
+    def __init__(
+        self,
+        options: DemoOptions,
+        view: PlainView,
+        directory: Path,
+        check_interrupted: Callable[[], None],
+    ) -> None:
         self.options = options
+        self._check_interrupted = check_interrupted
         self.view = view
         self.directory = directory
         self.run = options.run or f"demo-{secrets.token_hex(2)}"
@@ -205,6 +213,7 @@ class Demo:
             update = self.publisher.publish(step=step, tags={"phase": "warm-up"})
             self.progress.warm.append(_point(update, learnt))
             self._check_workers()
+            self._check_interrupted()
             self.view.advance()
 
     def _reinforce(self, learner: Learner) -> None:
@@ -230,6 +239,7 @@ class Demo:
             version = update.version
             self.progress.rl.append(_point(update, learnt))
             self._check_workers()
+            self._check_interrupted()
             self.view.advance()
         self._question(version)
 

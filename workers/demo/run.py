@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ def run_demo(options: DemoOptions) -> int:
     directory = Path(tempfile.mkdtemp(prefix="sparsecast-demo-"))
     kept = False
     try:
-        with _signals_raise():
-            code = Demo(options, view, directory).play()
+        with signals_raise() as check:
+            code = Demo(options, view, directory, check).play()
         kept = code != 0
         return code
     except KeyboardInterrupt:
@@ -48,16 +48,27 @@ def run_demo(options: DemoOptions) -> int:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the demo as Ctrl-C does: in order."""
+def signals_raise() -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGHUP end the demo as Ctrl-C does: in order, by a KeyboardInterrupt.
+
+    Yields what raises it again, if one came: an exception that meets the interpreter in a finaliser
+    or a callback is printed and lost.
+    """
+    asked = False
 
     def interrupt(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
-    numbers = [signal.SIGTERM, signal.SIGHUP]
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
