@@ -18,9 +18,8 @@ import torch
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import LogError
 from ..pipeline.core.events import Sealed
-from ..pipeline.delta import Diffed, Lookup, Patch, merge
+from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
 from ..pipeline.delta import checksum as checksum_of
-from .rehearsal import make_shadow
 from .streams import devices_of, finish, own, settle, to_host
 
 log = logging.getLogger("sparsecast.publisher")
@@ -129,7 +128,7 @@ class Outgoing:
         settle(self.devices)
         for device in self.devices:
             torch.cuda.synchronize(device)  # the owner's stream may still be making the weights
-        self._shadow = make_shadow(tensors, dtype, host=shadow == "host")
+        self._shadow = Shadow(tensors, dtype=dtype, host=shadow == "host")
         for device in self.devices:
             finish(device)  # or they might change while they are copied
         #: The last diff, which the shadow is whole after.

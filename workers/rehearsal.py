@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -49,19 +48,13 @@ def rehearse(
         _fill_pool(device)
 
 
-def make_shadow(tensors: Mapping[str, torch.Tensor], dtype: Dtypes, *, host: bool) -> Shadow:
-    """A shadow beside the tensors, or in pinned host memory."""
-    options: dict[str, Any] = {"host": True} if host else {}
-    return Shadow(tensors, dtype=dtype, **options)
-
-
 def _rehearse(
     device: torch.device, held: torch.dtype, published: torch.dtype, *, host: bool = False
 ) -> None:
     bits = torch.zeros(_NUMEL * held.itemsize, dtype=torch.uint8, device=device)
     weights = {str(stride): bits.clone().view(held) for stride in _STRIDES}
     mine = {name: torch.zeros_like(tensor, dtype=published) for name, tensor in weights.items()}
-    shadow = make_shadow(weights, published if published.is_floating_point else None, host=host)
+    shadow = Shadow(weights, dtype=published if published.is_floating_point else None, host=host)
     patches: list[Patch] = []
     for version in range(2):
         for stride in _STRIDES:

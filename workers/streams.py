@@ -7,7 +7,6 @@ for a device as a whole while a run is on: that would wait for the owner's work 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ..messages.errors import WaitTimeout
+from ..pipeline.windows.gpus import let_captures_be
 
 log = logging.getLogger("sparsecast.driver")
 
@@ -29,8 +29,6 @@ DEVICE_S = 60.0
 #: A wait for a device looks all the time at first, for work is short, and then now and then.
 _SPIN_S = 0.0005
 _POLL_S = 0.00005
-#: cuda.h, CUstreamCaptureMode.
-_CAPTURE_MODE_THREAD_LOCAL = 1
 
 #: Their stubs have no types.
 _Stream: Any = torch.cuda.Stream
@@ -68,19 +66,7 @@ def settle(devices: Sequence[torch.device]) -> None:
         # Sets the thread's device as well.
         torch.cuda.set_stream(new_stream(device))
     if devices:
-        _let_captures_be()
-
-
-def _let_captures_be() -> None:
-    # By default, whatever a thread queries or allocates breaks a capture that another has begun.
-    mode = ctypes.c_int(_CAPTURE_MODE_THREAD_LOCAL)
-    try:
-        found = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    except (OSError, AttributeError) as exc:  # a torch for other accelerators than NVIDIA's
-        log.debug("capture mode of this thread left as it is: %s", exc)
-    else:
-        if found:
-            log.warning("capture mode of this thread left as it is: CUDA error %d", found)
+        let_captures_be()
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:

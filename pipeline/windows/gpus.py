@@ -30,19 +30,23 @@ def gpu_identity(device: str) -> str:
 
 
 def enter_gpu(index: int) -> None:
-    """Make the GPU the device of the calling thread, which is a window's own.
-
-    What such a thread asks or allocates would by default break off the CUDA graph that an engine
-    captures on another thread meanwhile; from here on it does not.
-    """
+    """Make the GPU the device of the calling thread, which is a window's own."""
     import torch
 
     torch.cuda.set_device(index)
+    let_captures_be()
+
+
+def let_captures_be() -> None:
+    """From here on this thread disturbs no CUDA graph that another thread captures.
+
+    By default, whatever a thread asks or allocates meanwhile breaks the capture off.
+    """
     mode = ctypes.c_int(_THREAD_LOCAL)
     try:
         found = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    except (OSError, AttributeError) as exc:
-        log.debug("the capture mode of a window's thread stays as it is: %s", exc)
+    except (OSError, AttributeError) as exc:  # a torch for other accelerators than NVIDIA's
+        log.debug("capture mode of this thread left as it is: %s", exc)
     else:
         if found:
-            log.warning("the capture mode of a window's thread stays as it is: error %d", found)
+            log.warning("capture mode of this thread left as it is: CUDA error %d", found)

@@ -24,3 +24,9 @@ def _installed() -> bool:
 def usable(device: torch.device) -> bool:
     """Whether the kernels run on this device: a CUDA device, and Triton is installed."""
     return device.type == "cuda" and torch.version.cuda is not None and _installed()
+
+
+def readable(buffer: torch.Tensor) -> bool:
+    """Whether the checksum's kernel can read this payload: where it lies, whole aligned words."""
+    nbytes = buffer.numel()
+    return nbytes > 0 and usable(buffer.device) and not (nbytes % 8 or buffer.data_ptr() % 16)
