@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 import documents
+import words
 from crew import Crew, WorkerFailed
 from recovery_trainer import SLACK_S, Case, Config, Trainer, deadline_s
 from shapes import Cut
@@ -45,7 +46,7 @@ def main() -> int:
     """Measure, print, and write the document; 1 if a survivor's bits are not the trainer's."""
     arguments = _parse(sys.argv[1:])
     console = documents.console()
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, words.terminated)
     # A trainer that hangs is what this bench looks for: it must not hang the bench as well. The
     # workers leave when the trainer's pipes close; a stopped one is killed by the crew's end.
     faulthandler.dump_traceback_later(arguments.timeout, exit=True)
@@ -232,31 +233,38 @@ def _publish(found: dict[str, float]) -> str:
     return f"{figures}  ({found['n']})"
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def _parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/recovery.py", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all (cpu)")
     parser.add_argument("--workers", type=_several, default=3, help="at least two (3)")
-    parser.add_argument("--repeats", type=_count, default=5, help="of each case (5)")
+    parser.add_argument("--repeats", type=words.count, default=5, help="of each case (5)")
     parser.add_argument(
         "--cases",
         type=_cases,
         default=_cases(_DEFAULT),
         help=f"some of {','.join(CASES)} (the first four)",
     )
-    parser.add_argument("--elements", type=_count, default=16_000_000, help="weights (16 M)")
-    parser.add_argument("--density", type=_share, default=0.01, help="share that changes (0.01)")
-    parser.add_argument("--interval-s", type=_positive, default=0.1, help="of updates (0.1)")
+    parser.add_argument("--elements", type=words.count, default=16_000_000, help="weights (16 M)")
     parser.add_argument(
-        "--around-s", type=_positive, default=1.5, help="measured before and after a fault (1.5)"
+        "--density", type=words.share, default=0.01, help="share that changes (0.01)"
     )
-    parser.add_argument("--ready-s", type=_positive, default=1.0, help="Policy.ready_s (1)")
-    parser.add_argument("--send-s", type=_positive, default=2.0, help="Policy.send_s (2)")
+    parser.add_argument("--interval-s", type=words.positive, default=0.1, help="of updates (0.1)")
+    parser.add_argument(
+        "--around-s",
+        type=words.positive,
+        default=1.5,
+        help="measured before and after a fault (1.5)",
+    )
+    parser.add_argument("--ready-s", type=words.positive, default=1.0, help="Policy.ready_s (1)")
+    parser.add_argument("--send-s", type=words.positive, default=2.0, help="Policy.send_s (2)")
     parser.add_argument("--window", choices=["auto", *get_args(WindowKind)], default="auto")
-    parser.add_argument("--threads", type=_count, default=1, help="torch threads a process (1)")
+    parser.add_argument(
+        "--threads", type=words.count, default=1, help="torch threads a process (1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and changes (0)")
-    parser.add_argument("--timeout", type=_positive, default=900.0, help="for it all, s (900)")
+    parser.add_argument("--timeout", type=words.positive, default=900.0, help="for it all, s (900)")
     parser.add_argument("--json", type=Path, help="where to write what was measured")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(given)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         parser.error(f"--json: there is no folder {arguments.json.parent}")
     return arguments
@@ -275,31 +283,6 @@ def _several(text: str) -> int:
     if value < 2:
         raise argparse.ArgumentTypeError(f"with {text} nobody survives: at least 2")
     return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"shares are above 0 and at most 1, not {text}")
-    return value
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rich.console import Console
 import report
 import stats
 import targets
+import words
 from control import RankFailed, Ranks
 from link import Link, LinkError
 from ranks import Config
@@ -39,7 +40,7 @@ def main() -> int:
     arguments = _parse(sys.argv[1:])
     # A table that is cut to 80 columns for a file says nothing.
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, words.terminated)
     try:
         document = measure(arguments, Console(stderr=True))
     except (LinkError, RankFailed, TimeoutError) as exc:
@@ -177,27 +178,27 @@ def _cut(arguments: argparse.Namespace) -> Cut:
     return Cut(arguments.layers, 0) if arguments.layers else Cut.of_elements(arguments.elements)
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def _parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/round.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the weights are (cpu)")
-    add("--workers", type=_count, help="worker processes (2; on GPUs 1)")
-    add("--rounds", type=_count, default=30, help="measured rounds a density (30)")
-    add("--warmup", type=_count, default=3, help="rounds before them (3)")
+    add("--workers", type=words.count, help="worker processes (2; on GPUs 1)")
+    add("--rounds", type=words.count, default=30, help="measured rounds a density (30)")
+    add("--warmup", type=words.count, default=3, help="rounds before them (3)")
     add("--seconds", type=float, default=float("inf"), help="a density ends after so many")
-    add("--diff-rounds", type=_count, default=40, help="of the diff alone, on CPUs (40)")
+    add("--diff-rounds", type=words.count, default=40, help="of the diff alone, on CPUs (40)")
     add("--densities", type=_densities, default=(0.01,), help="shares that change, 0.01,0.001 say")
     add("--changed", type=_counts, default=(), help="the same as numbers of elements, 27000 say")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--model", choices=list(MODELS), help="a whole model (on GPUs 0.5b)")
-    size.add_argument("--layers", type=_count, help="so many layers of 0.5b, no embedding")
+    size.add_argument("--layers", type=words.count, help="so many layers of 0.5b, no embedding")
     size.add_argument(
-        "--elements", type=_count, default=64_000_000, help="whole layers, then embedding rows"
+        "--elements", type=words.count, default=64_000_000, help="whole layers, then embedding rows"
     )
     add("--link", default="none", help="none, or a rate for tc: 1gbit (root, CPUs)")
     add("--window", choices=["auto", "nccl", "gloo", "bus"], help="ours (gloo; on GPUs nccl)")
-    add("--staging-mib", type=_count, help="both bounds of Policy's staging (its own)")
-    add("--threads", type=_count, default=1, help="torch threads a process (1)")
+    add("--staging-mib", type=words.count, help="both bounds of Policy's staging (its own)")
+    add("--threads", type=words.count, default=1, help="torch threads a process (1)")
     add("--first", action="store_true", help="go before all that else runs here (root)")
     add("--seed", type=int, default=0, help="of weights and changes (0)")
     add("--timeout", type=float, default=1800.0, help="seconds for it all (1800)")
@@ -205,7 +206,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--beside", type=Path, help="a document of fewer workers: says how the round grew")
     # On CPUs the methods of GPUs can be tried, over gloo: their figures mean nothing.
     add("--ways", choices=["host", "device"], default="host", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(given)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         parser.error(f"--json: there is no folder {arguments.json.parent}")
     if arguments.beside is not None and not arguments.beside.is_file():
@@ -225,15 +226,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(word) for word in text.split(","))
+    return tuple(words.count(word) for word in text.split(","))
 
 
 def _densities(text: str) -> tuple[float, ...]:
@@ -241,10 +235,6 @@ def _densities(text: str) -> tuple[float, ...]:
     if not all(0 < density <= 1 for density in found):
         raise argparse.ArgumentTypeError(f"shares are above 0 and at most 1, not {text}")
     return found
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rich.text import Text
 
 import documents
 import stats
+import words
 from control import RankFailed, Ranks
 from models import CONFIGS
 from stall_ranks import Config
@@ -32,7 +33,7 @@ def main() -> int:
     """Measure, print, and write the document; 1 if the worker's bits are not the trainer's."""
     arguments = _parse(sys.argv[1:])
     console = documents.console()
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, words.terminated)
     try:
         document = measure(arguments, Console(stderr=True))
     except (RankFailed, TimeoutError) as exc:
@@ -176,23 +177,29 @@ def show(document: dict[str, Any], console: Console) -> None:
     )
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def _parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/stall.py", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for both (cpu)")
     parser.add_argument("--model", choices=list(CONFIGS), default="tiny", help="its size (tiny)")
-    parser.add_argument("--batch", type=_count, default=8, help="sequences a forward (8)")
-    parser.add_argument("--tokens", type=_count, default=4, help="tokens a sequence (4)")
+    parser.add_argument("--batch", type=words.count, default=8, help="sequences a forward (8)")
+    parser.add_argument("--tokens", type=words.count, default=4, help="tokens a sequence (4)")
     parser.add_argument("--graph", action="store_true", help="forwards as a CUDA graph")
-    parser.add_argument("--pairs", type=_count, default=3, help="of a quiet and a busy phase (3)")
-    parser.add_argument("--seconds", type=_positive, default=5.0, help="each phase (5)")
-    parser.add_argument("--interval-s", type=_positive, default=0.2, help="of updates (0.2)")
-    parser.add_argument("--density", type=_share, default=0.01, help="share that changes (0.01)")
+    parser.add_argument(
+        "--pairs", type=words.count, default=3, help="of a quiet and a busy phase (3)"
+    )
+    parser.add_argument("--seconds", type=words.positive, default=5.0, help="each phase (5)")
+    parser.add_argument("--interval-s", type=words.positive, default=0.2, help="of updates (0.2)")
+    parser.add_argument(
+        "--density", type=words.share, default=0.01, help="share that changes (0.01)"
+    )
     parser.add_argument("--window", choices=["auto", "nccl", "gloo", "bus"], default="auto")
-    parser.add_argument("--threads", type=_count, default=1, help="torch threads a process (1)")
+    parser.add_argument(
+        "--threads", type=words.count, default=1, help="torch threads a process (1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and changes (0)")
-    parser.add_argument("--timeout", type=_positive, default=600.0, help="for it all, s (600)")
+    parser.add_argument("--timeout", type=words.positive, default=600.0, help="for it all, s (600)")
     parser.add_argument("--json", type=Path, help="where to write what was measured")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(given)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         parser.error(f"--json: there is no folder {arguments.json.parent}")
     if arguments.graph and arguments.device != "cuda":
@@ -200,31 +207,6 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if arguments.interval_s > arguments.seconds:
         parser.error("--interval-s: no phase is so long (--seconds)")
     return arguments
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"shares are above 0 and at most 1, not {text}")
-    return value
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
