@@ -98,9 +98,9 @@ class _Window:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._window, name)
 
-    async def receive(self, staging: Tensor, *, attempt: int, timeout_s: float) -> None:
+    async def receive(self, staging: Tensor, **options: Any) -> None:
         self._fault.reach("receive")
-        await self._window.receive(staging, attempt=attempt, timeout_s=timeout_s)
+        await self._window.receive(staging, **options)
 
 
 class _Noting(ModuleEngine):

@@ -23,10 +23,11 @@ from sparsecast.pipeline.delta.kernels import (
     dense,
     digest,
     emit,
-    fill,
     find,
+    frame,
     place,
     scatter,
+    sections,
     tally,
 )
 from sparsecast.pipeline.delta.kernels.plan import Kind, Plan
@@ -91,11 +92,11 @@ def launch_all(kind: Kind) -> None:
     arguments = {
         "plan": plan, "group": group, "patch": _ADDRESS, "slots": 64, "first": 0, "blocks": 2,
         "olds": of_tensors, "news": of_tensors, "weights": of_tensors, "totals": of_tensors,
-        "over": 1, "sums": sums, "changes": sums, "table": table, "ends": of_blocks,
+        "changed": sums, "over": sums, "sums": sums, "changes": sums, "wrong": sums,
+        "table": table, "ends": of_blocks,
         "records": torch.zeros(16, dtype=torch.int64 if kind.itemsize == 4 else torch.int32),
         "values": torch.zeros(16, dtype=torch.int64),
         "tile_counts": counts, "block_counts": torch.zeros(plan.blocks, dtype=torch.int32),
-        "wrong": torch.zeros(1, dtype=torch.int32),
     }  # fmt: skip
 
     def launch(launcher: Callable[..., None], **others: Any) -> None:
@@ -110,9 +111,14 @@ def launch_all(kind: Kind) -> None:
     launch(place.place)
     if kind.cast:
         return  # what follows reads what is published already
-    launch(fill.fill, runs=table[:2], buffer=_ADDRESS)
-    launch(fill.clear)
-    launch(checksum.checksum, buffer=torch.zeros(4096, dtype=torch.uint8))
+    buffer, facts = torch.zeros(4096, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64)
+    launch(
+        frame.frame, facts=facts, buffer=buffer, manifest_hash=32 * "a", base_version=0, version=1,
+        numel=70_005, dense_nbytes=280_020,
+    )  # fmt: skip
+    launch(sections.sections, facts=facts, nbytes=4096)
+    for nbytes in (None, facts):
+        launch(checksum.checksum, buffer=buffer, nbytes=nbytes)
     launch(digest.digest)
     launch(check.counts_of, counts=of_blocks)
     launch(check.check, counts=of_blocks)

@@ -1,11 +1,12 @@
 """What a replica has received and not yet applied, and the work on its weights.
 
 All of it runs on the driver's torch thread, one call at a time, and on CUDA on that thread's own
-streams; only staging() is for any thread.
+streams, but for what says that it is for any thread.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,6 @@ from ..pipeline.delta import (
     Checked,
     Payload,
     apply_checked,
-    check,
     digest,
     manifest_of,
 )
@@ -87,8 +87,12 @@ class Incoming:
         #: Staging is allocated on it, and nothing is ever queued there.
         self._stream: torch.cuda.Stream | None = None
         self._fence = CudaFence()
+        #: Of the tensors whose devices the fence has.
+        self._ordered: object = None
         self._manifest: Manifest | None = None
         self._staged: dict[int, Staged] = {}
+        #: Held by whoever changes what is staged.
+        self._staging = threading.Lock()
         #: What was applied last, for its metrics.
         self.last: Staged | None = None
         #: Step and tags of the versions that were applied, the newest last.
@@ -117,6 +121,10 @@ class Incoming:
 
     def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have the guard order the devices on which the weights lie by now."""
+        token = getattr(tensors, "token", None)
+        if token is not None and token is self._ordered:
+            return  # nothing has moved
+        self._ordered = token
         devices = devices_of(tensors.values())
         new = self._fence.include(devices)
         if new:
@@ -187,11 +195,19 @@ class Incoming:
             return buffer
 
     def _count(self) -> None:
+        """Under the lock."""
         self._on_device_nbytes = sum(
             staged.nbytes
             for staged in self._staged.values()
             if staged.checked is not None and staged.checked.patch.buffer.is_cuda
         )
+
+    def expect(self, buffer: torch.Tensor, announce: Announce) -> Payload | None:
+        """What is to follow a payload that a window brings into `buffer`; on any thread."""
+        manifest = self._manifest
+        if manifest is None or announce.manifest_hash != manifest.hash:
+            return None  # stage() refuses it
+        return Payload(buffer, manifest)
 
     def stage(
         self,
@@ -203,10 +219,12 @@ class Incoming:
         window: int = 0,
         attempt: int = 0,
         scratch: bool = False,
+        payload: Payload | None = None,
     ) -> None:
         """Check a payload (uint8, 1-d) against what was announced of it, and keep it.
 
-        `scratch`: check and drop it. CorruptPatch or ManifestMismatch: nothing was kept.
+        `scratch`: check and drop it. `payload`: expect()'s; if it was queued behind the bytes, this
+        waits for nothing and is for any thread. CorruptPatch or ManifestMismatch: nothing was kept.
         """
         began = self._clock()
         manifest = self._manifest
@@ -214,27 +232,25 @@ class Incoming:
             raise ManifestMismatch(f"version {announce.version} is of another manifest")
         if buffer.numel() != announce.nbytes:
             raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
-        buffer = self._placed(buffer)
-        own(buffer)
-        payload = Payload(buffer)
+        if payload is None or not payload.queued:
+            buffer = self._placed(buffer)
+            own(buffer)
+            payload = Payload(buffer, manifest)
         if payload.checksum != announce.checksum:
             raise CorruptPatch(
                 f"checksum {payload.checksum:016x}, announced was {announce.checksum:016x}"
             )
-        patch = payload.patch()
+        patch = payload.patch
         if (patch.base_version, patch.version) != (announce.base_version, announce.version):
             raise CorruptPatch(
                 f"it says {patch.base_version} → {patch.version}, announced was "
                 f"{announce.base_version} → {announce.version}"
             )
-        checked = check(patch, manifest)
+        checked = payload.check()
         now = self._clock()
         if scratch:
             return
-        before = self._staged.get(patch.version)
-        if before is not None and _reaches_back(before.base_version, patch.base_version):
-            return  # Window and log may bring the same version: the wider one fits more weights.
-        self._staged[patch.version] = Staged(
+        staged = Staged(
             checked=checked,
             base_version=patch.base_version,
             version=patch.version,
@@ -248,7 +264,12 @@ class Incoming:
             step=announce.step,
             tags=announce.tags,
         )
-        self._count()
+        with self._staging:
+            before = self._staged.get(patch.version)
+            if before is not None and _reaches_back(before.base_version, patch.base_version):
+                return  # Window and log may bring the same version: the wider one fits more.
+            self._staged[patch.version] = staged
+            self._count()
 
     def stage_bytes(self, data: bytes, entry: LogEntry, *, receive_us: int) -> None:
         """stage() for what the log gave."""
@@ -259,9 +280,10 @@ class Incoming:
 
     def drop(self, versions: tuple[int, ...] | None) -> None:
         """Forget staged patches (None: all)."""
-        for version in list(self._staged) if versions is None else versions:
-            self._staged.pop(version, None)
-        self._count()
+        with self._staging:
+            for version in list(self._staged) if versions is None else versions:
+                self._staged.pop(version, None)
+            self._count()
 
     # ---- into the weights
 
@@ -290,6 +312,7 @@ class Incoming:
                 names: set[str] = set()
                 for patch in patches:
                     assert patch.checked is not None
+                    own(patch.checked.patch.buffer)
                     names.update(apply_checked(patch.checked, tensors, begin=writer.begin_write))
                 last = patches[-1]
                 self._engine.after_apply(last.version, sorted(names))

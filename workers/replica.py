@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -398,23 +399,30 @@ class Replica:
         except (RuntimeError, TypeError) as exc:  # more than there is, or no size at all
             reason = f"no staging for the announced {announce.nbytes} bytes: {_brief(exc)}"
             return ev.ReceiveFailed(*identity, stamp.version, reason, corrupt=False)
+        payload = self._incoming.expect(buffer, announce)
         try:
-            await window.receive(buffer, attempt=stamp.attempt, timeout_s=command.timeout_s)
+            await window.receive(
+                buffer, attempt=stamp.attempt, timeout_s=command.timeout_s, behind=payload
+            )
         except WindowError as exc:
             return ev.ReceiveFailed(*identity, stamp.version, exc.reason, corrupt=False)
         receive_us = round((self._ports.clock() - began) * 1e6)
+        stage = functools.partial(
+            self._incoming.stage,
+            buffer,
+            announce,
+            receive_us=receive_us,
+            transport=window.spec.kind,
+            window=stamp.window,
+            attempt=stamp.attempt,
+            scratch=command.scratch,
+            payload=payload,
+        )
         try:
-            await self._ports.run(
-                lambda: self._incoming.stage(
-                    buffer,
-                    announce,
-                    receive_us=receive_us,
-                    transport=window.spec.kind,
-                    window=stamp.window,
-                    attempt=stamp.attempt,
-                    scratch=command.scratch,
-                )
-            )
+            if payload is not None and payload.queued:
+                stage()  # the window has waited for it
+            else:
+                await self._ports.run(stage)
         except (PatchError, RuntimeError, MemoryError) as exc:
             return ev.ReceiveFailed(*identity, stamp.version, _brief(exc), corrupt=True)
         claim = self._core.claim if self._core is not None else None

@@ -8,6 +8,7 @@ for a device as a whole while a run is on: that would wait for the owner's work 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,7 +88,10 @@ def finish(device: torch.device, timeout_s: float = DEVICE_S) -> None:
         waited = time.monotonic() - began
         if waited > timeout_s:
             raise WaitTimeout(f"work on {device}", timeout_s, "the device does not come to its end")
-        time.sleep(0.0 if waited < _SPIN_S else _POLL_S)
+        if waited < _SPIN_S:
+            os.sched_yield()  # time.sleep(0) takes some 70 µs
+        else:
+            time.sleep(_POLL_S)
 
 
 def own(*buffers: torch.Tensor) -> None:

@@ -90,13 +90,11 @@ def apply_checked(
     with torch.inference_mode():
         manifest = checked.manifest
         require_manifest(tensors, manifest)
-        index = checked.patch.table_of(manifest).index.tolist()
-        names = [manifest.tensors[at].name for at in index]
         readied = checked.readied
-        by_torch: Sequence[int] = range(len(names))
+        by_torch: Sequence[int] | None = None
         if readied is not None:
             by_torch = readied.beyond(tensors, manifest)
-        targets = {at: Target(names[at], tensors[names[at]]) for at in by_torch}
+        targets = _targets(checked, tensors, by_torch)
         if begin is not None:
             begin()
         if readied is not None:
@@ -104,7 +102,18 @@ def apply_checked(
                 readied.write(tensors, manifest)
         for at, target in targets.items():
             _apply_section(checked, at, target)
-    return names
+    return checked.names
+
+
+def _targets(
+    checked: Checked, tensors: Mapping[str, Tensor], places: Sequence[int] | None
+) -> dict[int, Target]:
+    """Where the sections at these places of the table (None: all) are to be written."""
+    if places is not None and not places:
+        return {}
+    names = checked.names
+    at = range(len(names)) if places is None else places
+    return {place: Target(names[place], tensors[names[place]]) for place in at}
 
 
 def apply(patch: Patch, tensors: Mapping[str, Tensor], *, version: int | None = None) -> list[str]:

@@ -18,10 +18,10 @@ from .decode import SPAN_VALUES, Span, block_limits, section_counts, spans_of
 from .layout import Encoding, Section, Table
 from .patch import Patch, columns_of
 from .tensors import require_hash
-from .timing import on
+from .timing import Mark, on
 
 if TYPE_CHECKING:
-    from .readied import Readied
+    from .readied import Checking, Readied
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,15 @@ class Checked:
         """Its sections; in the full form, one a tensor."""
         return self.patch.sections_of(self.manifest)
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors that it changes, in the order of its sections."""
+        if self.readied is not None:
+            index = self.readied.index(self.manifest)
+        else:
+            index = self.patch.table_of(self.manifest).index
+        return [self.manifest.tensors[at].name for at in index.tolist()]
+
     def spans(self, at: int) -> Sequence[Span]:
         """The bounded steps in which section `at` is applied."""
         if self._spans is not None:
@@ -50,12 +59,13 @@ class Checked:
         return _spans(section, section_counts(self.patch, [section])[0])
 
 
-def check(patch: Patch, manifest: Manifest) -> Checked:
+def check(patch: Patch, manifest: Manifest, *, checking: Checking | None = None) -> Checked:
     """Check a patch against the manifest of the weights it is for.
 
     Manifest hash (ManifestMismatch), sizes, counts, positions strictly ascending, so unique, and
     within their tensor, as many bits as values (CorruptPatch). Waits for the patch's device: the
-    current stream of it.
+    current stream of it; not if the kernels' part, `checking` of the same buffer and manifest, has
+    been waited for already.
     """
     with quiet():
         require_hash(patch.manifest_hash, manifest, f"patch {patch.base_version} → {patch.version}")
@@ -64,14 +74,17 @@ def check(patch: Patch, manifest: Manifest) -> Checked:
                 f"is for {patch.numel} elements in {patch.dense_nbytes} bytes, the manifest has "
                 f"{manifest.numel} in {manifest.nbytes}"
             )
-        _check_sizes(patch.table_of(manifest), manifest)
-        if manifest.numel and kernels.usable(patch.buffer.device):
-            from .readied import ready
+        if checking is None and manifest.numel and kernels.usable(patch.buffer.device):
+            from .readied import Checking
 
             with on(patch.buffer.device):
-                readied = ready(patch, manifest)
-            if readied is not None:
-                return Checked(patch, manifest, readied, None)
+                checking = Checking(patch.buffer, manifest)
+                checking.enqueue()
+                Mark(patch.buffer.device).wait()
+        readied = checking.passed(patch) if checking is not None else None
+        if readied is not None:
+            return Checked(patch, manifest, readied, None)
+        _check_sizes(patch.table_of(manifest), manifest)
         sections = patch.sections_of(manifest)
         counts = section_counts(patch, sections)
         _check_counts(sections, counts, manifest)

@@ -258,8 +258,18 @@ class Shadow:
                 "make a new one and publish an anchor"
             )
 
-    def diff(self, tensors: Mapping[str, Tensor], *, base_version: int, version: int) -> Diffed:
+    def diff(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        base_version: int,
+        version: int,
+        waiting: Callable[[], None] | None = None,
+    ) -> Diffed:
         """The patch from what is held to `tensors`, which is held from then on.
+
+        `waiting` is called once, where nothing is left to do but to wait for the device; where the
+        torch reference does the work, before it begins.
 
         The tensors must be those of the manifest (ManifestMismatch, UnsupportedTensor). With
         kernels it waits once, for the counts, and returns when all that reads the tensors is
@@ -277,15 +287,23 @@ class Shadow:
                 self._fused = _differ(self.manifest, new, held=self.digest)
             token = getattr(tensors, "token", None)
             if self._fused is not None and self._fused.takes(new, token):
-                found = self._diff_fused(self._fused, new, token, base_version, version)
+                found = self._diff_fused(self._fused, new, token, base_version, version, waiting)
             else:
+                if waiting is not None:
+                    waiting()
                 found = self._diff_torch(tensors, base_version, version)
+                self._mark = Mark(self._mark.device)
             self._last = found
-            self._mark = Mark(self._mark.device)
         return found
 
     def _diff_fused(
-        self, fused: Differ, new: list[Tensor], token: object, base_version: int, version: int
+        self,
+        fused: Differ,
+        new: list[Tensor],
+        token: object,
+        base_version: int,
+        version: int,
+        waiting: Callable[[], None] | None,
     ) -> Diffed:
         def begin() -> None:
             self._torn = True
@@ -297,9 +315,11 @@ class Shadow:
                 base_version=base_version,
                 version=version,
                 begin=begin,
+                waiting=waiting,
                 token=token,
             )
         self._torn = False
+        self._mark = found.written
         return Diffed(found.patch, lambda: _Facts(*found.sums(), *found.times_us()))
 
     def _diff_torch(self, tensors: Mapping[str, Tensor], base_version: int, version: int) -> Diffed:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
@@ -44,14 +45,14 @@ _NAMES: dict[Encoding, EncodingName] = {
 class Patch:
     """A view over one contiguous 1-D uint8 tensor, on any device; made by diff, merge, from_….
 
-    The buffer must not change while the patch is in use. `table` is the section table as it was
-    read; it is empty in the full form, where table_of(manifest) gives the places.
+    The buffer must not change while the patch is in use. Of a patch that is still being written the
+    header is known; `table`, or what gives it, must not need the buffer then, and `shares` are the
+    bytes of the sections of each encoding.
     """
 
-    __slots__ = ("_header", "buffer", "manifest", "table")
+    __slots__ = ("_header", "_shares", "_table", "buffer", "manifest")
 
     buffer: Tensor
-    table: Table
     #: The manifest, where whoever made the patch had it; it does not travel.
     manifest: Manifest | None
 
@@ -59,13 +60,15 @@ class Patch:
         self,
         buffer: Tensor,
         header: Header,
-        table: Table,
+        table: Table | Callable[[], Table],
         manifest: Manifest | None = None,
+        shares: Mapping[Encoding, int] | None = None,
     ) -> None:
         self.buffer = buffer
-        self.table = table
         self.manifest = manifest
+        self._table = table
         self._header = header
+        self._shares = shares
 
     # ---- in and out
 
@@ -84,19 +87,18 @@ class Patch:
         with quiet():
             if buffer.numel() and (buffer.storage_offset() % 16 or buffer.data_ptr() % 16):
                 buffer = buffer.clone()
-            return cls.from_start(buffer, buffer[:START_NBYTES].cpu())
+            patch = cls.from_start(buffer, buffer[:START_NBYTES].cpu())
+            _ = patch.table
+            return patch
 
     @classmethod
     def from_start(cls, buffer: Tensor, start: Tensor) -> Patch:
-        """from_buffer() with the buffer's first START_NBYTES on the host; it is 16-aligned."""
-        read = start.numpy()
-        header = parse_header(read[: HEADER.size].tobytes(), buffer.numel())
-        end = HEADER.size + ENTRY.itemsize * header.sections
-        if end > len(read):
-            read = buffer[:end].cpu().numpy()
-        if header.form is Form.FULL:
-            return cls(buffer, header, Table.empty())
-        return cls(buffer, header, Table.parse(read[HEADER.size : end], header))
+        """from_buffer() with some of the buffer's first bytes, the header at least, on the host.
+
+        The buffer is 16-aligned. The section table is validated when it is first asked for.
+        """
+        header = parse_header(start[: HEADER.size].numpy().tobytes(), buffer.numel())
+        return cls(buffer, header, partial(_read_table, buffer, header, start))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Patch:
@@ -163,6 +165,11 @@ class Patch:
         return self._header.dense_nbytes
 
     @property
+    def members(self) -> int:
+        """Sections of its table; 0 in the full form."""
+        return self._header.sections
+
+    @property
     def full(self) -> bool:
         """Whether it has the full form: every tensor, no section table."""
         return self._header.form is Form.FULL
@@ -172,7 +179,7 @@ class Patch:
         """The encoding that carries the most of its bytes; "none" if nothing changed."""
         if self.full:
             return "dense"
-        nbytes = {encoding: self.table.nbytes_of(encoding) for encoding in Encoding}
+        nbytes = self._shares or {each: self.table.nbytes_of(each) for each in Encoding}
         most = max(nbytes, key=lambda encoding: nbytes[encoding])
         return _NAMES[most] if nbytes[most] else "none"
 
@@ -184,6 +191,14 @@ class Patch:
         )
 
     # ---- parts
+
+    @property
+    def table(self) -> Table:
+        """The section table as it was read or made; empty in the full form, where
+        table_of(manifest) gives the places."""
+        if not isinstance(self._table, Table):
+            self._table = self._table()
+        return self._table
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -217,6 +232,15 @@ class Patch:
         """The values of a section as integers of its itemsize: [carried]."""
         at = section.values_offset
         return self.buffer[at : at + section.values_nbytes].view(bits_dtype(section.itemsize))
+
+
+def _read_table(buffer: Tensor, header: Header, start: Tensor) -> Table:
+    if header.form is Form.FULL:
+        return Table.empty()
+    end = HEADER.size + ENTRY.itemsize * header.sections
+    with quiet():
+        read = start if end <= start.numel() else buffer[:end].cpu()
+        return Table.parse(read.numpy()[HEADER.size : end], header)
 
 
 # ---- of a manifest, computed once

@@ -1,47 +1,98 @@
-"""A payload as it arrives: its checksum, and the patch that it should be."""
+"""A payload as it arrives: its checksum, the patch that it should be, and the check of that."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...messages.errors import CorruptPatch
+from ...messages.manifest import Manifest
 from . import kernels
 from .bits import quiet
-from .digest import LENGTH_FACTOR, checksum
-from .patch import START_NBYTES, Patch
-from .timing import Mark, on, to_host
+from .check import Checked, check
+from .digest import LENGTH_FACTOR
+from .digest import checksum as checksum_of
+from .layout import HEADER
+from .patch import Patch
+from .timing import Mark, on
+
+if TYPE_CHECKING:
+    from .readied import Checking
 
 
 class Payload:
-    """A payload (uint8, 1-D, contiguous) and its checksum.
+    """A payload (uint8, 1-D, contiguous) for weights of a manifest, which may still be on its way.
 
-    On a device with kernels both cost one wait for its current stream, elsewhere one each.
+    On a device with kernels, prepare() makes the memory and enqueue() queues all that there is to
+    know of it on the current stream; whatever is asked for waits for that, once, on any thread, and
+    does either first if nobody has. Elsewhere nothing is done before it is asked for.
     """
 
-    __slots__ = ("_buffer", "_start", "checksum")
+    def __init__(self, buffer: Tensor, manifest: Manifest) -> None:
+        self.buffer = buffer
+        self._manifest = manifest
+        self._kernels = kernels.readable(buffer) and buffer.numel() >= HEADER.size
+        self._kernels &= manifest.numel > 0
+        self._checking: Checking | None = None
+        #: When the device is through.
+        self._mark: Mark | None = None
+        self._patch: Patch | None = None
 
-    checksum: int
+    def prepare(self) -> None:
+        """Make the memory that enqueue() needs, for the current stream."""
+        if self._kernels and self._checking is None:
+            from .readied import Checking
 
-    def __init__(self, buffer: Tensor) -> None:
-        self._buffer = buffer
-        self._start: Tensor | None = None
-        nbytes = buffer.numel()
-        if not kernels.readable(buffer):
-            self.checksum = checksum(buffer)
+            with quiet(), on(self.buffer.device):
+                self._checking = Checking(self.buffer, self._manifest)
+
+    def enqueue(self) -> None:
+        """Queue checksum and check; allocates nothing after prepare()."""
+        self.prepare()
+        if self._checking is None or self._mark is not None:
             return
-        from .slices import checksum_sums, total
+        from .kernels.checksum import checksum
 
-        with quiet(), on(buffer.device):
-            sums = to_host(checksum_sums(buffer))
-            self._start = to_host(buffer[:START_NBYTES])
-            Mark(buffer.device).wait()
-            self.checksum = (total(sums) + nbytes * LENGTH_FACTOR) & ((1 << 64) - 1)
+        with quiet(), on(self.buffer.device):
+            checksum(self.buffer, self._checking.sums.zero_())
+            self._checking.enqueue()
+            self._mark = Mark(self.buffer.device)
 
+    @property
+    def queued(self) -> bool:
+        """Whether enqueue() has queued the work."""
+        return self._mark is not None
+
+    def _told(self) -> Checking | None:
+        """What the kernels have found, once they have."""
+        self.enqueue()
+        if self._mark is not None:
+            self._mark.wait()
+        return self._checking
+
+    @property
+    def checksum(self) -> int:
+        """The checksum of its bytes."""
+        told = self._told()
+        if told is None:
+            return checksum_of(self.buffer)
+        return (told.total + self.buffer.numel() * LENGTH_FACTOR) & ((1 << 64) - 1)
+
+    @property
     def patch(self) -> Patch:
-        """The patch; header and section table are validated: CorruptPatch."""
-        if self._start is None:
-            return Patch.from_buffer(self._buffer)
-        if self._buffer.dtype != torch.uint8 or self._buffer.dim() != 1:
-            raise CorruptPatch(f"a patch is a 1-D uint8 tensor, not {self._buffer.dtype}")
-        return Patch.from_start(self._buffer, self._start)
+        """The patch: CorruptPatch if its header, or without kernels its table, is not one's."""
+        if self._patch is None:
+            told = self._told()
+            if told is None:
+                self._patch = Patch.from_buffer(self.buffer)
+            elif self.buffer.dtype != torch.uint8 or self.buffer.dim() != 1:
+                raise CorruptPatch(f"a patch is a 1-D uint8 tensor, not {self.buffer.dtype}")
+            else:
+                self._patch = Patch.from_start(self.buffer, told.start)
+        return self._patch
+
+    def check(self) -> Checked:
+        """check() of the patch."""
+        return check(self.patch, self._manifest, checking=self._told())

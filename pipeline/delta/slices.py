@@ -53,14 +53,9 @@ def digest_in_slices(
 
 def checksum_on(buffer: Tensor) -> int:
     """The sum over a payload's words, without its length; waits for it."""
-    return _total(checksum_sums(buffer))
-
-
-def checksum_sums(buffer: Tensor) -> Tensor:
-    """The parts of checksum_on(), enqueued: int64 [SUMS] on the buffer's device."""
     sums = torch.zeros(SUMS, dtype=torch.int64, device=buffer.device)
     checksum(buffer, sums)
-    return sums
+    return _total(sums)
 
 
 def total(sums: Tensor) -> int:

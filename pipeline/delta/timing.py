@@ -22,15 +22,16 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 class Mark:
     """A point in the current stream of a device, or in time where there are no streams."""
 
-    __slots__ = ("_at_s", "_event", "device")
+    __slots__ = ("_at_s", "_event", "_stream", "device")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._at_s = time.perf_counter()
         self._event = None
         if device.type == "cuda":
+            self._stream = torch.cuda.current_stream(device)
             self._event = _Event(enable_timing=True)
-            self._event.record(torch.cuda.current_stream(device))
+            self._event.record(self._stream)
 
     def wait(self) -> None:
         """Return when the stream has come to here. On any thread."""
@@ -40,7 +41,9 @@ class Mark:
     def precede(self) -> None:
         """What is put on the device's current stream from now on comes after this."""
         if self._event is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._event)
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self._stream:
+                stream.wait_event(self._event)
 
     def until_us(self, later: Mark) -> int:
         """µs from here to a later mark; both have been waited for."""
@@ -58,26 +61,3 @@ def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, whole when the current stream of its device has come to here."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor, non_blocking=tensor.is_cuda)
-
-
-class Sent:
-    """Numbers that go to a device, or come from it, again and again: int64 [n].
-
-    `here` is host memory (pinned, as numpy sees it), `there` the device's. Whoever writes `here`
-    must have waited for the device since the last send().
-    """
-
-    __slots__ = ("_host", "here", "there")
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.here = self._host.numpy()
-        self.there = torch.zeros(size, dtype=torch.int64, device=device)
-
-    def send(self) -> Tensor:
-        """Enqueue the copy to the device; the device's memory."""
-        return self.there.copy_(self._host, non_blocking=True)
-
-    def fetch(self) -> None:
-        """Enqueue the copy from the device."""
-        self._host.copy_(self.there, non_blocking=True)

@@ -72,6 +72,19 @@ class WindowSpec:
         return f"{self.kind}:{self.epoch}.{self.window}"
 
 
+class Behind(Protocol):
+    """Work on the device that follows a payload there: what is queued before the host has heard
+    that the payload came costs no wait of its own."""
+
+    def prepare(self) -> None:
+        """Make all memory for it. Called with the window's stream current, before anything on it
+        waits for another rank: to allocate afterwards might freeze the device."""
+
+    def enqueue(self) -> None:
+        """Queue it on the current stream, behind the payload. Waits for nothing, and touches
+        nothing that must not be touched if the payload is garbage."""
+
+
 class Window(Protocol):
     """One rank's end of a window."""
 
@@ -96,7 +109,14 @@ class Window(Protocol):
         WindowAborted, WindowError as in open().
         """
 
-    async def receive(self, staging: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
+    async def receive(
+        self,
+        staging: torch.Tensor,
+        *,
+        attempt: int,
+        timeout_s: float,
+        behind: Behind | None = None,
+    ) -> None:
         """Other ranks: fill `staging` (uint8, 1-d, contiguous, of the announced size).
 
         It lies as in send(), and is idle: nothing that is queued on any stream touches it, nor what
@@ -105,6 +125,9 @@ class Window(Protocol):
 
         That it returns is no proof either: if another receiver that passes the payload on aborts
         meanwhile, NCCL may bring what it happened to have. Check the bytes.
+
+        `behind` is for windows that receive into memory of a device, on a thread of their own: its
+        work is over as well when this returns. Others, and staging on the host, leave it alone.
 
         Until this returns, `staging` belongs to the window; after an error it holds garbage, and
         may be reused only once abort() has returned.

@@ -15,7 +15,7 @@ from collections import deque
 import torch
 
 from ...messages.errors import SparsecastError, WindowTimeout, WindowUnavailable
-from .base import Courier, Received, Subscription, WindowSpec
+from .base import Behind, Courier, Received, Subscription, WindowSpec
 from .lifecycle import GRACE_S, Deadline, Lifecycle
 from .rendezvous import Rendezvous
 
@@ -118,7 +118,9 @@ class BusWindow(Lifecycle):
 
     # ---- the other ranks
 
-    async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
+    async def _receive(
+        self, staging: torch.Tensor, attempt: int, deadline: Deadline, behind: Behind | None
+    ) -> None:
         self._round += 1
         room = staging.numpy().data
         filled, acked = -1, 0  # -1: even an empty payload has one chunk

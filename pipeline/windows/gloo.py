@@ -20,7 +20,7 @@ import torch.distributed
 
 from ...messages.errors import WindowAborted, WindowError, WindowTimeout, WindowUnavailable
 from .addresses import INTERFACE_VARIABLE, choose_address, reach
-from .base import Courier, WindowSpec
+from .base import Behind, Courier, WindowSpec
 from .lane import Lane
 from .lifecycle import GRACE_S, Deadline, Lifecycle
 from .rendezvous import Rendezvous
@@ -130,7 +130,9 @@ class GlooWindow(Lifecycle):
         self._deadline = deadline
         await self._lane.run(lambda: self._broadcast_out(payload, attempt, deadline))
 
-    async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
+    async def _receive(
+        self, staging: torch.Tensor, attempt: int, deadline: Deadline, behind: Behind | None
+    ) -> None:
         self._deadline = deadline
         await self._lane.run(lambda: self._broadcast_in(staging, attempt, deadline))
 

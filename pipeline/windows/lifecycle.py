@@ -23,7 +23,7 @@ from ...messages.errors import (
     WindowError,
     WindowTimeout,
 )
-from .base import Courier, WindowSpec
+from .base import Behind, Courier, WindowSpec
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,9 @@ class Lifecycle(ABC):
     async def _send(self, payload: torch.Tensor, attempt: int, deadline: Deadline) -> None: ...
 
     @abstractmethod
-    async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None: ...
+    async def _receive(
+        self, staging: torch.Tensor, attempt: int, deadline: Deadline, behind: Behind | None
+    ) -> None: ...
 
     @abstractmethod
     async def _break(self) -> None:
@@ -113,11 +115,19 @@ class Lifecycle(ABC):
         deadline = Deadline(timeout_s)
         await self._operate(self._send(payload, attempt, deadline), deadline, "send")
 
-    async def receive(self, staging: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
+    async def receive(
+        self,
+        staging: torch.Tensor,
+        *,
+        attempt: int,
+        timeout_s: float,
+        behind: Behind | None = None,
+    ) -> None:
         """Other ranks: fill `staging`."""
         self._check_operation(staging, is_root=False)
         deadline = Deadline(timeout_s)
-        await self._operate(self._receive(staging, attempt, deadline), deadline, "receive")
+        work = self._receive(staging, attempt, deadline, behind)
+        await self._operate(work, deadline, "receive")
 
     async def abort(self) -> None:
         """Break the window off."""

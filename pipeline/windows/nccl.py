@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 
 from ...messages.errors import WindowAborted, WindowError, WindowTimeout, WindowUnavailable
-from .base import Courier, WindowSpec
+from .base import Behind, Courier, WindowSpec
 from .bounce import Bounce, pieces
 from .communicator import Communicator, Library
 from .envelope import CAPACITY, Envelope
@@ -203,9 +203,11 @@ class NcclWindow(Lifecycle):
         self._deadline, self._memory = deadline, payload
         await self._run(lambda: self._broadcast_out(payload, attempt), deadline)
 
-    async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
+    async def _receive(
+        self, staging: torch.Tensor, attempt: int, deadline: Deadline, behind: Behind | None
+    ) -> None:
         self._deadline, self._memory = deadline, staging
-        await self._run(lambda: self._broadcast_in(staging, attempt), deadline)
+        await self._run(lambda: self._broadcast_in(staging, attempt, behind), deadline)
 
     def _broadcast_out(self, payload: torch.Tensor, attempt: int) -> None:
         communicator, side = self._parts()
@@ -221,10 +223,14 @@ class NcclWindow(Lifecycle):
         self._finish(side.mark())
         self._memory = None
 
-    def _broadcast_in(self, staging: torch.Tensor, attempt: int) -> None:
+    def _broadcast_in(self, staging: torch.Tensor, attempt: int, behind: Behind | None) -> None:
         communicator, side = self._parts()
         nbytes = staging.numel()
         bounce = self._bounce_for(staging)
+        if staging.device != torch.device("cuda", self._index):
+            behind = None
+        if behind is not None:
+            behind.prepare()
         envelope = self._enqueue_envelope(attempt, nbytes, staging)
         headed = done = side.mark()
         # The payload is asked for before the header is looked at: it would cost a small round half
@@ -239,6 +245,9 @@ class NcclWindow(Lifecycle):
                 self._wait(headed)
                 self._check_header(attempt, nbytes)
                 bounce.drain(piece)
+            done = side.mark()
+        if behind is not None:
+            behind.enqueue()
             done = side.mark()
         self._wait(headed)
         self._check_header(attempt, nbytes)

@@ -231,7 +231,9 @@ class SimWindow:
     async def send(self, payload: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
         await self._operate(payload, attempt, timeout_s, root=True)
 
-    async def receive(self, staging: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
+    async def receive(
+        self, staging: torch.Tensor, *, attempt: int, timeout_s: float, behind: object = None
+    ) -> None:
         await self._operate(staging, attempt, timeout_s, root=False)
 
     async def abort(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .bits import popcount
+from .launch import kernel
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
@@ -16,7 +16,7 @@ _WORDS = 16
 _REGISTERS = 64
 
 
-@triton.jit(do_not_specialize=["tensors", "first"])
+@kernel(numbers=["tensors", "first"])
 def _bitmap(
     block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
     BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import popcount
+from .launch import kernel
 from .places import CHANGED, COUNTS, ENCODING, PLACES, VALUES
 from .plan import Plan
 
@@ -17,7 +18,7 @@ _ROWS = 1024
 _WIDTH = 1024
 
 
-@triton.jit(do_not_specialize=["tensors", "blocks"])
+@kernel(numbers=["tensors", "blocks"])
 def _counts(
     block_tensor, first_block, table, tensors, patch, counts, blocks,
     ENCODING: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr,
@@ -33,7 +34,7 @@ def _counts(
     tl.store(counts + block, count.to(tl.int64), mask=live)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@kernel(numbers=["tensors"])
 def _check(
     block_tensor, first_block, numels, table, tensors, patch, counts, ends, wrong,
     ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr, CHANGED: tl.constexpr,
@@ -101,9 +102,9 @@ def counts_of(plan: Plan, table: Tensor, patch: int, counts: Tensor) -> None:
 def check(
     plan: Plan, table: Tensor, patch: int, counts: Tensor, ends: Tensor, wrong: Tensor
 ) -> None:
-    """Add to `wrong` (int32 [1]) if any block is not as it must be.
+    """Add to `wrong` (int64, the first element) if any block is not as it must be.
 
-    `table`: places() of a section table that was validated; `counts`, `ends`: int64 [blocks], from
+    `table`: sections()'; `counts`, `ends`: int64 [blocks], from
     counts_of() and their running sum.
     """
     _check[(plan.blocks,)](

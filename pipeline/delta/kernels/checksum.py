@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..digest import PAYLOAD, seed_of
 from .bits import addend, block_factor
+from .launch import kernel
 from .plan import factors
 
 #: Programs, each of which takes every _PROGRAMS-th block of 65,536 words.
 _PROGRAMS = 132 * 8
 
 
-@triton.jit(do_not_specialize=["whole", "programs"])
+@kernel(numbers=["whole", "seed", "programs"])
 def _checksum(
-    payload, whole, seed, rows, columns, sums, programs,
-    R: tl.constexpr,
+    payload, nbytes, whole, seed, rows, columns, sums, programs,
+    KNOWN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
+    if not KNOWN:
+        whole = tl.load(nbytes) >> 3
     column = tl.arange(0, 256)
     row = tl.arange(0, R)
     acc = tl.zeros((R, 256), dtype=tl.uint64)
-    words = payload.to(tl.pointer_type(tl.uint64))
+    words = payload.to(tl.int64).to(tl.pointer_type(tl.uint64))
     # A program takes a sixteenth of a block at a time: 16 rows of 256 words, 32 KiB.
     part = tl.program_id(0)
     parts = (whole + 4095) // 4096
@@ -44,17 +46,18 @@ def _checksum(
     tl.atomic_add(sums + tl.program_id(0) % 64, total.to(tl.int64, bitcast=True), sem="relaxed")
 
 
-def checksum(buffer: Tensor, sums: Tensor) -> None:
+def checksum(buffer: Tensor, sums: Tensor, nbytes: Tensor | None = None) -> None:
     """Add Σ words · h to `sums` (int64 [64]) on its device; the length is the caller's to add.
 
-    `buffer`: uint8 [n], n a multiple of 8, at an address that is a multiple of 16.
+    `buffer`: uint8 [n], n a multiple of 8, at an address that is a multiple of 16. `nbytes`, int64
+    [1] on the device: so many of its first bytes count, a multiple of 8.
     """
     whole = buffer.numel() >> 3
     rows, columns = factors(sums.device)
     seed = seed_of(PAYLOAD)
     programs = min(_PROGRAMS, max(1, (whole + 4095) // 4096))
     _checksum[(programs,)](
-        buffer.data_ptr(), whole,
+        buffer.data_ptr(), sums if nbytes is None else nbytes, whole,
         seed - (1 << 64) if seed >> 63 else seed, rows, columns, sums, programs,
-        R=4, num_warps=4,
+        KNOWN=nbytes is None, R=4, num_warps=4,
     )  # fmt: skip

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import kernel
 from .places import ENCODING, VALUES
 from .plan import Group, Plan, word
 
 
-@triton.jit(do_not_specialize=["tensors", "first"])
+@kernel(numbers=["tensors", "first"])
 def _dense(
     block_tensor, first_block, numels, tensors_at, table, tensors, patch, first,
     BITS: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, INTO: tl.constexpr,

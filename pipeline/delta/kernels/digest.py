@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .bits import addend, block_factor
 from .find import SUMS
+from .launch import kernel
 from .plan import Group, Plan, factors, word
 
 #: Programs of a slice: eight for each multiprocessor of an H200.
 PROGRAMS = 132 * 8
 
 
-@triton.jit(do_not_specialize=["at", "end"])
+@kernel(numbers=["at", "end"])
 def _digest(
     block_tensor, first_block, numels, seeds, rows, columns, weights, sums, at, end,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr,

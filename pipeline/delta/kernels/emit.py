@@ -6,11 +6,11 @@ of the digest is left to digest.py, which reads all for less than it would cost 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .bits import popcount, published
+from .launch import kernel
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
@@ -20,7 +20,7 @@ _PART = 512
 _REGISTERS = 64
 
 
-@triton.jit(do_not_specialize=["tensors", "first", "slots"])
+@kernel(numbers=["tensors", "first", "slots"])
 def _emit(
     block_tensor, first_block, numels, olds, news,
     tile_counts, block_counts, ends, table, tensors, patch, first, slots,

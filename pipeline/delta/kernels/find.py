@@ -20,6 +20,7 @@ from .bits import (
     popcount,
     published,
 )
+from .launch import kernel
 from .plan import Group, Plan, factors, word
 
 #: Sums of the digest's change, so that programs do not queue for one address.
@@ -85,7 +86,7 @@ def _take(
     return sums
 
 
-@triton.jit(do_not_specialize=["first", "slots"])
+@kernel(numbers=["first", "slots"])
 def _find(
     block_tensor, first_block, numels, seeds, rows, columns, olds, news,
     records, values, counts, changes, first, slots,

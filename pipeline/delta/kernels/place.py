@@ -5,10 +5,10 @@ A program has a block: its tiles' records go, tile after tile, behind those of t
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import kernel
 from .places import COUNTS, ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
@@ -16,10 +16,10 @@ from .plan import Group, Plan, word
 _LANES = 512
 
 
-@triton.jit(do_not_specialize=["tensors", "first", "slots"])
+@kernel(numbers=["tensors", "first", "slots"])
 def _place(
-    block_tensor, first_block, tile_counts, block_counts, ends, table, tensors, records, values,
-    patch, first, slots,
+    block_tensor, first_block, numels, tile_counts, block_counts, ends, table, tensors, records,
+    values, patch, first, slots,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, TILES: tl.constexpr,
     WIDTH: tl.constexpr, ENCODING: tl.constexpr, COUNTS: tl.constexpr, PLACES: tl.constexpr,
     VALUES: tl.constexpr,
@@ -39,6 +39,13 @@ def _place(
         positions = places.to(tl.pointer_type(tl.uint16))
         masks = places.to(tl.pointer_type(tl.uint32)) + (block - first_here).to(tl.int64) * 2048
         out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
+        if encoding == 2:
+            left = tl.load(numels + tensor) - (block - first_here).to(tl.int64) * 65536
+            word = tl.arange(0, 2048)
+            aligned = tl.multiple_of(masks, 16)
+            tl.store(aligned + word, tl.zeros((2048,), tl.uint32), mask=word * 32 < left)
+            # No bit is set before all of the block are zero.
+            tl.debug_barrier()
         row = tl.arange(0, TILES)
         count = tl.load(tile_counts + here * TILES + row)
         at = before + (tl.cumsum(count, 0) - count)
@@ -89,13 +96,13 @@ def place(
 ) -> None:
     """Write counts, positions and values of a group's sparse and bitmap sections.
 
-    `ends`: int64 [blocks], changed elements up to the end of each block. `table`: places(). `patch`
-    is the address of the buffer, whose bitmaps are zero.
+    `ends`: int64 [blocks], changed elements up to the end of each block. `table`: frame()'s.
+    `patch` is the address of the buffer.
     """
     kind = group.kind
     _place[(group.blocks,)](
-        plan.block_tensor, plan.first_block, tile_counts[group.first_tile :], block_counts, ends,
-        table, plan.tensors, records, values, patch, group.first, slots,
+        plan.block_tensor, plan.first_block, plan.numels, tile_counts[group.first_tile :],
+        block_counts, ends, table, plan.tensors, records, values, patch, group.first, slots,
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, TILES=kind.tiles,
         WIDTH=_LANES // kind.tiles, ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES,
         num_warps=2,

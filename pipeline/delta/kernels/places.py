@@ -1,34 +1,47 @@
-"""Where each tensor's arrays lie in a patch, as the kernels read it."""
+"""Where each tensor's arrays lie in a patch, as the kernels read and compute it."""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+import triton
+import triton.language as tl
 
-from ..layout import Encoding, Table
+from ..layout import ENTRY, HEADER
 
-#: Rows of the table: what a tensor's section is, and byte offsets from the start of the patch.
+#: Rows of the table, int64 [ROWS, tensors]: what a tensor's section is, and byte offsets from the
+#: start of the patch; 0 for a tensor that has none.
 ENCODING, COUNTS, PLACES, VALUES, CHANGED = range(5)
 ROWS = 5
+#: Bytes of the header, and of one entry of the section table.
+HEAD = tl.constexpr(HEADER.size)
+ENTRY_NBYTES = tl.constexpr(ENTRY.itemsize)
 
 
-def places(table: Table, found: npt.NDArray[np.int64]) -> None:
-    """Write where each tensor's section lies: int64 [ROWS, tensors], 0 for one that has none."""
-    found.fill(0)
-    at = table.index
-    found[ENCODING, at] = table.encoding
-    found[COUNTS, at] = table.offset
-    found[PLACES, at] = table.places_offset
-    found[VALUES, at] = table.values_offset
-    found[CHANGED, at] = table.count
+@triton.jit
+def aligned(nbytes):
+    """layout.aligned()."""
+    return (nbytes + 15) & -16
 
 
-def gaps(table: Table) -> npt.NDArray[np.int64]:
-    """int64 [2, n]: start and end of every run of at most 15 bytes that no array covers."""
-    dense = table.encoding == Encoding.DENSE
-    counts_end = table.offset + 4 * table.blocks
-    places_end = np.where(dense, table.offset, table.places_offset + table.places_nbytes)
-    starts = [counts_end[~dense], places_end, table.values_offset + table.carried * table.itemsize]
-    ends = [table.places_offset[~dense], table.values_offset, table.end]
-    found = np.stack([np.concatenate(starts), np.concatenate(ends)])
-    return found[:, found[0] < found[1]]
+@triton.jit
+def choice(numel, itemsize, count):
+    """The encoding of a section with `count` changed elements, as layout.lay_out() chooses it; 0
+    without any."""
+    counts = 4 * ((numel + 0xFFFF) >> 16)
+    sparse = aligned(counts + 2 * count)
+    bitmap = aligned(counts) + aligned((numel + 7) >> 3)
+    values = aligned(count * itemsize)
+    least = tl.minimum(sparse, bitmap) + values
+    other = tl.where(bitmap <= sparse, 2, 1)
+    return tl.where(count > 0, tl.where(aligned(numel * itemsize) <= least, 3, other), 0)
+
+
+@triton.jit
+def extent(encoding, numel, itemsize, count):
+    """Where a section's parts end, from its start: counts, (start of) places, places, (start of)
+    values, values. All 0 where the encoding is."""
+    counts = tl.where((encoding == 1) | (encoding == 2), 4 * ((numel + 0xFFFF) >> 16), 0)
+    first = tl.where(encoding == 2, aligned(counts), counts)
+    places = tl.where(encoding == 1, 2 * count, tl.where(encoding == 2, (numel + 7) >> 3, 0))
+    carried = tl.where(encoding == 3, numel, count) * itemsize
+    values = aligned(first + places)
+    return counts, first, first + places, values, tl.where(encoding == 0, 0, values + carried)

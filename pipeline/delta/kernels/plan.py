@@ -78,8 +78,8 @@ class Plan:
     """The blocks of all tensors of a model, ordered by kind, as tables on one device.
 
     Blocks are numbered through all tensors; `block_tensor` int32 [blocks] gives a block's tensor,
-    `first_block` int32 [tensors] a tensor's first block, `numels` int64 [tensors], `seeds` int64
-    [tensors] the digest's seeds. About 4 bytes a block of 65,536 elements.
+    `first_block` int32 [tensors] a tensor's first block, `numels` and `itemsizes` int64 [tensors],
+    `seeds` int64 [tensors] the digest's seeds. About 4 bytes a block of 65,536 elements.
     """
 
     def __init__(
@@ -123,6 +123,8 @@ class Plan:
             )
             self.first_block = torch.from_numpy(first).to(device)
             self.numels = torch.tensor(list(numels), dtype=torch.int64).to(device)
+            itemsizes = [kind.itemsize for kind in kinds]
+            self.itemsizes = torch.tensor(itemsizes, dtype=torch.int64).to(device)
             self.seeds = torch.tensor(list(seeds), dtype=torch.int64).to(device)
 
     def members(self, group: Group) -> npt.NDArray[np.int64]:

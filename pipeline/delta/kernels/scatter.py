@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import kernel
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
 _WIDTH = 512
 
 
-@triton.jit(do_not_specialize=["tensors", "first"])
+@kernel(numbers=["tensors", "first"])
 def _scatter(
     block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
     BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,

@@ -1,4 +1,4 @@
-"""Add the counts of tiles up: by block and by tensor, and whether any tile had too many."""
+"""Add the counts of tiles up: by block, tensor and group, and whether any tile had too many."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import kernel
 from .plan import Group, Plan
 
 #: Blocks that a program adds up.
 _ROWS = 16
 
 
-@triton.jit(do_not_specialize=["over", "first", "blocks", "slots"])
+@kernel(numbers=["group", "first", "blocks", "slots"])
 def _tally(
-    block_tensor, counts, block_counts, totals, over, first, blocks, slots,
+    block_tensor, counts, block_counts, totals, changed, over, group, first, blocks, slots,
     TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -26,8 +27,9 @@ def _tally(
     tensor = tl.load(block_tensor + first + row, mask=live, other=0)
     tl.atomic_add(totals + tensor, total.to(tl.int64), mask=live & (total > 0), sem="relaxed")
     most = tl.max(tl.max(count, axis=1), axis=0)
+    tl.atomic_add(changed + group, tl.sum(total, axis=0).to(tl.int64), sem="relaxed")
     if most > slots:
-        tl.atomic_add(totals + over, 1, sem="relaxed")
+        tl.atomic_add(over + group, 1, sem="relaxed")
 
 
 def tally(
@@ -36,17 +38,19 @@ def tally(
     counts: Tensor,
     block_counts: Tensor,
     totals: Tensor,
-    over: int,
+    changed: Tensor,
+    over: Tensor,
     *,
     slots: int,
 ) -> None:
-    """From counts of tiles (int32) to those of blocks and tensors.
+    """From counts of tiles (int32) to those of blocks and tensors, and of the whole group.
 
-    `block_counts`: int32 [blocks of the plan], written. `totals`: int64 [tensors], added to.
-    At `over` in it there grows a count of programs that met a tile with more than `slots` changes.
+    `block_counts`: int32 [blocks of the plan], written. Added to are `totals`, int64 [tensors],
+    `changed`, int64 [groups of the plan], and `over`, the same: programs that met a tile with more
+    than `slots` changes.
     """
     _tally[(triton.cdiv(group.blocks, _ROWS),)](
-        plan.block_tensor, counts[group.first_tile :], block_counts, totals, over,
-        group.first, group.blocks, slots,
+        plan.block_tensor, counts[group.first_tile :], block_counts, totals, changed, over,
+        plan.groups.index(group), group.first, group.blocks, slots,
         TILES=group.kind.tiles, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip

@@ -59,7 +59,9 @@ class Threaded(Lifecycle):
         finally:
             self.at_work.clear()
 
-    async def _receive(self, staging: torch.Tensor, attempt: int, deadline: Deadline) -> None:
+    async def _receive(
+        self, staging: torch.Tensor, attempt: int, deadline: Deadline, behind: object
+    ) -> None:
         raise NotImplementedError
 
     async def _break(self) -> None:

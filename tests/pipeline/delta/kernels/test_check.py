@@ -94,10 +94,14 @@ FAULTS = [
 
 def by_kernels_alone(patch: Patch) -> bool:
     """Whether the kernels found nothing wrong."""
-    from sparsecast.pipeline.delta.readied import ready
+    from sparsecast.pipeline.delta.readied import Checking
+    from sparsecast.pipeline.delta.timing import Mark
 
     with by_kernels():
-        return ready(patch, patch.manifest) is not None
+        checking = Checking(patch.buffer, patch.manifest)
+        checking.enqueue()
+        Mark(DEVICE).wait()
+        return checking.passed(patch) is not None
 
 
 @pytest.mark.parametrize(("at", "spoil", "reason"), FAULTS)

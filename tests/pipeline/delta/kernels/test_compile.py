@@ -70,4 +70,4 @@ def test_on_a_gpu_the_kernels_of_these_tests_are_compiled() -> None:
 
     assert DEVICE.type == "cuda"
     assert kernels.usable(DEVICE)
-    assert isinstance(find._find, JITFunction)
+    assert isinstance(find._find.jit, JITFunction)

@@ -88,36 +88,19 @@ def test_find_and_tally(dtype: str, update: bool) -> None:
             assert value & size == int(bits(new[name])[spot]) & size
 
     block_counts = torch.full((plan.blocks,), -1, dtype=torch.int32, device=DEVICE)
-    totals = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    tally(plan, group, counts, block_counts, totals, 2, slots=slots)
-    assert block_counts.tolist() == totals[:2].tolist() == differ.sum(1).tolist()
-    assert totals[2].item() > 0
-    totals.zero_()
-    tally(plan, group, counts, block_counts, totals, 2, slots=4_096)
-    assert totals[2].item() == 0
+    totals, changed, over = (torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(3))
+    tally(plan, group, counts, block_counts, totals, changed, over, slots=slots)
+    assert block_counts.tolist() == totals.tolist() == differ.sum(1).tolist()
+    assert changed.tolist() == [int(differ.sum()), 0]
+    assert over.tolist() == [1, 0]
+    tally(plan, group, counts, block_counts, totals, changed, over, slots=4_096)
+    assert over.tolist() == [1, 0]
 
 
-def test_fill_zeroes_its_runs_and_nothing_else() -> None:
-    """Runs of 1 to 15 bytes at any place, more of them than a program takes at a time."""
-    from sparsecast.pipeline.delta.kernels.fill import fill
-
-    starts = torch.arange(70) * 40 + torch.arange(70) % 7
-    runs = torch.stack([starts, starts + 1 + torch.arange(70) % 15]).to(DEVICE)
-    buffer = torch.full((3_000,), 0xFF, dtype=torch.uint8, device=DEVICE)
-    expected = buffer.clone()
-    for start, end in runs.T.tolist():
-        expected[start:end] = 0
-    fill(runs, buffer.data_ptr())
-    assert torch.equal(buffer, expected)
-    fill(runs[:, :0], buffer.data_ptr())
-    assert torch.equal(buffer, expected)
-
-
-def test_clear_and_dense_go_by_the_table() -> None:
-    """clear() zeroes bitmaps to their padding, dense() copies dense sections there and back: each
-    leaves alone what the table says is of another kind, and a tensor whose address is 0."""
+def test_dense_goes_by_the_table() -> None:
+    """dense() copies dense sections there and back, and leaves alone what the table says is of
+    another kind, and a tensor whose address is 0."""
     from sparsecast.pipeline.delta.kernels.dense import dense
-    from sparsecast.pipeline.delta.kernels.fill import clear
     from sparsecast.pipeline.delta.kernels.places import ENCODING, PLACES, ROWS, VALUES
     from sparsecast.pipeline.delta.layout import lay_out
 
@@ -133,9 +116,6 @@ def test_clear_and_dense_go_by_the_table() -> None:
         where[row] = torch.from_numpy(column)
     patch = torch.full((table.nbytes,), 0xA5, dtype=torch.uint8, device=DEVICE)
     expected = patch.clone()
-    clear(plan, where, patch.data_ptr())
-    expected[table.places_offset[0] : table.values_offset[0]] = 0
-    assert torch.equal(patch, expected)
     dense(plan, group, addresses, where, patch.data_ptr(), into=False)
     for at, name in ((1, "d"), (2, "e")):
         start = int(table.values_offset[at])
@@ -151,7 +131,8 @@ def test_clear_and_dense_go_by_the_table() -> None:
 
 
 def test_checksum_adds_up() -> None:
-    """Sums are added to, so that a caller may zero them when it likes."""
+    """Sums are added to, so that a caller may zero them when it likes; of a buffer that is longer
+    than the payload only so many bytes count as the device is told."""
     from sparsecast.pipeline.delta.digest import LENGTH_FACTOR
     from sparsecast.pipeline.delta.kernels.checksum import checksum as by_kernel
 
@@ -161,4 +142,7 @@ def test_checksum_adds_up() -> None:
     by_kernel(payload, sums)
     with by_torch():
         expected = checksum(payload) - 4_000 * LENGTH_FACTOR
+        first = checksum(payload[:1_008]) - 1_008 * LENGTH_FACTOR
     assert total(sums) == 2 * expected & MASK
+    by_kernel(payload, sums.zero_(), torch.tensor([1_008], device=DEVICE))
+    assert total(sums) == first & MASK
