@@ -36,8 +36,6 @@ TARGET = GPUTarget("cuda", 90, 32)
 _POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 #: What a launcher may say besides the kernel's own arguments.
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
-#: Where no memory is: nothing here runs.
-_ADDRESS = 1 << 40
 
 #: Every itemsize, every cast, aligned and not: each branch that a kernel takes by its constants.
 KINDS = [
@@ -90,7 +88,7 @@ def launch_all(kind: Kind) -> None:
     counts = torch.zeros(plan.tiles, dtype=torch.int32)
     table = torch.zeros(8, 2, dtype=torch.int64)
     arguments = {
-        "plan": plan, "group": group, "patch": _ADDRESS, "slots": 64, "first": 0, "blocks": 2,
+        "plan": plan, "group": group, "spot": sums, "slots": 64, "first": 0, "blocks": 2,
         "olds": of_tensors, "news": of_tensors, "weights": of_tensors, "totals": of_tensors,
         "changed": sums, "over": sums, "sums": sums, "changes": sums, "wrong": sums,
         "table": table, "ends": of_blocks,
@@ -111,14 +109,9 @@ def launch_all(kind: Kind) -> None:
     launch(place.place)
     if kind.cast:
         return  # what follows reads what is published already
-    buffer, facts = torch.zeros(4096, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64)
-    launch(
-        frame.frame, facts=facts, buffer=buffer, manifest_hash=32 * "a", base_version=0, version=1,
-        numel=70_005, dense_nbytes=280_020,
-    )  # fmt: skip
-    launch(sections.sections, facts=facts, nbytes=4096)
-    for nbytes in (None, facts):
-        launch(checksum.checksum, buffer=buffer, nbytes=nbytes)
+    launch(frame.frame, facts=sums, manifest_hash=32 * "a", numel=70_005, dense_nbytes=280_020)
+    launch(sections.sections, facts=sums)
+    launch(checksum.checksum, nbytes=sums, largest=1 << 30)
     launch(digest.digest)
     launch(check.counts_of, counts=of_blocks)
     launch(check.check, counts=of_blocks)

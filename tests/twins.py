@@ -56,7 +56,7 @@ def by_kernels() -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kernels, "usable", lambda device: device.type == DEVICE.type)
-        for module in ("fused", "readied", "slices"):
+        for module in ("steps", "readied", "slices"):
             full = f"sparsecast.pipeline.delta.{module}"
             __import__(full)
             for name, value in list(vars(sys.modules[full]).items()):

@@ -282,11 +282,13 @@ class Shadow:
         with quiet():
             require_manifest(tensors, self.manifest, dtype=self._dtype)
             self._mark.precede()
-            new = [tensors[spec.name] for spec in self.manifest.tensors]
+            token = getattr(tensors, "token", None)
+            new: list[Tensor] = []
+            if self._fused is None or not self._fused.knows(token):
+                new = [tensors[spec.name] for spec in self.manifest.tensors]
             if self._fused is None:
                 self._fused = _differ(self.manifest, new, held=self.digest)
-            token = getattr(tensors, "token", None)
-            if self._fused is not None and self._fused.takes(new, token):
+            if self._fused is not None and (self._fused.knows(token) or self._fused.takes(new)):
                 found = self._diff_fused(self._fused, new, token, base_version, version, waiting)
             else:
                 if waiting is not None:
@@ -308,7 +310,7 @@ class Shadow:
         def begin() -> None:
             self._torn = True
 
-        with on(new[0].device):
+        with on(fused.device):
             found = fused.diff(
                 self._held,
                 new,

@@ -12,7 +12,6 @@ from ...messages.manifest import Manifest
 from . import kernels
 from .bits import quiet
 from .check import Checked, check
-from .digest import LENGTH_FACTOR
 from .digest import checksum as checksum_of
 from .layout import HEADER
 from .patch import Patch
@@ -41,7 +40,7 @@ class Payload:
         self._patch: Patch | None = None
 
     def prepare(self) -> None:
-        """Make the memory that enqueue() needs, for the current stream."""
+        """Make all that enqueue() needs; where it was needed before, it is there."""
         if self._kernels and self._checking is None:
             from .readied import Checking
 
@@ -53,10 +52,7 @@ class Payload:
         self.prepare()
         if self._checking is None or self._mark is not None:
             return
-        from .kernels.checksum import checksum
-
         with quiet(), on(self.buffer.device):
-            checksum(self.buffer, self._checking.sums.zero_())
             self._checking.enqueue()
             self._mark = Mark(self.buffer.device)
 
@@ -76,9 +72,7 @@ class Payload:
     def checksum(self) -> int:
         """The checksum of its bytes."""
         told = self._told()
-        if told is None:
-            return checksum_of(self.buffer)
-        return (told.total + self.buffer.numel() * LENGTH_FACTOR) & ((1 << 64) - 1)
+        return checksum_of(self.buffer) if told is None else told.checksum
 
     @property
     def patch(self) -> Patch:
@@ -90,7 +84,7 @@ class Payload:
             elif self.buffer.dtype != torch.uint8 or self.buffer.dim() != 1:
                 raise CorruptPatch(f"a patch is a 1-D uint8 tensor, not {self.buffer.dtype}")
             else:
-                self._patch = Patch.from_start(self.buffer, told.start)
+                self._patch = Patch.from_start(self.buffer, told.start.clone())
         return self._patch
 
     def check(self) -> Checked:

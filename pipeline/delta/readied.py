@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from ...messages.manifest import Manifest
 from .addresses import addresses_of, plan_of
+from .digest import LENGTH_FACTOR
+from .graphs import Repeated
 from .kernels import sections as fact
 from .kernels.bitmap import bitmap
 from .kernels.check import check, counts_of
+from .kernels.checksum import checksum
 from .kernels.dense import dense
 from .kernels.find import SUMS
 from .kernels.places import ROWS
@@ -24,55 +28,99 @@ from .kernels.sections import sections
 from .layout import ENTRY, HEADER, Column, Encoding
 from .patch import Patch
 from .slices import total
+from .timing import Mark
 
 
-class Checking:
-    """The check of a patch's section table, counts, positions and bits. All memory is made here;
-    enqueue() queues the work, and passed() is for when the host has waited for that.
+class _Room:
+    """Memory for one check at a time, and the work on it: made once, used again and again.
 
-    `buffer` should be a patch of the sectioned form for weights of this manifest; of whatever it is
-    instead, nothing beyond its end is read. `start` is its header and section table, on the host.
-    On the device lie `table` (see kernels/places.py) and `counts`, the changed elements of every
-    block of the manifest, with `ends`, their running sum: int64 [blocks]. `sums` (int64 [SUMS]) is
-    for a checksum, and comes to the host as well.
+    On the device: `spot`, where the patch is and how many bytes it has; `table` (see
+    kernels/places.py); `counts`, the changed elements of every block of the manifest, and `ends`,
+    their running sum: int64 [blocks]. On the host, pinned: `start`, header and section table of the
+    patch, and `told`, the sums of its checksum and the facts of its table.
     """
 
-    def __init__(self, buffer: Tensor, manifest: Manifest) -> None:
-        device = buffer.device
+    def __init__(self, manifest: Manifest, device: torch.device) -> None:
         self.plan: Plan = plan_of(manifest, device)
         plan = self.plan
-        self._buffer = buffer
+        self._device = device
+        self._largest = manifest.nbytes
         empty = partial(torch.empty, dtype=torch.int64, device=device)
         sizes = [SUMS, fact.FACTS, ROWS * plan.tensors]
         numbers = empty(sum(sizes))
-        self.sums, self._facts, self.table = torch.split(numbers, sizes)
-        self._told = numbers[: SUMS + fact.FACTS]
-        self.counts, self.ends = empty(plan.blocks), empty(plan.blocks)
-        size = min(HEADER.size + ENTRY.itemsize * plan.tensors, buffer.numel())
-        pinned = buffer.is_cuda
+        self._sums, self._facts, self.table = torch.split(numbers, sizes)
+        self._numbers = numbers[: SUMS + fact.FACTS]
+        self.spot, self.counts, self.ends = empty(2), empty(plan.blocks), empty(plan.blocks)
+        pinned = device.type == "cuda"
+        self._place = torch.empty(2, dtype=torch.int64, pin_memory=pinned)
+        self.told = torch.empty(SUMS + fact.FACTS, dtype=torch.int64, pin_memory=pinned)
+        size = HEADER.size + ENTRY.itemsize * plan.tensors
         self.start = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        self._host = torch.empty(SUMS + fact.FACTS, dtype=torch.int64, pin_memory=pinned)
+        self._checking = Repeated(device, self._check)
+        if pinned:
+            # A graph is made, and run once, before anything can be pending on the device.
+            nothing = torch.zeros(HEADER.size, dtype=torch.uint8, device=device)
+            for _ in range(2):
+                self.enqueue(nothing)
+            Mark(device).wait()
+
+    def enqueue(self, buffer: Tensor) -> None:
+        """Queue checksum and check of what lies there on the device's current stream."""
+        self._place.numpy()[:] = buffer.data_ptr(), buffer.numel()
+        self._checking.queue()
+        size = min(self.start.numel(), buffer.numel())
+        self.start[:size].copy_(buffer[:size], non_blocking=True)
+
+    def _check(self) -> None:
+        plan, spot = self.plan, self.spot
+        spot.copy_(self._place, non_blocking=True)
+        self._sums.zero_()
+        checksum(spot, spot[1:], self._sums, largest=self._largest)
+        sections(plan, self.table, self._facts, spot)
+        counts_of(plan, self.table, spot, self.counts)
+        torch.cumsum(self.counts, 0, out=self.ends)
+        check(plan, self.table, spot, self.counts, self.ends, self._facts)
+        self.told.copy_(self._numbers, non_blocking=True)
+
+
+class Checking:
+    """The check of one payload's checksum, section table, counts, positions and bits.
+
+    `buffer` should be a patch of the sectioned form for weights of this manifest; of whatever it is
+    instead, nothing beyond its end is read. All memory is there when this is made; what is asked
+    for is for when the host has waited for what enqueue() has queued.
+    """
+
+    def __init__(self, buffer: Tensor, manifest: Manifest) -> None:
+        self._buffer = buffer
+        rooms = _rooms.setdefault((manifest.hash, buffer.device), [])
+        try:
+            self.room = rooms.pop()
+        except IndexError:
+            self.room = _Room(manifest, buffer.device)
+        # Whoever holds a checked patch holds this, until its bytes are in the weights.
+        weakref.finalize(self, rooms.append, self.room).atexit = False
 
     def enqueue(self) -> None:
         """Queue the work on the current stream of the buffer's device, which is the thread's."""
-        plan, buffer, address = self.plan, self._buffer, self._buffer.data_ptr()
-        sections(plan, self.table, self._facts, address, buffer.numel())
-        counts_of(plan, self.table, address, self.counts)
-        torch.cumsum(self.counts, 0, out=self.ends)
-        check(plan, self.table, address, self.counts, self.ends, self._facts)
-        self._host.copy_(self._told, non_blocking=True)
-        self.start.copy_(buffer[: self.start.numel()], non_blocking=True)
+        self.room.enqueue(self._buffer)
 
     @property
-    def total(self) -> int:
-        """The sum of `sums` mod 2⁶⁴."""
-        return total(self._host[:SUMS])
+    def start(self) -> Tensor:
+        """The buffer's first bytes on the host: header and section table."""
+        return self.room.start[: self._buffer.numel()]
+
+    @property
+    def checksum(self) -> int:
+        """The checksum of the buffer."""
+        sums = total(self.room.told[:SUMS])
+        return (sums + self._buffer.numel() * LENGTH_FACTOR) & ((1 << 64) - 1)
 
     def passed(self, patch: Patch) -> Readied | None:
         """What the patch is applied by, read from the same buffer; None if anything is wrong."""
         if patch.full:
             return Readied(patch, self, frozenset())
-        facts = self._host[SUMS:].tolist()
+        facts = self.room.told[SUMS:].tolist()
         members = facts[fact.MEMBERS : fact.MEMBERS + len(Encoding)]
         anchor = patch.base_version is None
         if (
@@ -83,6 +131,10 @@ class Checking:
             return None
         present = (each for each, count in zip(Encoding, members, strict=True) if count)
         return Readied(patch, self, frozenset(present))
+
+
+#: Rooms that nobody uses just now, by manifest and device.
+_rooms: dict[tuple[str, torch.device], list[_Room]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +165,7 @@ class Readied:
         index = self.index(manifest)
         if self.patch.full:
             return range(len(index))
-        others = addresses_of(tensors, manifest, self.checking.plan.device).others
+        others = addresses_of(tensors, manifest, self.checking.room.plan.device).others
         if not others:
             return ()
         return np.isin(index, list(others)).nonzero()[0].tolist()
@@ -122,17 +174,13 @@ class Readied:
         """Enqueue the writing of all other sections on the device's current stream."""
         if not self.present:
             return
-        checking = self.checking
-        plan, table, counts, ends = checking.plan, checking.table, checking.counts, checking.ends
-        for tensor in (table, counts, ends):
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        room = self.checking.room
+        plan, table, spot, counts, ends = room.plan, room.table, room.spot, room.counts, room.ends
         weights = addresses_of(tensors, manifest, plan.device).table
-        address = self.patch.buffer.data_ptr()
         for group in plan.groups:
             if Encoding.SPARSE in self.present:
-                scatter(plan, group, weights, table, address, counts, ends)
+                scatter(plan, group, weights, table, spot, counts, ends)
             if Encoding.BITMAP in self.present:
-                bitmap(plan, group, weights, table, address, counts, ends)
+                bitmap(plan, group, weights, table, spot, counts, ends)
             if Encoding.DENSE in self.present:
-                dense(plan, group, weights, table, address, into=True)
+                dense(plan, group, weights, table, spot, into=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .addresses import addresses_of, plan_of
+from .addresses import addresses_of, plan_of, table_of
 from .kernels.checksum import checksum
 from .kernels.digest import PROGRAMS, digest
 from .kernels.find import SUMS
@@ -54,7 +54,8 @@ def digest_in_slices(
 def checksum_on(buffer: Tensor) -> int:
     """The sum over a payload's words, without its length; waits for it."""
     sums = torch.zeros(SUMS, dtype=torch.int64, device=buffer.device)
-    checksum(buffer, sums)
+    spot = table_of([buffer.data_ptr(), buffer.numel()], buffer.device)
+    checksum(spot, spot[1:], sums, largest=buffer.numel())
     return _total(sums)
 
 

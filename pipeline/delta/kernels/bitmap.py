@@ -18,7 +18,7 @@ _REGISTERS = 64
 
 @kernel(numbers=["tensors", "first"])
 def _bitmap(
-    block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
+    block_tensor, first_block, numels, weights, table, tensors, spot, counts, ends, first,
     BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -33,6 +33,7 @@ def _bitmap(
             before -= tl.load(ends + first_here) - tl.load(counts + first_here)
             index = (block - first_here).to(tl.int64)
             limit = tl.minimum(tl.load(numels + tensor) - index * 65536, 65536).to(tl.int32)
+            patch = tl.load(spot)
             masks = patch + tl.load(table + PLACES * tensors + tensor)
             masks = masks.to(tl.pointer_type(tl.uint32)) + index * 2048
             values = patch + tl.load(table + VALUES * tensors + tensor)
@@ -47,10 +48,10 @@ def _bitmap(
                 earlier = tl.cumsum(here, 0) - here
                 below = (tl.full((32,), 1, tl.uint32) << lane) - 1
                 rank = earlier[:, None] + popcount(bits[:, None] & below[None, :])
-                spot = (at + word)[:, None] * 32 + lane.to(tl.int32)[None, :]
-                live = (((bits[:, None] >> lane[None, :]) & 1) != 0) & (spot < limit)
+                cell = (at + word)[:, None] * 32 + lane.to(tl.int32)[None, :]
+                live = (((bits[:, None] >> lane[None, :]) & 1) != 0) & (cell < limit)
                 value = tl.load(values + rank, mask=live, other=0)
-                tl.store(target + spot, value, mask=live)
+                tl.store(target + cell, value, mask=live)
                 values += tl.sum(here, axis=0)
                 at += WORDS
 
@@ -60,13 +61,13 @@ def bitmap(
     group: Group,
     weights: Tensor,
     table: Tensor,
-    patch: int,
+    spot: Tensor,
     counts: Tensor,
     ends: Tensor,
 ) -> None:
     """Apply a group's bitmap sections, which check() has passed; arguments as for scatter()."""
     _bitmap[(group.blocks,)](
-        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
+        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, spot,
         counts, ends, group.first,
         BITS=word(group.kind.itemsize), ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
         WORDS=_WORDS, num_warps=1, maxnreg=_REGISTERS,

@@ -20,7 +20,7 @@ _WIDTH = 1024
 
 @kernel(numbers=["tensors", "blocks"])
 def _counts(
-    block_tensor, first_block, table, tensors, patch, counts, blocks,
+    block_tensor, first_block, table, tensors, spot, counts, blocks,
     ENCODING: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -30,13 +30,13 @@ def _counts(
     at = tl.load(table + COUNTS * tensors + tensor, mask=live, other=0)
     at += (block - tl.load(first_block + tensor, mask=live, other=0)).to(tl.int64) * 4
     listed = live & ((encoding == 1) | (encoding == 2))
-    count = tl.load((patch + at).to(tl.pointer_type(tl.uint32)), mask=listed, other=0)
+    count = tl.load((tl.load(spot) + at).to(tl.pointer_type(tl.uint32)), mask=listed, other=0)
     tl.store(counts + block, count.to(tl.int64), mask=live)
 
 
 @kernel(numbers=["tensors"])
 def _check(
-    block_tensor, first_block, numels, table, tensors, patch, counts, ends, wrong,
+    block_tensor, first_block, numels, table, tensors, spot, counts, ends, wrong,
     ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr, CHANGED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -44,6 +44,7 @@ def _check(
     tensor = tl.load(block_tensor + block)
     encoding = tl.load(table + ENCODING * tensors + tensor)
     if (encoding == 1) | (encoding == 2):
+        patch = tl.load(spot)
         first = tl.load(first_block + tensor)
         index = (block - first).to(tl.int64)
         left = tl.load(numels + tensor) - index * 65536
@@ -91,24 +92,24 @@ def _check(
             tl.atomic_add(wrong, 1, sem="relaxed")
 
 
-def counts_of(plan: Plan, table: Tensor, patch: int, counts: Tensor) -> None:
+def counts_of(plan: Plan, table: Tensor, spot: Tensor, counts: Tensor) -> None:
     """Gather the counts of all blocks: int64 [blocks]; 0 for what is dense or has no section."""
     _counts[(triton.cdiv(plan.blocks, _ROWS),)](
-        plan.block_tensor, plan.first_block, table, plan.tensors, patch, counts, plan.blocks,
+        plan.block_tensor, plan.first_block, table, plan.tensors, spot, counts, plan.blocks,
         ENCODING=ENCODING, COUNTS=COUNTS, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
 
 
 def check(
-    plan: Plan, table: Tensor, patch: int, counts: Tensor, ends: Tensor, wrong: Tensor
+    plan: Plan, table: Tensor, spot: Tensor, counts: Tensor, ends: Tensor, wrong: Tensor
 ) -> None:
     """Add to `wrong` (int64, the first element) if any block is not as it must be.
 
     `table`: sections()'; `counts`, `ends`: int64 [blocks], from
-    counts_of() and their running sum.
+    counts_of() and their running sum. `spot`: int64, the first is the address of the patch.
     """
     _check[(plan.blocks,)](
-        plan.block_tensor, plan.first_block, plan.numels, table, plan.tensors, patch, counts, ends,
+        plan.block_tensor, plan.first_block, plan.numels, table, plan.tensors, spot, counts, ends,
         wrong,
         ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES, CHANGED=CHANGED, WIDTH=_WIDTH,
         num_warps=4,

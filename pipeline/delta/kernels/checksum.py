@@ -14,17 +14,16 @@ from .plan import factors
 _PROGRAMS = 132 * 8
 
 
-@kernel(numbers=["whole", "seed", "programs"])
+@kernel(numbers=["seed", "programs"])
 def _checksum(
-    payload, nbytes, whole, seed, rows, columns, sums, programs,
-    KNOWN: tl.constexpr, R: tl.constexpr,
+    spot, nbytes, seed, rows, columns, sums, programs,
+    R: tl.constexpr,
 ):  # fmt: skip
-    if not KNOWN:
-        whole = tl.load(nbytes) >> 3
+    whole = tl.load(nbytes) >> 3
+    words = tl.multiple_of(tl.load(spot).to(tl.pointer_type(tl.uint64)), 16)
     column = tl.arange(0, 256)
     row = tl.arange(0, R)
     acc = tl.zeros((R, 256), dtype=tl.uint64)
-    words = payload.to(tl.int64).to(tl.pointer_type(tl.uint64))
     # A program takes a sixteenth of a block at a time: 16 rows of 256 words, 32 KiB.
     part = tl.program_id(0)
     parts = (whole + 4095) // 4096
@@ -46,18 +45,16 @@ def _checksum(
     tl.atomic_add(sums + tl.program_id(0) % 64, total.to(tl.int64, bitcast=True), sem="relaxed")
 
 
-def checksum(buffer: Tensor, sums: Tensor, nbytes: Tensor | None = None) -> None:
-    """Add Σ words · h to `sums` (int64 [64]) on its device; the length is the caller's to add.
+def checksum(spot: Tensor, nbytes: Tensor, sums: Tensor, *, largest: int) -> None:
+    """Add Σ words · h of a payload to `sums` (int64 [64]); its length is the caller's to add.
 
-    `buffer`: uint8 [n], n a multiple of 8, at an address that is a multiple of 16. `nbytes`, int64
-    [1] on the device: so many of its first bytes count, a multiple of 8.
+    `spot` and `nbytes`, int64, say in their first elements where it is, at a multiple of 16, and
+    how many bytes it has, a multiple of 8 and not many more than `largest`.
     """
-    whole = buffer.numel() >> 3
     rows, columns = factors(sums.device)
     seed = seed_of(PAYLOAD)
-    programs = min(_PROGRAMS, max(1, (whole + 4095) // 4096))
+    programs = min(_PROGRAMS, (largest >> 15) + 1)
     _checksum[(programs,)](
-        buffer.data_ptr(), sums if nbytes is None else nbytes, whole,
-        seed - (1 << 64) if seed >> 63 else seed, rows, columns, sums, programs,
-        KNOWN=nbytes is None, R=4, num_warps=4,
+        spot, nbytes, seed - (1 << 64) if seed >> 63 else seed, rows, columns, sums, programs,
+        R=4, num_warps=4,
     )  # fmt: skip

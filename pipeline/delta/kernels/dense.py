@@ -12,7 +12,7 @@ from .plan import Group, Plan, word
 
 @kernel(numbers=["tensors", "first"])
 def _dense(
-    block_tensor, first_block, numels, tensors_at, table, tensors, patch, first,
+    block_tensor, first_block, numels, tensors_at, table, tensors, spot, first,
     BITS: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, INTO: tl.constexpr,
     ENCODING: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
@@ -23,7 +23,7 @@ def _dense(
         start = (block - tl.load(first_block + tensor)).to(tl.int64) * 65536
         left = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
         weights = address.to(tl.pointer_type(BITS)) + start
-        values = patch + tl.load(table + VALUES * tensors + tensor)
+        values = tl.load(spot) + tl.load(table + VALUES * tensors + tensor)
         values = values.to(tl.pointer_type(BITS)) + start
         values = tl.multiple_of(values, 16)
         if ALIGNED:
@@ -41,16 +41,16 @@ def _dense(
 
 
 def dense(
-    plan: Plan, group: Group, weights: Tensor, table: Tensor, patch: int, *, into: bool
+    plan: Plan, group: Group, weights: Tensor, table: Tensor, spot: Tensor, *, into: bool
 ) -> None:
     """Copy a group's tensors whose sections are dense: into the weights, or out of them.
 
     `weights`: int64 [tensors], addresses of contiguous elements of the published kind; 0
-    leaves a tensor out.
+    leaves a tensor out. `spot`: int64, the first is the address of the patch.
     """
     kind = group.kind
     _dense[(group.blocks,)](
-        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
+        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, spot,
         group.first,
         BITS=word(kind.itemsize), ALIGNED=kind.aligned, T=8192 // kind.itemsize, INTO=into,
         ENCODING=ENCODING, VALUES=VALUES, num_warps=4,

@@ -23,7 +23,7 @@ _REGISTERS = 64
 @kernel(numbers=["tensors", "first", "slots"])
 def _emit(
     block_tensor, first_block, numels, olds, news,
-    tile_counts, block_counts, ends, table, tensors, patch, first, slots,
+    tile_counts, block_counts, ends, table, tensors, spot, first, slots,
     BITS: tl.constexpr, CAST: tl.constexpr, NATIVE: tl.constexpr,
     RAW: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, PART: tl.constexpr,
     UPDATE: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
@@ -43,6 +43,7 @@ def _emit(
         if ALIGNED:
             old = tl.multiple_of(old, 16)
             new = tl.multiple_of(new, 16)
+        patch = tl.load(spot)
         encoding = tl.load(table + ENCODING * tensors + tensor)
         places = patch + tl.load(table + PLACES * tensors + tensor)
         positions = places.to(tl.pointer_type(tl.uint16))
@@ -60,18 +61,18 @@ def _emit(
                 inside = tile * T
                 here = at
                 while inside < tile * T + T:
-                    spot = inside + base[:, None] + lane[None, :]
+                    cell = inside + base[:, None] + lane[None, :]
                     if inside + PART <= limit:
-                        before = tl.load(old + spot)
-                        value = published(tl.load(new + spot), CAST, NATIVE)
+                        before = tl.load(old + cell)
+                        value = published(tl.load(new + cell), CAST, NATIVE)
                         if UPDATE:
-                            tl.store(old + spot, value)
+                            tl.store(old + cell, value)
                     else:
-                        live = spot < limit
-                        before = tl.load(old + spot, mask=live, other=0)
-                        value = published(tl.load(new + spot, mask=live, other=0), CAST, NATIVE)
+                        live = cell < limit
+                        before = tl.load(old + cell, mask=live, other=0)
+                        value = published(tl.load(new + cell, mask=live, other=0), CAST, NATIVE)
                         if UPDATE:
-                            tl.store(old + spot, value, mask=live)
+                            tl.store(old + cell, value, mask=live)
                     if encoding != 3:
                         differ = before != value
                         words = differ.to(tl.uint32) << lane.to(tl.uint32)[None, :]
@@ -81,7 +82,7 @@ def _emit(
                         rank += popcount(words[:, None] & below[None, :])
                         tl.store(out + here + rank, value, mask=differ)
                         if encoding == 1:
-                            tl.store(positions + here + rank, spot.to(tl.uint16), mask=differ)
+                            tl.store(positions + here + rank, cell.to(tl.uint16), mask=differ)
                         else:
                             word = inside // 32 + tl.arange(0, W)
                             tl.store(masks + word, words, mask=inside + base < limit)
@@ -100,7 +101,7 @@ def emit(
     block_counts: Tensor,
     ends: Tensor,
     table: Tensor,
-    patch: int,
+    spot: Tensor,
     *,
     slots: int,
     update: bool,
@@ -112,7 +113,7 @@ def emit(
     kind = group.kind
     _emit[(group.blocks,)](
         plan.block_tensor, plan.first_block, plan.numels, olds, news,
-        tile_counts[group.first_tile :], block_counts, ends, table, plan.tensors, patch,
+        tile_counts[group.first_tile :], block_counts, ends, table, plan.tensors, spot,
         group.first, slots,
         BITS=word(kind.itemsize), CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),

@@ -39,20 +39,19 @@ _START = int.from_bytes(MAGIC + bytes([FORMAT]), "little")
 
 @kernel(
     numbers=[
-        "tensors", "capacity", "largest", "manifest_low", "manifest_high", "base_version",
-        "version", "numel", "dense_nbytes",
+        "tensors", "largest", "manifest_low", "manifest_high", "numel", "dense_nbytes",
     ]
 )  # fmt: skip
 def _frame(
-    totals, numels, itemsizes, table, facts, tensors, patch, capacity, largest,
-    manifest_low, manifest_high, base_version, version, numel, dense_nbytes,
+    totals, numels, itemsizes, table, facts, tensors, spot, largest,
+    manifest_low, manifest_high, numel, dense_nbytes,
     START: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr,
     ENCODING: tl.constexpr, COUNTS: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
     CHANGED: tl.constexpr,
     NBYTES: tl.constexpr, WRITTEN: tl.constexpr, CHANGES: tl.constexpr, SECTIONS: tl.constexpr,
     FULL: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    patch = patch.to(tl.int64)
+    patch, capacity = tl.load(spot), tl.load(spot + 1)
     lane = tl.arange(0, LANES)
     kind = tl.arange(0, 4)
     changed = tl.zeros((LANES,), dtype=tl.int64)
@@ -89,8 +88,8 @@ def _frame(
         tl.store(words + 1, sections)
         tl.store(words + 2, manifest_low)
         tl.store(words + 3, manifest_high)
-        tl.store(words + 4, base_version)
-        tl.store(words + 5, version)
+        tl.store(words + 4, tl.load(spot + 2))
+        tl.store(words + 5, tl.load(spot + 3))
         tl.store(words + 6, tl.sum(changed, axis=0))
         tl.store(words + 7, numel)
         tl.store(words + 8, dense_nbytes)
@@ -145,15 +144,16 @@ def frame(
     totals: Tensor,
     table: Tensor,
     facts: Tensor,
-    buffer: Tensor,
+    spot: Tensor,
     *,
     manifest_hash: str,
-    base_version: int,
-    version: int,
     numel: int,
     dense_nbytes: int,
 ) -> None:
-    """Write the frame of a patch into `buffer` (uint8, 1-D, on a device or pinned host memory).
+    """Write the frame of a patch.
+
+    `spot`: int64 [4], the address of its buffer, the bytes that are there, the version that it
+    applies to and the one that it makes.
 
     `totals`: int64 [tensors], changed elements of each. Written are `facts` (int64 [FACTS]) and
     `table` (int64 [ROWS · tensors], see places.py). Where the patch does not fit, or takes the full
@@ -165,9 +165,8 @@ def frame(
     )
     most = dense_nbytes + dense_nbytes // 100 + ALLOWANCE_NBYTES
     _frame[(1,)](
-        totals, plan.numels, plan.itemsizes, table, facts, plan.tensors, buffer.data_ptr(),
-        buffer.numel(), max(most, full_nbytes(dense_nbytes)), low, high, base_version, version,
-        numel, dense_nbytes,
+        totals, plan.numels, plan.itemsizes, table, facts, plan.tensors, spot,
+        max(most, full_nbytes(dense_nbytes)), low, high, numel, dense_nbytes,
         START=_START, SLACK=_SLACK, LANES=_LANES,
         ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES, CHANGED=CHANGED,
         NBYTES=NBYTES, WRITTEN=WRITTEN, CHANGES=CHANGES, SECTIONS=SECTIONS, FULL=FULL,

@@ -19,7 +19,7 @@ _LANES = 512
 @kernel(numbers=["tensors", "first", "slots"])
 def _place(
     block_tensor, first_block, numels, tile_counts, block_counts, ends, table, tensors, records,
-    values, patch, first, slots,
+    values, spot, first, slots,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, TILES: tl.constexpr,
     WIDTH: tl.constexpr, ENCODING: tl.constexpr, COUNTS: tl.constexpr, PLACES: tl.constexpr,
     VALUES: tl.constexpr,
@@ -29,6 +29,7 @@ def _place(
     tensor = tl.load(block_tensor + block)
     encoding = tl.load(table + ENCODING * tensors + tensor)
     if (encoding == 1) | (encoding == 2):
+        patch = tl.load(spot)
         first_here = tl.load(first_block + tensor)
         total = tl.load(block_counts + block)
         counts_at = tl.load(table + COUNTS * tensors + tensor)
@@ -90,19 +91,19 @@ def place(
     table: Tensor,
     records: Tensor,
     values: Tensor,
-    patch: int,
+    spot: Tensor,
     *,
     slots: int,
 ) -> None:
     """Write counts, positions and values of a group's sparse and bitmap sections.
 
     `ends`: int64 [blocks], changed elements up to the end of each block. `table`: frame()'s.
-    `patch` is the address of the buffer.
+    `spot`: int64, the first is the address of the buffer.
     """
     kind = group.kind
     _place[(group.blocks,)](
         plan.block_tensor, plan.first_block, plan.numels, tile_counts[group.first_tile :],
-        block_counts, ends, table, plan.tensors, records, values, patch, group.first, slots,
+        block_counts, ends, table, plan.tensors, records, values, spot, group.first, slots,
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, TILES=kind.tiles,
         WIDTH=_LANES // kind.tiles, ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES,
         num_warps=2,

@@ -14,7 +14,7 @@ _WIDTH = 512
 
 @kernel(numbers=["tensors", "first"])
 def _scatter(
-    block_tensor, first_block, numels, weights, table, tensors, patch, counts, ends, first,
+    block_tensor, first_block, numels, weights, table, tensors, spot, counts, ends, first,
     BITS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -29,6 +29,7 @@ def _scatter(
             before -= tl.load(ends + first_here) - tl.load(counts + first_here)
             start = (block - first_here).to(tl.int64) * 65536
             limit = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
+            patch = tl.load(spot)
             places = patch + tl.load(table + PLACES * tensors + tensor)
             positions = places.to(tl.pointer_type(tl.uint16)) + before
             values = patch + tl.load(table + VALUES * tensors + tensor)
@@ -49,7 +50,7 @@ def scatter(
     group: Group,
     weights: Tensor,
     table: Tensor,
-    patch: int,
+    spot: Tensor,
     counts: Tensor,
     ends: Tensor,
 ) -> None:
@@ -59,7 +60,7 @@ def scatter(
     as for check().
     """
     _scatter[(group.blocks,)](
-        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, patch,
+        plan.block_tensor, plan.first_block, plan.numels, weights, table, plan.tensors, spot,
         counts, ends, group.first,
         BITS=word(group.kind.itemsize), ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
         WIDTH=_WIDTH, num_warps=4,

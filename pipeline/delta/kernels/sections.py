@@ -33,16 +33,16 @@ FACTS = 16
 _LANES = 256
 
 
-@kernel(numbers=["tensors", "nbytes"])
+@kernel(numbers=["tensors"])
 def _sections(
-    numels, itemsizes, table, facts, tensors, patch, nbytes,
+    numels, itemsizes, table, facts, tensors, spot,
     LANES: tl.constexpr, ROWS: tl.constexpr,
     ENCODING: tl.constexpr, COUNTS: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
     CHANGED: tl.constexpr,
     FAULTS: tl.constexpr, SECTIONS: tl.constexpr, CHANGES: tl.constexpr, NUMEL: tl.constexpr,
     DENSE: tl.constexpr, END: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    patch = patch.to(tl.int64)
+    patch, nbytes = tl.load(spot), tl.load(spot + 1)
     lane = tl.arange(0, LANES)
     kind = tl.arange(0, 4)
     at = 0
@@ -124,14 +124,14 @@ def _sections(
         at += LANES
 
 
-def sections(plan: Plan, table: Tensor, facts: Tensor, patch: int, nbytes: int) -> None:
-    """Read the table of a patch of `nbytes` in the sectioned form, at the address `patch`.
+def sections(plan: Plan, table: Tensor, facts: Tensor, spot: Tensor) -> None:
+    """Read the table of a patch in the sectioned form; `spot`: int64, its address and its bytes.
 
     Written are `facts` (int64 [FACTS]) and `table` (int64 [ROWS · tensors], see places.py), all of
-    it zero if anything is wrong. No byte beyond `nbytes` is read.
+    it zero if anything is wrong. Nothing beyond its end is read.
     """
     _sections[(1,)](
-        plan.numels, plan.itemsizes, table, facts, plan.tensors, patch, nbytes,
+        plan.numels, plan.itemsizes, table, facts, plan.tensors, spot,
         LANES=_LANES, ROWS=ROWS,
         ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES, CHANGED=CHANGED,
         FAULTS=FAULTS, SECTIONS=SECTIONS, CHANGES=CHANGES, NUMEL=NUMEL, DENSE=DENSE, END=END,

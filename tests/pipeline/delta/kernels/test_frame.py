@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reach import reached
+from sparsecast.pipeline.delta.addresses import table_of
 from sparsecast.pipeline.delta.layout import (
     HEADER,
     Form,
@@ -60,8 +61,8 @@ def framed(
     facts = torch.full((FACTS,), -1, dtype=torch.int64, device=DEVICE)
     buffer = torch.full((room,), 0xA5, dtype=torch.uint8, device=DEVICE)
     frame(
-        plan, totals, table, facts, buffer, manifest_hash=HASH, base_version=6, version=1 << 40,
-        numel=sum(numels), dense_nbytes=dense(numels, itemsizes),
+        plan, totals, table, facts, table_of([buffer.data_ptr(), room, 6, 1 << 40], DEVICE),
+        manifest_hash=HASH, numel=sum(numels), dense_nbytes=dense(numels, itemsizes),
     )  # fmt: skip
     return buffer, table.view(5, -1), facts.tolist()
 
@@ -143,7 +144,8 @@ def read(
     table = torch.full((5 * len(numels),), -1, dtype=torch.int64, device=DEVICE)
     facts = torch.full((fact.FACTS,), -1, dtype=torch.int64, device=DEVICE)
     plan = planned(numels, itemsizes)
-    fact.sections(plan, table, facts, buffer.data_ptr(), buffer.numel())
+    spot = table_of([buffer.data_ptr(), buffer.numel()], DEVICE)
+    fact.sections(plan, table, facts, spot)
     told = facts.tolist()
     found = table.view(5, -1).cpu().numpy()
     if told[fact.FAULTS]:

@@ -116,7 +116,8 @@ def test_dense_goes_by_the_table() -> None:
         where[row] = torch.from_numpy(column)
     patch = torch.full((table.nbytes,), 0xA5, dtype=torch.uint8, device=DEVICE)
     expected = patch.clone()
-    dense(plan, group, addresses, where, patch.data_ptr(), into=False)
+    spot = table_of([patch.data_ptr()], DEVICE)
+    dense(plan, group, addresses, where, spot, into=False)
     for at, name in ((1, "d"), (2, "e")):
         start = int(table.values_offset[at])
         nbytes = state[name].nbytes
@@ -126,7 +127,7 @@ def test_dense_goes_by_the_table() -> None:
     kept = copied(other)
     _, there = planned(other)
     there[2] = 0
-    dense(plan, group, there, where, patch.data_ptr(), into=True)
+    dense(plan, group, there, where, spot, into=True)
     require_same(other, {**kept, "d": state["d"]})
 
 
@@ -138,11 +139,12 @@ def test_checksum_adds_up() -> None:
 
     payload = torch.arange(4_000, device=DEVICE).to(torch.uint8)
     sums = torch.zeros(64, dtype=torch.int64, device=DEVICE)
-    by_kernel(payload, sums)
-    by_kernel(payload, sums)
+    spot = table_of([payload.data_ptr(), 4_000], DEVICE)
+    by_kernel(spot, spot[1:], sums, largest=4_000)
+    by_kernel(spot, spot[1:], sums, largest=1 << 20)
     with by_torch():
         expected = checksum(payload) - 4_000 * LENGTH_FACTOR
         first = checksum(payload[:1_008]) - 1_008 * LENGTH_FACTOR
     assert total(sums) == 2 * expected & MASK
-    by_kernel(payload, sums.zero_(), torch.tensor([1_008], device=DEVICE))
+    by_kernel(spot, torch.tensor([1_008], device=DEVICE), sums.zero_(), largest=4_000)
     assert total(sums) == first & MASK

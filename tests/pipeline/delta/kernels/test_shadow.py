@@ -198,7 +198,7 @@ def test_memory_runs_out_before_anything_is_written(monkeypatch: pytest.MonkeyPa
         raise MemoryError
 
     with monkeypatch.context() as patched, by_kernels():
-        patched.setattr(module("fused"), "_Scratch", fails)
+        patched.setattr(module("steps"), "_Scratch", fails)
         with pytest.raises(MemoryError):
             twins.shadow.diff(twins.state, base_version=1, version=2)
     assert twins.shadow.digest == before
