@@ -31,6 +31,7 @@ from ..pipeline.delta import (
     apply_checked,
     digest,
     manifest_of,
+    ready,
 )
 from .engine import Engine
 from .rehearsal import rehearse
@@ -140,6 +141,7 @@ class Incoming:
         try:
             claim.manifest.require_same(manifest_of(self._engine.tensors()))
             self._manifest = claim.manifest
+            ready(claim.manifest, self._device)
             try:
                 with self._engine.guard().reading(timeout_s=self._guard_s):
                     found = digest(self._engine.tensors())

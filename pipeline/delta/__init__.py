@@ -8,7 +8,7 @@ from .layout import Encoding, Section
 from .lookup import Lookup
 from .merge import merge
 from .patch import Patch
-from .payload import Payload
+from .payload import Payload, ready
 from .tensors import manifest_of, named_tensors
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "named_tensors",
     "partial",
     "partial_at",
+    "ready",
 ]

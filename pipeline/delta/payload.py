@@ -90,3 +90,11 @@ class Payload:
     def check(self) -> Checked:
         """check() of the patch."""
         return check(self.patch, self._manifest, checking=self._told())
+
+
+def ready(manifest: Manifest, device: torch.device) -> None:
+    """Make on a device what the check of a first payload for these weights needs."""
+    if manifest.numel and kernels.usable(device):
+        with quiet():
+            nothing = torch.zeros(HEADER.size, dtype=torch.uint8, device=device)
+            Payload(nothing, manifest).prepare()

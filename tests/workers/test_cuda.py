@@ -246,6 +246,8 @@ async def test_a_captured_graph_replays_with_the_new_weights(site: Site) -> None
     assert replica.mismatches == 0
 
 
+# torch's compiler tells what it thinks of float32 products, and of its own past.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 async def test_a_compiled_module_computes_with_the_new_weights(site: Site) -> None:
     """torch.compile keeps the parameters; its own prefix in their names is nobody's business."""
     trained, served = _module(), _module()

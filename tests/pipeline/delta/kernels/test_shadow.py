@@ -236,7 +236,7 @@ def test_an_interrupt_while_taking_over_is_not_forgotten(monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, by_kernels():
-        patched.setattr(module("fused"), "tally", interrupted)
+        patched.setattr(module("steps"), "tally", interrupted)
         with pytest.raises(KeyboardInterrupt):
             twins.shadow.diff(twins.state, base_version=0, version=1)
     for call in (lambda: twins.publish(), lambda: twins.shadow.anchor(1)):
