@@ -23,7 +23,7 @@ def faults(rng: random.Random) -> Faults:
     return Faults(
         lose=some(0.3), twice=some(0.3), slow=some(0.2), append=some(0.5), store=some(0.5),
         window=some(0.5), corrupt=some(0.3), flip=some(0.1), readers=some(0.5), torn=some(0.1),
-        early=some(0.3),
+        early=some(0.3), diff=some(0.3),
     )  # fmt: skip
 
 

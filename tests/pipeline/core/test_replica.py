@@ -23,6 +23,17 @@ def claim(epoch: int = 1, version: int = 0, sender: Sender = TRAINER) -> msg.Cla
     )  # fmt: skip
 
 
+def announcement(
+    stamp: Stamp, base: int | None = None, nbytes: int = 10, checksum: int = 1
+) -> msg.Announce:
+    """What is told of a version, whose digest is its number."""
+    return msg.Announce(
+        sender=TRAINER, stamp=stamp, base_version=stamp.version - 1 if base is None else base,
+        manifest_hash=MANIFEST.hash, nbytes=nbytes, checksum=checksum, digest=stamp.version,
+        changed=1, encoding="sparse", dense_nbytes=16,
+    )  # fmt: skip
+
+
 class Talk:
     """A worker that has proven version 0 in epoch 1 and joined, unless told otherwise."""
 
@@ -68,29 +79,13 @@ class Talk:
         self.hear(msg.Go(sender=TRAINER, stamp=stamp))
         self.feed(ev.WindowOpened(1, window))
 
-    def announce(self, version: int, base: int | None = None, window: int = 1) -> Stamp:
+    def announce(self, version: int, window: int = 1, **fields: int) -> Stamp:
         stamp = Stamp(1, window, 1 if window else 0, version)
-        self.hear(
-            msg.Announce(
-                sender=TRAINER,
-                stamp=stamp,
-                base_version=version - 1 if base is None else base,
-                manifest_hash=MANIFEST.hash,
-                nbytes=10,
-                checksum=1,
-                digest=version,
-                changed=1,
-                encoding="sparse",
-                dense_nbytes=16,
-            )
-        )
+        self.hear(announcement(stamp, **fields))
         return stamp
 
     def stage(self, stamp: Stamp, base: int | None = None) -> list[Any]:
-        base = stamp.version - 1 if base is None else base
-        return self.feed(
-            ev.Staged(stamp.epoch, stamp.window, stamp.attempt, base, stamp.version, 10)
-        )
+        return self.feed(ev.Staged(stamp, announcement(stamp, base)))
 
     def receive(self, version: int) -> None:
         stamp = self.announce(version)
@@ -425,9 +420,9 @@ def test_close_leaves_in_order_and_is_the_last_word() -> None:
 def test_staging_is_bounded() -> None:
     """Patches wait for a reader until staging is full: the next round is left to the log."""
     talk = Talk(window=True)
-    stamp = talk.announce(1)
+    stamp = talk.announce(1, nbytes=POLICY.staging_nbytes)
     talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
-    talk.feed(ev.Staged(1, 1, 1, 0, 1, POLICY.staging_nbytes))
+    talk.feed(ev.Staged(stamp, announcement(stamp, nbytes=POLICY.staging_nbytes)))
     talk.announce(2)
     [answer] = talk.said(msg.NotReady)
     assert answer.reason == f"{POLICY.staging_nbytes} bytes of patches wait in staging"
