@@ -72,8 +72,8 @@ class Trainer(Process):
     def publish(self) -> int:
         """A diff that begins now, and takes its time; or comes to nothing."""
         world = self.world
+        self.diffed = max(self.diffed, world.now) + world.random.uniform(0.0, 0.03)
         self.post(ev.Publishing())
-        self.diffed = max(self.diffed, world.now) + world.delay()
         if world.chance(world.faults.diff):
             return self.version
         base, self.version = self.version, self.version + 1

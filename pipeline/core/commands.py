@@ -72,7 +72,7 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Take the pending patch, or the one that is being made, merged onto those of `unsafe` versions.
+    """Take the pending patch, or the one just being made, merged onto those of `unsafe` versions.
 
     Ends in Sealed or NothingTaken.
     """

@@ -145,6 +145,23 @@ def core_awaits(world: World) -> list[str]:
     return left
 
 
+def test_rounds_go_before_the_journal_is_asked() -> None:
+    """Nothing goes wrong, and one version follows on the other: members have committed to most of
+    them by the time that the patch is there."""
+    world = World(1)
+    trainer = Trainer(world)
+    trainer.start()
+    for number in range(3):
+        Replica(world, f"w{number}")
+    world.run(2.0)
+    for _ in range(50):
+        trainer.publish()
+        world.run(0.5)
+    assert len(world.settled) == 50
+    early = [record for record in world.settled if record.went_at < record.announced_at]
+    assert len(early) > 40
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_misfortune_ends_with_everyone_at_the_newest_version(seed: int) -> None:
