@@ -61,8 +61,8 @@ class Claim(Control, frozen=True, kw_only=True):
 class Announce(Control, frozen=True, kw_only=True):
     """One update is on its way: bytes and checksum are fixed from here on.
 
-    Members of the window in the stamp answer Ready or NotReady; others take it from the log.
-    Absent: nothing new.
+    Members of the window in the stamp answer Ready or NotReady, unless Go has come before; others
+    take it from the log. Absent: nothing new.
     """
 
     stamp: Stamp
