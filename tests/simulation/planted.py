@@ -26,7 +26,8 @@ def base_unchecked() -> Iterator[None]:
     """Patches are applied on whatever the weights are: neither core nor apply looks at the base."""
 
     def chain(self: Staging, at: int | None) -> tuple[int, ...]:
-        return tuple(version for version in sorted(self.patches) if at is None or version > at)
+        here = [v for v, patch in self.patches.items() if patch.awaits is None]
+        return tuple(version for version in sorted(here) if at is None or version > at)
 
     with (
         mock.patch.object(Staging, "chain", chain),
