@@ -114,8 +114,9 @@ class Windows:
             return
         match message:
             case msg.Ready(expires_s=expires_s):
-                # To count later on it has to outlive the wait for the others.
-                self._early[message.sender] = now + expires_s - self._policy.ready_s
+                # To count later on it has to outlive the wait for the others; from the first time
+                # that it was heard, since the same word may come twice.
+                self._early.setdefault(message.sender, now + expires_s - self._policy.ready_s)
             case _:
                 self._early.pop(message.sender, None)
 

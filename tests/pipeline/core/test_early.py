@@ -124,6 +124,14 @@ def test_a_commitment_that_is_about_to_expire_does_not_count(waited_s: float, go
     assert bool(talk.said(msg.Go)) == goes
 
 
+def test_a_commitment_heard_twice_does_not_count_for_longer() -> None:
+    """The network doubles a member's word, and the second one comes three seconds later."""
+    talk = preparing(A, B)
+    talk.hear(msg.Ready(sender=B, stamp=STAMP, expires_s=5.0), 3.1)
+    talk.seal(1)
+    assert talk.said(msg.Go) == []
+
+
 def test_a_publish_that_fails() -> None:
     """Nothing was pending: no window goes, nobody is struck, and the next one prepares the same
     version again."""
