@@ -162,8 +162,8 @@ class Lane:
         return None
 
     def received(self, event: ev.Staged) -> list[ReplicaCommand]:
-        """A receive that completed and checked is good, whatever became of its attempt (rule 6):
-        once the journal has made the announcement that it was checked against.
+        """A receive that completed and checked is good, whatever became of its attempt (rule 6); it
+        is kept apart until the journal has made the announcement that it was checked against.
         """
         stamp, announce, version = event.stamp, event.announce, event.announce.version
         known, why = self._announced.announce(version), None
