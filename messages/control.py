@@ -61,8 +61,8 @@ class Claim(Control, frozen=True, kw_only=True):
 class Announce(Control, frozen=True, kw_only=True):
     """One update is on its way: bytes and checksum are fixed from here on.
 
-    Members of the window in the stamp answer Ready or NotReady; others take it from the log.
-    Absent: nothing new.
+    Members of the window in the stamp answer Ready or NotReady, unless Go has come before; others
+    take it from the log. Absent: nothing new.
     """
 
     stamp: Stamp
@@ -107,6 +107,17 @@ class Opening(Control, frozen=True, kw_only=True):
     enters_at: int
 
 
+class Prepare(Control, frozen=True, kw_only=True):
+    """A version is being made: who can take part in its first attempt answers Ready for this stamp.
+
+    Who cannot says nothing, since NotReady would be taken for the answer to the announcement. A
+    commitment that Go does not follow expires, and costs nobody anything. Absent: the announcement
+    asks.
+    """
+
+    stamp: Stamp
+
+
 class Call(Control, frozen=True, kw_only=True):
     """Another attempt of an announced round: answer Ready or NotReady for this stamp."""
 
@@ -116,10 +127,13 @@ class Call(Control, frozen=True, kw_only=True):
 class Go(Control, frozen=True, kw_only=True):
     """All have committed: enter the collective of this stamp now (attempt 0: open the window).
 
-    Absent: the commitment expires on the member's own clock and go after that is refused.
+    `announce` is what comes through it. It may be here before the journal has stored it: what was
+    received by it is applied only once the journal has made the same announcement. Absent: the
+    commitment expires on the member's own clock and go after that is refused.
     """
 
     stamp: Stamp
+    announce: Announce | None = None
 
 
 class Abort(Control, frozen=True, kw_only=True):
@@ -279,6 +293,7 @@ TrainerMessage = (
     | Announce
     | Welcome
     | Opening
+    | Prepare
     | Call
     | Go
     | Abort

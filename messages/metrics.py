@@ -47,7 +47,7 @@ class TrainerMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="trainer"):
     seal_us: int
     #: From the call of publish() until the journal had stored the announcement.
     announce_us: int
-    #: From the announcement until the last member was ready.
+    #: From the sealed patch until go was said to all.
     ready_us: int
     #: From go until every member had the payload in staging, checked.
     broadcast_us: int

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seeds=1,
             updates=result.published,
             applied=result.applied,
+            early=result.early,
             reads=result.reads,
             resyncs=result.resyncs,
             epochs=result.epochs,

@@ -175,7 +175,7 @@ class Replica(Process):
                 return ev.ReceiveFailed(*identity, stamp.version, why, corrupt=False)
             if not command.scratch:
                 self.stage(wire)
-            return ev.Staged(*identity, base, stamp.version, announce.nbytes)
+            return ev.Staged(stamp, announce)
 
         self.lane(self.world.delay(), stage)
 
@@ -208,6 +208,8 @@ class Replica(Process):
             else:
                 assert held is not None, f"{self}: {patch} on weights worth nothing"
                 assert patch.base <= held < version, f"{self}: {patch} on {held}"
+                accepted = (self.trainer_life, version) in world.accepted
+                assert accepted or self.core._lane.to_prove, f"{self}: the journal has no {patch}"
                 self.weights.update(patch.values)
             held = version
         self.version, self.torn = held, False

@@ -31,6 +31,8 @@ class Trainer(Process):
         self.sends: dict[tuple[int, int], Op] = {}
         self.announced: list[int] = []
         self.version = 0
+        #: Until then a diff is under way, and what it will find cannot be taken.
+        self.diffed = 0.0
         self.weights: Weights = dict.fromkeys(range(KEYS), 0)
         world.trainer = self
 
@@ -68,15 +70,21 @@ class Trainer(Process):
         return self.me.incarnation
 
     def publish(self) -> int:
+        """A diff that begins now, and takes its time; or comes to nothing."""
         world = self.world
+        self.diffed = max(self.diffed, world.now) + world.random.uniform(0.0, 0.03)
+        self.post(ev.Publishing())
+        if world.chance(world.faults.diff):
+            return self.version
         base, self.version = self.version, self.version + 1
         keys = world.random.sample(range(KEYS), world.random.randrange(3))
         values = {key: world.random.randrange(1 << 30) for key in keys}
         self.weights.update(values)
         world.history[self.me.incarnation, self.version] = dict(self.weights)
         self.pending.append(Patch(base, self.version, values, digest(self.weights)))
-        self.post(ev.Published(self.version))
-        return self.version
+        version = self.version
+        world.at(self.diffed + world.delay(), lambda: self.post(ev.Published(version)))
+        return version
 
     def check(self) -> None:
         core = self.core
@@ -118,7 +126,8 @@ class Trainer(Process):
                 self.error = error
             case cmd.Take(unsafe):
                 self.once("take")
-                self.lane(world.delay(), lambda: self.take(unsafe))
+                wait = max(self.diffed - world.now, 0.0)
+                self.lane(wait + world.delay(), lambda: self.take(unsafe))
             case cmd.Append(announce):
                 self.once(f"append of epoch {announce.stamp.epoch}")
                 self.append(announce)
@@ -136,11 +145,11 @@ class Trainer(Process):
                 self.once("reclaim")
                 self.lane(world.delay() + 0.01, lambda: self.reclaim(epoch))
 
-    def take(self, unsafe: tuple[int, ...]) -> ev.Sealed | None:
+    def take(self, unsafe: tuple[int, ...]) -> ev.Sealed | ev.NothingTaken:
         self.busy.discard("take")
         taken, self.pending = self.pending, []
         if not taken:
-            return None
+            return ev.NothingTaken()
         patch = merged([*(self.kept.pop(v) for v in unsafe if v in self.kept), *taken])
         self.kept[patch.version] = patch
         assert patch.base is not None

@@ -80,6 +80,7 @@ class Faults:
     readers: float = 0.0
     torn: float = 0.0
     early: float = 0.0
+    diff: float = 0.0
 
 
 @dataclass
@@ -130,6 +131,8 @@ class World:
         self.bus_away = 0.0
         self.log_away = 0.0
         self.journal: list[msg.Claim | msg.Announce] = []
+        #: Every version that the journal has ever taken, by the life of its trainer.
+        self.accepted: set[tuple[str, int]] = set()
         #: How often the bus has forgotten it, and whether it is there now.
         self.journals = 0
         self.journal_gone = False
@@ -208,6 +211,7 @@ class World:
             same = [m.version for m in earlier if m.stamp.epoch == message.stamp.epoch]
             assert not same or same[-1] < message.version, "announced versions do not increase"
         self.journal.append(message)
+        self.accepted.add((message.sender.incarnation, message.version))
         for replica in self.replicas.values():
             self.after(self.delay(), replica.follow)
         return len(self.journal)

@@ -156,14 +156,19 @@ class Outgoing:
 
     # ---- the caller's thread
 
-    def publish(self, step: int | None, tags: Tags | None) -> Published:
+    def publish(
+        self, step: int | None, tags: Tags | None, begun: Callable[[], None] | None = None
+    ) -> Published:
         """Find what changed since the last publish.
 
-        The weights may change again on return, in the order of the caller's current stream.
-        UnsupportedTensor, ManifestMismatch: nothing was published, and the shadow is as it was.
+        `begun` is called once take() will wait for the patch. The weights may change again on
+        return, in the order of the caller's current stream. UnsupportedTensor, ManifestMismatch:
+        nothing was published, and the shadow is as it was.
         """
         now = self._clock()
         with self._diffing:
+            if begun is not None:
+                begun()
             base = self.version
             found = self._shadow.diff(self._lookup.tensors(), base_version=base, version=base + 1)
             # The shadow has moved: this version is made, whatever becomes of what follows.
@@ -196,7 +201,8 @@ class Outgoing:
     def take(self, unsafe: Sequence[int]) -> Sealed | None:
         """Fix the bytes of what is pending, merged onto the kept patches of `unsafe` versions.
 
-        None if the run has begun anew since this was asked for, and nothing is pending.
+        Waits for a publish() that has begun. None if nothing is pending: that one has failed, or
+        the run has begun anew since this was asked for.
         """
         with self._diffing, self._lists:
             taken, self._pending = self._pending, []

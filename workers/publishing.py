@@ -306,12 +306,16 @@ class AsyncPublisher:
         if self._on_busy == "wait":
             self._outgoing.wait_taken(self.policy.send_s * self.policy.attempts)
             self._check()
-        made = self._outgoing.publish(step, tags)
+        made = self._outgoing.publish(step, tags, begun=lambda: self._post(ev.Publishing()))
+        self._post(ev.Published(made.version))
+        return made
+
+    def _post(self, event: ev.TrainerEvent) -> None:
+        """Give the core an event, from the caller's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._driver.post, ev.Published(made.version))
+            self._loop.call_soon_threadsafe(self._driver.post, event)
         except RuntimeError as exc:  # the loop was closed meanwhile
             raise Closed("the publisher was closed") from exc
-        return made
 
     async def wait_members(self, n: int, timeout_s: float = 60.0) -> list[str]:
         """Wait until `n` workers are in and current; their names. WaitTimeout says who is not."""
@@ -409,9 +413,9 @@ class AsyncPublisher:
                 return self._reclaim(epoch)
         return None
 
-    async def _take(self, unsafe: tuple[int, ...]) -> ev.Sealed | None:
+    async def _take(self, unsafe: tuple[int, ...]) -> ev.Sealed | ev.NothingTaken:
         sealed: ev.Sealed | None = await self._ports.run(self._outgoing.take, unsafe)
-        return sealed
+        return sealed or ev.NothingTaken()
 
     async def _send(self, command: cmd.Send) -> ev.Sent:
         stamp = command.stamp

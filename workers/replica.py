@@ -431,7 +431,7 @@ class Replica:
             return ev.ReceiveFailed(
                 *identity, stamp.version, "another claim came meanwhile", corrupt=False
             )
-        return ev.Staged(*identity, announce.base_version, stamp.version, announce.nbytes)
+        return ev.Staged(stamp, announce)
 
     async def _fetch(self, command: cmd.Fetch) -> ev.Fetched | ev.FetchFailed:
         """Stage the way from the log, as far as staging reaches."""

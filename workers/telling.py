@@ -56,7 +56,7 @@ class Telling:
             encode_us=record.encode_us,
             seal_us=_us(record.published_at, record.sealed_at),
             announce_us=_us(record.published_at, record.announced_at),
-            ready_us=_us(record.announced_at, record.went_at),
+            ready_us=_us(record.sealed_at, record.went_at),
             broadcast_us=_us(record.went_at, record.received_at) if record.window else 0,
             apply_us=_us(record.received_at, applied_at),
             verify_us=_us(applied_at, verified_at),

@@ -72,7 +72,10 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Take the pending patch, merged onto those of `unsafe` versions. Ends in Sealed."""
+    """Take the pending patch, or the one just being made, merged onto those of `unsafe` versions.
+
+    Ends in Sealed or NothingTaken.
+    """
 
     unsafe: tuple[int, ...]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...messages.control import Tags, TrainerMessage, WorkerMessage
+from ...messages.control import Announce, Stamp, Tags, TrainerMessage, WorkerMessage
 
 # ---- both sides
 
@@ -51,6 +51,11 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Publishing:
+    """A publish() has begun: Published follows, unless it fails."""
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """The pending patch now reaches `version`."""
 
@@ -79,6 +84,11 @@ class Sealed:
     encode_us: int
     step: int | None = None
     tags: Tags | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NothingTaken:
+    """No patch was pending: the publish() that was to make it has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +158,10 @@ TrainerEvent = (
     | WindowFailed
     | Close
     | Claimed
+    | Publishing
     | Published
     | Sealed
+    | NothingTaken
     | Announced
     | AnnounceFailed
     | ReclaimFailed
@@ -190,14 +202,10 @@ class Unfit:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A payload is in staging and checked."""
+    """A payload is in staging and checked against this announcement."""
 
-    epoch: int
-    window: int
-    attempt: int
-    base_version: int | None
-    version: int
-    nbytes: int
+    stamp: Stamp
+    announce: Announce
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...messages.control import Sender, Stamp
+from ...messages.control import Announce, Sender, Stamp
 from ...messages.errors import LocalProtocolError
 
 
@@ -31,6 +31,8 @@ class Exchange:
     began: float
     ready_s: float
     work_s: float
+    #: What it brings; None: the window itself.
+    announce: Announce | None = None
     phase: Phase = Phase.GATHERING
     #: Why it is where it is, in words.
     reason: str = "nobody has answered yet"

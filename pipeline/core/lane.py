@@ -16,6 +16,8 @@ from .commands import ReplicaCommand, Report
 from .policy import Policy
 from .staging import Patch, Staging
 
+ANOTHER = "the journal has announced another patch"
+
 
 class Lane:
     """What the weights are, and what happens to them next. Methods return what is to be done."""
@@ -160,11 +162,28 @@ class Lane:
         return None
 
     def received(self, event: ev.Staged) -> list[ReplicaCommand]:
-        """A receive that completed and checked is good, whatever became of its attempt (rule 6)."""
-        if self.version is not None and event.version <= self.version:
-            return [self.staging.drop((event.version,))]  # The log was faster.
-        self.staging.add(Patch(event.base_version, event.version, event.nbytes, "window"))
-        return []
+        """A receive that completed and checked is good, whatever became of its attempt (rule 6); it
+        is kept apart until the journal has made the announcement that it was checked against.
+        """
+        stamp, announce, version = event.stamp, event.announce, event.announce.version
+        known, why = self._announced.announce(version), None
+        out: list[ReplicaCommand] = []
+        if self.version is not None and version <= self.version:
+            out = [self.staging.drop((version,))]  # The log was faster.
+        elif known is not None and known != announce:
+            out, why = [self.staging.drop((version,))], ANOTHER
+        else:
+            awaits = announce if known is None else None
+            patch = Patch(announce.base_version, version, announce.nbytes, "window", awaits)
+            self.staging.add(patch)
+        return [*out, Report(msg.Received(sender=self._me, stamp=stamp, error=why))]
+
+    def announced(self, announce: msg.Announce) -> list[ReplicaCommand]:
+        """The journal has made this announcement: what came with another one is worth nothing."""
+        if self.staging.confirm(announce):
+            return []
+        version = announce.version
+        return [self.refused(version, ANOTHER), self.staging.drop((version,))]
 
     def fetched(self, event: ev.Fetched, now: float) -> list[ReplicaCommand]:
         """The log gave these."""

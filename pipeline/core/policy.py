@@ -26,7 +26,8 @@ class Policy:
     """From asking for commitments until whoever has not committed is left out."""
 
     commit_s: float = 5.0
-    """How long a member keeps a commitment open. More than ready_s."""
+    """How long a member keeps a commitment open. More than ready_s: by as much as a publish() may
+    take for its round to go at once."""
 
     open_s: float = 5.0
     """From go until a window is open on every rank."""

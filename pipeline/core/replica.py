@@ -213,10 +213,12 @@ class ReplicaCore:
                 self._out += self._seat.asked(message, self._now)
                 if self._seat.opening == message:
                     self._raise_head(message.enters_at)
+            case msg.Prepare(stamp=stamp):
+                self._out += self._seat.prepare(stamp, self._unable, self._now)
             case msg.Call(stamp=stamp):
                 self._commit(stamp)
-            case msg.Go(stamp=stamp):
-                self._out += self._seat.go(stamp, self._lane.has, self._now)
+            case msg.Go():
+                self._out += self._seat.go(message, self._lane.has, self._now)
             case msg.Abort(stamp=stamp):
                 self._out += self._seat.aborted(stamp)
             case msg.Stored(epoch=epoch):
@@ -291,6 +293,7 @@ class ReplicaCore:
         if announce.stamp.epoch != self.epoch:
             return
         self._announced.announced(announce)
+        self._out += self._lane.announced(announce)
         self._raise_head(announce.version)
         if announce.stamp.window:
             self._commit(announce.stamp)
@@ -308,13 +311,12 @@ class ReplicaCore:
         return self._lane.lagging or self._lane.full(nbytes)
 
     def _received(self, event: ev.Staged) -> None:
-        stamp = Stamp(event.epoch, event.window, event.attempt, event.version)
+        stamp = event.stamp
         self._seat.received(stamp)
-        if event.epoch != self.epoch:
-            self._out.append(cmd.Drop((event.version,)))
+        if stamp.epoch != self.epoch:
+            self._out.append(cmd.Drop((stamp.version,)))
             return
         self._out += self._lane.received(event)
-        self._out.append(cmd.Report(msg.Received(sender=self.me, stamp=stamp)))
 
     def _go_on(self) -> None:
         """Whatever has happened, the weights may need something now."""

@@ -16,6 +16,7 @@ class Round:
     """An update's way to the members. `attempt` 0: it goes by the log alone."""
 
     record: RoundRecord
+    announce: Announce
     attempt: int
     #: Who had nothing from the attempt before.
     _suspects: frozenset[Sender] = field(default_factory=frozenset)
@@ -25,16 +26,24 @@ class Round:
         """The version that it brings."""
         return self.record.version
 
+    @property
+    def known(self) -> bool:
+        """Whether the journal is known to have its announcement."""
+        return self.record.announced_at != 0.0
+
     def announced(self, now: float) -> None:
-        """The journal has its announcement: by its own word, or a member's Ready."""
+        """The journal has its announcement: by its own word, or since a member has applied it."""
         self.record.announced_at = self.record.announced_at or now
 
     def follow(self, exchange: Exchange) -> None:
         """How its attempt stands."""
         if exchange.went is not None:
-            # The journal republishes before our append returns: a Ready is proof enough.
-            self.announced(exchange.went)
             self.record.went_at = exchange.went
+
+    def carried(self, through: Exchange) -> None:
+        """The window has brought it to whoever has not refused it."""
+        self.record.received = tuple(m for m, error in through.reports.items() if error is None)
+        self.record.received_at = through.ended or 0.0
 
     def blamed(self, failed: Exchange) -> tuple[Sender, ...]:
         """Whom to leave out after an attempt that failed."""
@@ -55,12 +64,12 @@ class Round:
         if window is not None:
             record.window = window.number
             record.transport = window.kind
-        record.received_at = now
+        record.received_at = record.received_at or now
         return record
 
 
-def begin(sealed: Sealed, attempt: int, now: float) -> Round:
-    """The round of what was sealed just now."""
+def begin(sealed: Sealed, announce: Announce, now: float) -> Round:
+    """The round of what was sealed just now, announced like that."""
     return Round(
         RoundRecord(
             base_version=sealed.base_version,
@@ -78,7 +87,8 @@ def begin(sealed: Sealed, attempt: int, now: float) -> Round:
             tags=sealed.tags,
             sealed_at=now,
         ),
-        attempt,
+        announce,
+        announce.stamp.attempt,
     )
 
 

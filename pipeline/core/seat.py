@@ -93,6 +93,18 @@ class Seat:
 
     # ---- commitments
 
+    def prepare(
+        self, stamp: Stamp, unable: Callable[[int], str | None], now: float
+    ) -> list[ReplicaCommand]:
+        """Commit to a version that is still being made, of whatever size; or say nothing."""
+        if stamp.epoch != self._announced.epoch or _place(stamp) != self._inside:
+            return []
+        if stamp == self._going or stamp.version <= (self._announced.head or 0):
+            return []  # Said twice, or late.
+        if self.receiving is not None or unable(0) is not None:
+            return []
+        return [self._promise(stamp, now)]
+
     def commit(
         self, stamp: Stamp, unable: Callable[[int], str | None], now: float
     ) -> list[ReplicaCommand]:
@@ -118,9 +130,9 @@ class Seat:
         if self.commitment is not None and now >= self.commitment[1]:
             self.commitment = None
 
-    def go(self, stamp: Stamp, here: Callable[[int], bool], now: float) -> list[ReplicaCommand]:
+    def go(self, go: msg.Go, here: Callable[[int], bool], now: float) -> list[ReplicaCommand]:
         """All have committed: enter. `here` says whether a version is held or staged already."""
-        opening = self.opening
+        stamp, opening = go.stamp, self.opening
         if opening is None or _place(stamp) != self._seen:
             return []  # Not a window of ours.
         if stamp == self._going:
@@ -134,8 +146,10 @@ class Seat:
         if stamp.attempt == 0:
             rank, size = opening.members.index(self._me) + 1, len(opening.members) + 1
             return [cmd.OpenWindow(stamp, opening.kind, rank, size, self._policy.open_s)]
-        announce = self._announced.announce(stamp.version)
-        assert announce is not None
+        # The journal's word, where it is here already.
+        announce = self._announced.announce(stamp.version) or go.announce
+        if announce is None or announce.version != stamp.version:
+            return [self._decline(stamp, f"version {stamp.version} was not announced here")]
         self.receiving = stamp
         timeout_s = self._policy.send_deadline_s(announce.nbytes)
         return [cmd.Receive(stamp, announce, here(stamp.version), timeout_s)]

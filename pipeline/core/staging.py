@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ...messages.control import Announce
 from .commands import Drop
 
 Source = Literal["window", "log"]
@@ -18,6 +19,8 @@ class Patch:
     version: int
     nbytes: int
     source: Source
+    #: What came with it, until the journal is known to have made this announcement.
+    awaits: Announce | None = None
 
     def wider(self, other: Patch | None) -> bool:
         """Whether it goes back further than `other`: of two for one version that one is kept."""
@@ -38,15 +41,30 @@ class Staging:
         return sum(patch.nbytes for patch in self.patches.values())
 
     def add(self, patch: Patch) -> None:
-        """A patch is here; a wider one for its version stays."""
-        if patch.wider(self.patches.get(patch.version)):
+        """A patch is here; a wider one for its version stays, and one that awaits nothing."""
+        known = self.patches.get(patch.version)
+        if known is None or (known.awaits is None) == (patch.awaits is None):
+            better = patch.wider(known)
+        else:
+            better = patch.awaits is None
+        if better:
             self.patches[patch.version] = patch
+
+    def confirm(self, announce: Announce) -> bool:
+        """The journal has announced this; False if what awaits it here came with anything else."""
+        patch = self.patches.get(announce.version)
+        if patch is None or patch.awaits is None:
+            return True
+        if patch.awaits != announce:
+            return False
+        self.patches[patch.version] = replace(patch, awaits=None)
+        return True
 
     def chain(self, at: int | None) -> tuple[int, ...]:
         """The versions that follow, without a hole, on weights at `at` (None: worth nothing)."""
         chain: list[int] = []
         for version, patch in sorted(self.patches.items()):
-            if at is not None and version <= at:
+            if patch.awaits is not None or (at is not None and version <= at):
                 continue
             if patch.base_version is None:
                 chain = [version]

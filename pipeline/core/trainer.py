@@ -5,6 +5,9 @@ beyond a deadline.
                  ↕                ↕
               OPENING         OPENING               (a window is opened only between attempts)
 
+While a patch is made and taken, members commit to it: where all have, go is said before the journal
+is asked. A round ends when its collective is over and the journal has its announcement.
+
 Here is what follows on what; each part that has a memory of its own has a file of its own.
 """
 
@@ -163,10 +166,15 @@ class TrainerCore:
                 self._tick()
             case ev.FromWorker(message):
                 self._hear(message)
+            case ev.Publishing():
+                self._publishing()
             case ev.Published(version):
                 self.published = max(self.published, version)
             case ev.Sealed():
                 self._sealed(event)
+            case ev.NothingTaken():
+                if self.state is State.TAKING:
+                    self.state = State.IDLE
             case ev.Announced(version):
                 self._announced(version)
             case ev.AnnounceFailed():
@@ -252,15 +260,18 @@ class TrainerCore:
                 self._remove(sender, "leave", reason)
             case _:
                 self._out += self._roster.told(message, self.epoch, self._now)
+                if isinstance(message, msg.Applied):
+                    self._applied(message)
 
     def _answered(self, message: Answer) -> None:
+        if self.membership.get(message.sender) is None:
+            return
         exchange = self._windows.under(message.stamp)
-        if exchange is None or self.membership.get(message.sender) is None:
+        if exchange is None:
+            self._windows.early(message, self._now)
             return
         self._out += self._windows.answered(exchange, message, self._now)
-        if self._round is not None and not exchange.opening:
-            self._round.follow(exchange)
-        self._resolve()
+        self._follow()
 
     def _join(self, join: msg.Join) -> None:
         self._out += self._roster.join(join, self.epoch, self.head, self._now)
@@ -291,15 +302,16 @@ class TrainerCore:
         elif round_ is not None:
             if right and round_.attempt < self.policy.attempts:
                 round_.attempt += 1
-                self._say(msg.Call(sender=self.me, stamp=self._attempt(round_)))
+                stamp = windows.stamp(self.epoch, round_.version, round_.attempt)
+                self._say(msg.Call(sender=self.me, stamp=stamp))
+                self._out += windows.attempt(stamp, round_.announce, now)
                 self.state = State.ROUND
             else:
                 self._finish(round_, None)
         elif self.published > self.head:
             if not right:
                 self._out += windows.leave("its members are not the run's")
-            self._out.append(cmd.Take(self._safekeeping.mergeable(self._roster.have)))
-            self.state = State.TAKING
+            self._take(self.published)
         elif kind is None:
             self._out += windows.leave("no member is left")
 
@@ -319,11 +331,10 @@ class TrainerCore:
             self.state = State.IDLE
         else:
             assert self._round is not None
-            received = [member for member, error in exchange.reports.items() if error is None]
-            for member in received:
+            self._round.carried(exchange)
+            for member in self._round.record.received:
                 self.membership.pardon(member)
-            self._round.record.received = tuple(received)
-            self._finish(self._round, self._windows.open)
+            self._end(self._round)
 
     def _failed(self, exchange: Exchange) -> None:
         if exchange.opening:
@@ -336,31 +347,68 @@ class TrainerCore:
 
     # ---- rounds
 
+    def _publishing(self) -> None:
+        """A patch is being made; if nothing is in its way, its round begins meanwhile."""
+        kind, members = self._windows.wanted(self.head, self._now)
+        free = self.state is State.IDLE and not self.busy and self._announcing.pending is None
+        if free and self._windows.is_open(kind, members):
+            self._take(self.published + 1)
+
+    def _take(self, version: int) -> None:
+        """Ask for the patch, and meanwhile for commitments to `version`, which it should make."""
+        if self._windows.open is not None:
+            self._out += self._windows.prepare(version)
+        self._out.append(cmd.Take(self._safekeeping.mergeable(self._roster.have)))
+        self.state = State.TAKING
+
     def _sealed(self, sealed: ev.Sealed) -> None:
         if self.state is not State.TAKING:
             return  # The run began anew meanwhile; its anchor has what this patch brings.
         self._safekeeping.merged(sealed.base_version, sealed.version)
-        through = self._windows.open is not None
-        self._round = begin(sealed, 1 if through else 0, self._now)
-        # Members may answer before our append returns; their time runs from when it does.
-        stamp = self._attempt(self._round) if through else Stamp(self.epoch, 0, 0, sealed.version)
+        # Published may come after it.
+        self.published = max(self.published, sealed.version)
+        stamp = self._windows.stamp(self.epoch, sealed.version)
         announce = announcement(sealed, stamp, self.me, self.manifest_hash)
-        self._out.append(self._announcing.append(announce))
+        self._round = begin(sealed, announce, self._now)
         self.state = State.ROUND
+        if stamp.window:
+            # Go leaves before the append does: what the journal costs is no time of the round's.
+            self._out += self._windows.attempt(stamp, announce, self._now)
+        self._out.append(self._announcing.append(announce))
+        self._follow()
 
-    def _attempt(self, round_: Round) -> Stamp:
-        nbytes = round_.record.nbytes
-        return self._windows.attempt(round_.attempt, round_.version, nbytes, self._now)
+    def _follow(self) -> None:
+        exchange = self._windows.exchange
+        if self._round is not None and exchange is not None and not exchange.opening:
+            self._round.follow(exchange)
+        self._resolve()
 
     def _announced(self, version: int) -> None:
-        if not self._announcing.confirmed(version) or self._round is None:
-            return  # Perhaps a Ready has proven it before, and the round is over.
-        self._round.announced(self._now)
+        if not self._announcing.confirmed(version):
+            return
         exchange = self._windows.exchange
         if exchange is not None and not exchange.opening:
+            # Members' time to answer runs from here.
             exchange.began = self._now
-        elif self.state is State.ROUND:
-            self._finish(self._round, None)
+        self._known(version)
+
+    def _applied(self, message: msg.Applied) -> None:
+        """Members apply what came by a window only once the journal has announced it to them."""
+        ours = message.epoch == self.epoch and self.membership.get(message.sender) is not None
+        if ours and message.source == "window":
+            self._known(message.version)
+
+    def _known(self, version: int) -> None:
+        """The journal has the announcement of this version."""
+        if self._round is not None and self._round.version == version:
+            self._round.announced(self._now)
+            self._end(self._round)
+
+    def _end(self, round_: Round) -> None:
+        """It ends once its collective is over and the journal has its announcement."""
+        over = self.state is State.ROUND and self._windows.exchange is None
+        if over and round_.known:
+            self._finish(round_, self._windows.open)
 
     def _announce_failed(self, event: ev.AnnounceFailed) -> None:
         match self._announcing.failed(event, self._now):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from ...messages import control as msg
-from ...messages.control import Sender, Stamp, WindowKind
+from ...messages.control import Announce, Sender, Stamp, WindowKind
 from . import commands as cmd
 from .commands import TrainerCommand
 from .exchange import Exchange, Phase
@@ -53,6 +53,10 @@ class Windows:
         self._membership = membership
         #: The window that the exchange under way is to open.
         self._next: Window | None = None
+        #: The attempt that members were asked to prepare for, and until when who has committed to
+        #: it counts as committed.
+        self._prepared: Stamp | None = None
+        self._early: dict[Sender, float] = {}
         self._count = 0
 
     # ---- which window
@@ -91,14 +95,44 @@ class Windows:
 
     # ---- the exchange
 
-    def attempt(self, number: int, version: int, nbytes: int, now: float) -> Stamp:
-        """Begin an attempt to bring `nbytes` through the open window; its stamp."""
+    def stamp(self, epoch: int, version: int, attempt: int = 1) -> Stamp:
+        """Of an attempt through the open window; without one, of the log alone."""
+        if self.open is None:
+            return Stamp(epoch, 0, 0, version)
+        return self.open.stamp(attempt, version)
+
+    def prepare(self, version: int) -> list[TrainerCommand]:
+        """Ask members to commit to a version that is still being made."""
+        assert self.open is not None
+        self._prepared = self.open.stamp(1, version)
+        self._early = {}
+        return [cmd.Say(msg.Prepare(sender=self._me, stamp=self._prepared))]
+
+    def early(self, message: Answer, now: float) -> None:
+        """A member's word that is on no exchange: perhaps on the one that is being prepared."""
+        if message.stamp != self._prepared:
+            return
+        match message:
+            case msg.Ready(expires_s=expires_s):
+                # To count later on it has to outlive the wait for the others; from the first time
+                # that it was heard, since the same word may come twice.
+                self._early.setdefault(message.sender, now + expires_s - self._policy.ready_s)
+            case _:
+                self._early.pop(message.sender, None)
+
+    def attempt(self, stamp: Stamp, announce: Announce, now: float) -> list[TrainerCommand]:
+        """Begin an attempt to bring a version through the open window."""
         window = self.open
         assert window is not None
-        stamp = window.stamp(number, version)
-        work_s = self._policy.send_deadline_s(nbytes)
-        self.exchange = Exchange(stamp, window.members, now, self._policy.ready_s, work_s)
-        return stamp
+        ready_s, work_s = self._policy.ready_s, self._policy.send_deadline_s(announce.nbytes)
+        exchange = self.exchange = Exchange(stamp, window.members, now, ready_s, work_s, announce)
+        for member in window.members:
+            if self._membership.get(member) is None:
+                exchange.refuse(member, "it has left", now)
+        early = self._early if stamp == self._prepared else {}
+        fresh = [member for member, until in early.items() if now < until]
+        complete = [exchange.ready(member, now) for member in fresh]
+        return self._go(exchange) if any(complete) else []
 
     def under(self, stamp: Stamp) -> Exchange | None:
         """The exchange under way, if it is the one of this stamp."""
@@ -126,7 +160,7 @@ class Windows:
 
     def _go(self, exchange: Exchange) -> list[TrainerCommand]:
         stamp, work_s = exchange.stamp, exchange.work_s
-        said = cmd.Say(msg.Go(sender=self._me, stamp=stamp))
+        said = cmd.Say(msg.Go(sender=self._me, stamp=stamp, announce=exchange.announce))
         if not exchange.opening:
             return [said, cmd.Send(stamp, work_s)]
         window = self._next

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparsecast.messages.errors import (
     BusError,
     Fenced,
+    ManifestMismatch,
     NameInUse,
     ReplicaTorn,
     RunBusy,
@@ -181,6 +182,8 @@ class TrainerLife(Life):
     async def publish(self) -> None:
         """Change something, and publish it: it must take no time."""
         world, loop, plan = self.world, self.world.loop, self.world.plan
+        if self.rng.random() < 0.1:
+            await self._fail()
         density = self.rng.choice([0.0, 0.002, 0.01, 0.01, 0.1, 0.5, 1.0])
         change(self.weights, self.rng, density)
         began, stops = loop.time(), self.stops
@@ -197,6 +200,18 @@ class TrainerLife(Life):
         assert core is not None
         kept = len(self.publisher._outgoing._kept)
         world.kept_most = max(world.kept_most, kept)
+
+    async def _fail(self) -> None:
+        """Publish without one of the tensors: nothing is published."""
+        lost = self.weights.pop("scale")
+        try:
+            await self.publisher.publish()
+        except ManifestMismatch:
+            self.world.count("publish failed")
+        else:
+            self.world.violation(f"{self.name} published a model that is not its manifest's")
+        finally:
+            self.weights["scale"] = lost
 
 
 class WorkerLife(Life):
@@ -244,6 +259,12 @@ class WorkerLife(Life):
             world.violation(
                 f"{self.name} serves as version {version} what no trainer published as that"
             )
+        staged = self.replica._incoming._staged.get(version)
+        # An anchor is what was published, announced or not.
+        if staged is not None and staged.base_version is not None:
+            takers = [trainer.tokens[0] for trainer in origins]
+            if not any((taker, version) in world.announced for taker in takers):
+                world.violation(f"{self.name} serves version {version}, which was not announced")
         self.served = (version, bits)
         for trainer in origins:
             if trainer.tokens:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,7 @@ from sparsecast.pipeline.bus.journal import Journal
 from sparsecast.pipeline.core.lane import Lane
 from sparsecast.pipeline.core.safekeeping import Safekeeping
 from sparsecast.pipeline.core.seat import Seat
-from sparsecast.pipeline.core.staging import Staging
+from sparsecast.pipeline.core.staging import Patch, Staging
 from sparsecast.workers import incoming
 from sparsecast.workers.outgoing import Outgoing
 
@@ -25,12 +26,25 @@ def base_unchecked() -> Iterator[None]:
     """Patches are applied on whatever the weights are: neither core nor apply looks at the base."""
 
     def chain(self: Staging, at: int | None) -> tuple[int, ...]:
-        return tuple(version for version in sorted(self.patches) if at is None or version > at)
+        here = [v for v, patch in self.patches.items() if patch.awaits is None]
+        return tuple(version for version in sorted(here) if at is None or version > at)
 
     with (
         mock.patch.object(Staging, "chain", chain),
         mock.patch.object(incoming, "_fits", return_value=True),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def journal_not_awaited() -> Iterator[None]:
+    """A member applies what it has received before the journal has announced it."""
+    add = Staging.add
+
+    def known(self: Staging, patch: Patch) -> None:
+        add(self, replace(patch, awaits=None))
+
+    with mock.patch.object(Staging, "add", known):
         yield
 
 
@@ -124,6 +138,10 @@ def fence_down() -> Iterator[None]:
 #: Every one, with the words by which the simulation tells of it (one of them).
 PLANTED: dict[str, tuple[Plant, tuple[str, ...]]] = {
     "base unchecked": (base_unchecked, ("no trainer published", "not the announced")),
+    "journal not awaited": (
+        journal_not_awaited,
+        ("which was not announced", "not the announced"),
+    ),
     "old epoch kept": (old_epoch_kept, ("believes that it holds", "no trainer published")),
     "log given up": (log_given_up, ("not converged",)),
     "lower window kept": (lower_window_kept, ("while it is in",)),

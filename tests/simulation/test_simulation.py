@@ -62,6 +62,14 @@ def test_every_kind_of_fault_is_brought() -> None:
     assert brought == set(KINDS)
 
 
+def test_most_rounds_go_before_the_journal_is_asked() -> None:
+    """What the rules are held against is the short way of a round, with the long one among it."""
+    results = [simulate(seed) for seed in SEEDS[:10]]
+    early = sum(result.early for result in results)
+    windows = sum(result.rounds.get(kind, 0) for result in results for kind in ("gloo", "bus"))
+    assert 0.5 * windows < early < windows
+
+
 def test_a_seed_is_played_the_same_again() -> None:
     """One seed gives one trace, to the letter: in this process, and in another one that hashes
     strings differently.

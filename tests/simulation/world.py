@@ -50,8 +50,10 @@ class Result:
     trace: list[str] = field(default_factory=list)
     faults: dict[str, int] = field(default_factory=dict)
     published: int = 0
-    #: Rounds that ended, by their transport; versions that workers applied, reads, resyncs.
+    #: Rounds that ended, by their transport, and those of them that went before the journal knew;
+    #: versions that workers applied, reads, resyncs.
     rounds: dict[str, int] = field(default_factory=dict)
+    early: int = 0
     applied: int = 0
     reads: int = 0
     resyncs: int = 0
@@ -88,6 +90,8 @@ class World:
         self.began = self.loop.time()
         self._names = 0
         self._claim: Claim | None = None
+        #: Every version that the journal has taken, by the incarnation of its trainer.
+        self.announced: set[tuple[str, int]] = set()
         self._lives: dict[Process | None, Life] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -223,6 +227,7 @@ class World:
         elif subject.endswith(".announced.update"):
             announce = codec.decode(data, subject=subject)
             assert isinstance(announce, Announce)
+            self.announced.add((announce.sender.incarnation, announce.version))
             holder = self._claim
             if holder is None or (announce.sender, announce.stamp.epoch) != (
                 holder.sender,
@@ -257,6 +262,8 @@ class World:
                 case cmd.Settled(record):
                     kind = record.transport if record.window else "log"
                     self.result.rounds[kind] = self.result.rounds.get(kind, 0) + 1
+                    early = record.window > 0 and record.went_at < record.announced_at
+                    self.result.early += early
                 case cmd.Append(announce):
                     self.largest = max(self.largest, announce.nbytes)
                 case cmd.Quarantine() if isinstance(life, WorkerLife):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from runs import Tensors, same_bits, step, weights
-from sparsecast import LogError, Patch, UnsupportedTensor, apply, digest
+from sparsecast import LogError, ManifestMismatch, Patch, UnsupportedTensor, apply, digest
+from sparsecast.pipeline.core.events import Sealed
 from sparsecast.workers import outgoing as module
 from sparsecast.workers.outgoing import PENDING, Outgoing
 
@@ -38,6 +39,38 @@ def test_pending_patches_are_taken_as_one() -> None:
     assert outgoing.take(()) is None
     _apply(outgoing.payload(3), mine)
     assert same_bits(trained, mine)
+
+
+def test_who_takes_while_a_patch_is_made_gets_it() -> None:
+    """take() is asked for as soon as publish() says that it has begun: it waits for the patch."""
+    trained = weights()
+    outgoing = _outgoing(trained)
+    taken: list[Sealed | None] = []
+    taker = threading.Thread(target=lambda: taken.append(outgoing.take(())))
+
+    def begun() -> None:
+        taker.start()
+        taker.join(0.05)
+        assert taker.is_alive()
+
+    outgoing.publish(None, None, begun)
+    taker.join(5.0)
+    assert [sealed and sealed.version for sealed in taken] == [1]
+
+
+def test_who_takes_while_a_publish_fails_gets_nothing() -> None:
+    """It has begun and comes to nothing: nobody waits on, and the next one makes the version."""
+    trained = weights()
+    outgoing = _outgoing(trained)
+    taken: list[Sealed | None] = []
+    taker = threading.Thread(target=lambda: taken.append(outgoing.take(())))
+    lost = trained.popitem()
+    with pytest.raises(ManifestMismatch):
+        outgoing.publish(None, None, taker.start)
+    taker.join(5.0)
+    assert taken == [None]
+    trained.update([lost])
+    assert outgoing.publish(None, None).version == 1
 
 
 def test_unsafe_versions_travel_again() -> None:

@@ -21,6 +21,7 @@ from sparsecast import (
 )
 from sparsecast.messages.metrics import TrainerMetrics
 from sparsecast.pipeline.bus.journal import Journal, JournalState
+from sparsecast.pipeline.delta import Shadow
 
 
 def _threads(part: str) -> list[str]:
@@ -137,6 +138,35 @@ async def test_with_on_busy_wait_every_version_has_its_round(site: Site, ear: Ea
         await publisher.publish()
     await ear.until(TrainerMetrics, version=5)
     assert sorted(m.version for m in ear.heard if isinstance(m, TrainerMetrics)) == [1, 2, 3, 4, 5]
+
+
+async def test_a_round_goes_as_soon_as_its_patch_is_there(
+    site: Site, ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The diff takes longer than members need to commit: go waits neither for them nor for the
+    journal, and both workers hold the bits all the same."""
+    trained, mine, theirs = weights(), weights(), weights()
+    publisher = await site.publisher(trained)
+    await site.replica(mine, "w0")
+    await site.replica(theirs, "w1")
+    await publisher.wait_members(2, timeout_s=10)
+    await eventually(lambda: publisher.window is not None)
+    diff = Shadow.diff
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return diff(*args, **kwargs)
+
+    monkeypatch.setattr(Shadow, "diff", slow)
+    for version in range(1, 4):
+        step(trained, version)
+        update = await publisher.publish()
+        assert (await update.wait_applied(timeout_s=10)).complete
+        assert same_bits(trained, mine)
+        assert same_bits(trained, theirs)
+        told = await ear.until(TrainerMetrics, version=version)
+        assert (told.ready_us, told.attempt, told.verified) == (0, 1, 2)
+        assert told.announce_us > told.seal_us
 
 
 def test_a_synchronous_replica_is_awaited_on_any_loop(broker: Broker, run: str) -> None:

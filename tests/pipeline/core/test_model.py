@@ -23,7 +23,7 @@ def faults(rng: random.Random) -> Faults:
     return Faults(
         lose=some(0.3), twice=some(0.3), slow=some(0.2), append=some(0.5), store=some(0.5),
         window=some(0.5), corrupt=some(0.3), flip=some(0.1), readers=some(0.5), torn=some(0.1),
-        early=some(0.3),
+        early=some(0.3), diff=some(0.3),
     )  # fmt: skip
 
 
@@ -143,6 +143,23 @@ def core_awaits(world: World) -> list[str]:
         if seat.commitment or seat.receiving or staged or replica.staged:
             left.append(f"{replica}: {seat.commitment}, {staged}, {replica.staged}")
     return left
+
+
+def test_rounds_go_before_the_journal_is_asked() -> None:
+    """Nothing goes wrong, and one version follows on the other: members have committed to most of
+    them by the time that the patch is there."""
+    world = World(1)
+    trainer = Trainer(world)
+    trainer.start()
+    for number in range(3):
+        Replica(world, f"w{number}")
+    world.run(2.0)
+    for _ in range(50):
+        trainer.publish()
+        world.run(0.5)
+    assert len(world.settled) == 50
+    early = [record for record in world.settled if record.went_at < record.announced_at]
+    assert len(early) > 40
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,115 +1,15 @@
 """The worker's side, one misfortune at a time."""
 
-from typing import Any
-
 from sparsecast.messages import control as msg
 from sparsecast.messages.control import Sender, Stamp
 from sparsecast.messages.errors import NameInUse, ReplicaRefused
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
-from sparsecast.pipeline.core.policy import Policy
-from sparsecast.pipeline.core.replica import ReplicaCore
+from toytalk import POLICY, TRAINER, announcement, claim
+from toytalk import A as ME
+from toytalk import B as OTHER
+from toytalk import ReplicaTalk as Talk
 from toyworld import MANIFEST
-
-POLICY = Policy()
-TRAINER, ME, OTHER = Sender("trainer", "t1"), Sender("a", "1"), Sender("b", "1")
-
-
-def claim(epoch: int = 1, version: int = 0, sender: Sender = TRAINER) -> msg.Claim:
-    """A claim whose weights have their version as digest."""
-    return msg.Claim(
-        sender=sender, epoch=epoch, version=version, digest=version, manifest=MANIFEST,
-        nonce="n", heartbeat_s=0.5,
-    )  # fmt: skip
-
-
-class Talk:
-    """A worker that has proven version 0 in epoch 1 and joined, unless told otherwise."""
-
-    def __init__(self, digest: int = 0, *, window: bool = False) -> None:
-        self.now = 100.0
-        self.core = ReplicaCore(
-            run="r", me=ME, kinds=("gloo", "bus"), device="cpu", host="h", pid=1, policy=POLICY,
-            started=self.now, gpu="GPU-1",
-        )  # fmt: skip
-        self.out: list[Any] = []
-        self.hear(claim())
-        assert self.only(cmd.Prove) is not None
-        self.feed(ev.Proved(1, MANIFEST.hash, digest))
-        self.joined_with = self.said(msg.Join)
-        self.hear(msg.Welcome(sender=TRAINER, to=ME, epoch=1, version=0))
-        if window:
-            self.open_window()
-
-    def feed(self, event: Any, after: float = 0.0) -> list[Any]:
-        self.now += after
-        self.out = self.core.handle(event, self.now)
-        return self.out
-
-    def hear(self, message: Any, after: float = 0.0) -> list[Any]:
-        return self.feed(ev.FromTrainer(message), after)
-
-    def wait(self, seconds: float) -> list[Any]:
-        """Tick at each deadline; all that was asked for meanwhile. Never more than a few ticks."""
-        end, said, ticks = self.now + seconds, [], 0
-        while self.now < end:
-            deadline = self.core.next_deadline()
-            assert deadline is not None
-            self.now = max(min(deadline, end), self.now + 0.0005)
-            said += self.feed(ev.Tick())
-            ticks += 1
-            assert ticks < 10 + 10 * seconds, "it spins"
-        self.out = said
-        return said
-
-    def open_window(self, window: int = 1) -> None:
-        stamp = Stamp(1, window)
-        self.hear(msg.Opening(sender=TRAINER, stamp=stamp, kind="gloo", members=(ME,), enters_at=0))
-        self.hear(msg.Go(sender=TRAINER, stamp=stamp))
-        self.feed(ev.WindowOpened(1, window))
-
-    def announce(self, version: int, base: int | None = None, window: int = 1) -> Stamp:
-        stamp = Stamp(1, window, 1 if window else 0, version)
-        self.hear(
-            msg.Announce(
-                sender=TRAINER,
-                stamp=stamp,
-                base_version=version - 1 if base is None else base,
-                manifest_hash=MANIFEST.hash,
-                nbytes=10,
-                checksum=1,
-                digest=version,
-                changed=1,
-                encoding="sparse",
-                dense_nbytes=16,
-            )
-        )
-        return stamp
-
-    def stage(self, stamp: Stamp, base: int | None = None) -> list[Any]:
-        base = stamp.version - 1 if base is None else base
-        return self.feed(
-            ev.Staged(stamp.epoch, stamp.window, stamp.attempt, base, stamp.version, 10)
-        )
-
-    def receive(self, version: int) -> None:
-        stamp = self.announce(version)
-        self.hear(msg.Go(sender=TRAINER, stamp=stamp))
-        assert self.only(cmd.Receive).stamp == stamp
-        self.stage(stamp)
-
-    def fetched(self, *items: tuple[int | None, int]) -> list[Any]:
-        entries = tuple(ev.LogItem(base, version, version, 10) for base, version in items)
-        return self.feed(ev.Fetched(1, entries))
-
-    def only(self, kind: type[Any], out: list[Any] | None = None) -> Any:
-        found = [c for c in (self.out if out is None else out) if isinstance(c, kind)]
-        assert len(found) <= 1, found
-        return found[0] if found else None
-
-    def said(self, kind: type[Any], out: list[Any] | None = None) -> list[Any]:
-        out = self.out if out is None else out
-        return [c.message for c in out if isinstance(c, cmd.Report) and isinstance(c.message, kind)]
 
 
 def test_a_join_says_what_the_trainer_must_know_to_choose_a_window() -> None:
@@ -425,9 +325,9 @@ def test_close_leaves_in_order_and_is_the_last_word() -> None:
 def test_staging_is_bounded() -> None:
     """Patches wait for a reader until staging is full: the next round is left to the log."""
     talk = Talk(window=True)
-    stamp = talk.announce(1)
+    stamp = talk.announce(1, nbytes=POLICY.staging_nbytes)
     talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
-    talk.feed(ev.Staged(1, 1, 1, 0, 1, POLICY.staging_nbytes))
+    talk.feed(ev.Staged(stamp, announcement(stamp, nbytes=POLICY.staging_nbytes)))
     talk.announce(2)
     [answer] = talk.said(msg.NotReady)
     assert answer.reason == f"{POLICY.staging_nbytes} bytes of patches wait in staging"

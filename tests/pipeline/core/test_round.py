@@ -1,11 +1,11 @@
-"""The round in flight: whom it blames, and when it was announced."""
+"""The round in flight: whom it blames, and what its record says."""
 
 import pytest
 
 from sparsecast.messages.control import Sender, Stamp
 from sparsecast.pipeline.core.events import Sealed
 from sparsecast.pipeline.core.exchange import Exchange
-from sparsecast.pipeline.core.round import Round, begin
+from sparsecast.pipeline.core.round import Round, announcement, begin
 from sparsecast.pipeline.core.window import Window
 
 A, B, C = (Sender(name, "1") for name in "abc")
@@ -17,7 +17,8 @@ def sealed() -> Round:
         base_version=0, version=1, nbytes=10, checksum=1, digest=1, changed=1, numel=8,
         encoding="sparse", dense_nbytes=16, published_at=9.0, diff_us=1, encode_us=1,
     )  # fmt: skip
-    return begin(event, 1, 10.0)
+    announce = announcement(event, Stamp(1, 2, 1, 1), Sender("trainer", "t1"), "hash")
+    return begin(event, announce, 10.0)
 
 
 def attempt(number: int, *received: Sender, refused: tuple[Sender, ...] = ()) -> Exchange:
@@ -67,12 +68,23 @@ def test_whom_the_exchange_has_named_is_left_out_at_once() -> None:
     assert sealed().blamed(exchange) == (B,)
 
 
-def test_a_ready_proves_the_announcement() -> None:
-    """All are ready before the journal's answer comes: announced by then, not by the answer."""
-    round_ = sealed()
-    round_.follow(attempt(1))
+def test_go_may_come_before_the_announcement_is_known() -> None:
+    """All are ready before the journal's answer: the round goes, and is not announced by that; its
+    payload is received when the collective is over, whenever the journal answers."""
+    round_, exchange = sealed(), Exchange(Stamp(1, 2, 1, 1), (A,), 10.0, 2.0, 5.0)
+    exchange.ready(A, 11.0)
+    round_.follow(exchange)
+    assert not round_.known
+    exchange.report(A, None, 12.0)
+    exchange.local(None, 13.0)
+    round_.carried(exchange)
     round_.announced(14.0)
-    assert (round_.record.announced_at, round_.record.went_at) == (11.0, 11.0)
+    round_.announced(15.0)
+    record = round_.end(None, (A,), 15.0)
+    times = record.went_at, record.received_at, record.announced_at
+    assert times == (11.0, 13.0, 14.0)
+    assert round_.known
+    assert record.received == (A,)
 
 
 def test_the_record_says_by_which_road_it_went() -> None:

@@ -2,8 +2,10 @@
 
 import pytest
 
+from sparsecast.messages.control import Stamp
 from sparsecast.pipeline.core.commands import Drop
 from sparsecast.pipeline.core.staging import Patch, Staging
+from toytalk import announcement
 
 
 def staging(*patches: tuple[int | None, int]) -> Staging:
@@ -49,6 +51,29 @@ def test_of_two_for_one_version_the_wider_is_kept(
 ) -> None:
     """Window and log bring the same version with different bases, in either order."""
     assert staging((first, 3), (second, 3)).patches[3].base_version == kept
+
+
+def test_what_awaits_the_journal_is_no_part_of_a_chain() -> None:
+    """Until the journal makes the announcement that it came with; another one is not it."""
+    held, first, second = staging((0, 1)), announcement(Stamp(1, 1, 1, 2)), Stamp(1, 1, 1, 3)
+    held.add(Patch(1, 2, 10, "window", awaits=first))
+    held.add(Patch(2, 3, 10, "window", awaits=announcement(second)))
+    assert (held.chain(0), held.nbytes) == ((1,), 30)
+    assert held.confirm(first)
+    assert held.chain(0) == (1, 2)
+    assert not held.confirm(announcement(second, checksum=666))
+    assert held.chain(0) == (1, 2)
+    assert held.confirm(announcement(Stamp(1, 1, 1, 9))), "of which nothing is here"
+
+
+@pytest.mark.parametrize("log_first", [True, False])
+def test_what_the_log_has_awaits_nothing(log_first: bool) -> None:
+    """Of two for one version the one that awaits nothing is kept, however wide the other is."""
+    patches = [Patch(2, 3, 10, "log"), Patch(0, 3, 10, "window", announcement(Stamp(1, 1, 1, 3)))]
+    held = Staging()
+    for patch in patches if log_first else reversed(patches):
+        held.add(patch)
+    assert held.patches[3].source == "log"
 
 
 def test_what_is_taken_or_dropped_is_gone() -> None:
