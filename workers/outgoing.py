@@ -167,10 +167,11 @@ class Outgoing:
         """
         now = self._clock()
         with self._diffing:
-            if begun is not None:
-                begun()
             base = self.version
-            found = self._shadow.diff(self._lookup.tensors(), base_version=base, version=base + 1)
+            # Of kernels all is queued when `begun` is called: it would hold up their launches.
+            found = self._shadow.diff(
+                self._lookup.tensors(), base_version=base, version=base + 1, waiting=begun
+            )
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found
             self._pending.append(_Kept(found.patch, now, step, tags, found))
