@@ -17,30 +17,25 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from ...messages.control import LogEntry
 from ...messages.errors import LogError, LogHole, PatchError
-from ...messages.manifest import Manifest, TensorSpec
+from ...messages.manifest import Manifest
 from ...messages.subjects import check_token
 from .base import Payloads, Tell, oldest_first, require_size
-from .container import Damaged, Header, header, read_header
+from .container import Damaged
+from .files import SUFFIX, GoOn, read, read_payload, write
 from .threads import Threads
 
 log = logging.getLogger("sparsecast.log")
 
 T = TypeVar("T")
-GoOn = Callable[[], None]
 
-SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"
-STEP_NBYTES = 8 << 20
 READERS = 4
-_ENTRY, _ANCHOR = "sparsecast.entry", "sparsecast.anchor"
 #: What tells one state of a file from another.
 _Stamp = tuple[int, int, int]
 
@@ -53,14 +48,6 @@ _HINTS = {
     errno.ENOENT: "is the disk mounted? If it is, make the log's directory: mkdir -p",
     errno.ESTALE: "mount it again",
 }
-
-
-class _Anchor(msgspec.Struct, frozen=True):
-    """How an anchor's payload is put together from the tensors; what is in no part of it is 0."""
-
-    manifest: Manifest
-    offsets: tuple[int, ...]
-    head: bytes
 
 
 class DirectoryLog:
@@ -149,30 +136,16 @@ class DirectoryLog:
     def _store(self, entry: LogEntry, view: memoryview, go_on: GoOn) -> None:
         path = self._file(entry)
         self._prepare()
-        with contextlib.suppress(FileNotFoundError, Damaged):
-            with path.open("rb") as file:
-                _read(file, path)
-            # Whoever renamed it may have died before the directory was on the disk.
-            _sync(self.path)
-            return
-        metadata = {"format": "pt", _ENTRY: msgspec.json.encode(entry).decode()}
-        if entry.base_version is None:
-            anatomy = self._payloads.anatomy(view)
-            anchor = _Anchor(
-                anatomy.manifest, anatomy.offsets, _head(anatomy.manifest, anatomy.offsets, view)
-            )
-            metadata[_ANCHOR] = msgspec.json.encode(anchor).decode()
-            parts = _aligned(anatomy.manifest, anatomy.offsets)
-        else:
-            parts = [(TensorSpec("patch", "uint8", (entry.nbytes,)), 0)]
+        with contextlib.suppress(FileNotFoundError):
+            if self._entry(path) is not None:
+                # Whoever renamed it may have died before the directory was on the disk.
+                _sync(self.path)
+                return
+        anatomy = self._payloads.anatomy(view) if entry.base_version is None else None
         temporary = self.path / f".{entry.name}.{self._token}{TEMPORARY}"
         try:
             with temporary.open("wb") as file:
-                file.write(header([spec for spec, _ in parts], metadata))
-                for spec, offset in parts:
-                    for step in _steps(view[offset : offset + spec.nbytes]):
-                        go_on()
-                        file.write(step)
+                write(file, entry, view, anatomy, go_on)
                 file.flush()
                 os.fsync(file.fileno())
             go_on()
@@ -213,7 +186,7 @@ class DirectoryLog:
             self._root.stat()
             return []
         paths = {name: path for name, path in found.items() if path.suffix == SUFFIX}
-        for name in self._known.keys() - paths.keys():
+        for name in set(self._known) - paths.keys():
             self._known.pop(name, None)
         entries = []
         for path in paths.values():
@@ -233,7 +206,7 @@ class DirectoryLog:
         entry: LogEntry | None = None
         try:
             with path.open("rb") as file:
-                entry, _, _ = _read(file, path)
+                entry = read(file, path).entry
         except Damaged as exc:
             self._tell(str(_damaged(path, exc)))
         self._known[path.name] = stamp, entry
@@ -245,7 +218,11 @@ class DirectoryLog:
             with path.open("rb") as file:
                 stamp = _stamp(os.fstat(file.fileno()))
                 try:
-                    return self._payload(file, path, go_on)
+                    opened = read(file, path)
+                    payload = read_payload(file, opened, go_on)
+                    if self._payloads.checksum(payload) != opened.entry.checksum:
+                        raise Damaged("its tensors are not those that were written")
+                    return payload
                 except Damaged as exc:
                     # Out of the entries from now on: whoever asks finds a way around it.
                     self._known[path.name] = stamp, None
@@ -254,56 +231,18 @@ class DirectoryLog:
             self._root.stat()
             raise LogHole(f"{path} is not there: pruned, or lost", version=entry.version) from None
 
-    def _payload(self, file: BinaryIO, path: Path, go_on: GoOn) -> bytearray:
-        entry, anchor, found = _read(file, path)
-        payload = bytearray(entry.nbytes)
-        view = memoryview(payload)
-        parts = [(TensorSpec("patch", "uint8", (entry.nbytes,)), 0)]
-        if anchor is not None:
-            view[: len(anchor.head)] = anchor.head
-            parts = _aligned(anchor.manifest, anchor.offsets)
-        file.seek(found.begin)
-        for spec, offset in parts:
-            for step in _steps(view[offset : offset + spec.nbytes]):
-                go_on()
-                if file.readinto(step) != step.nbytes:  # type: ignore[attr-defined]  # typeshed: only on raw files
-                    raise Damaged("it was cut off while it was read")
-        if self._payloads.checksum(payload) != entry.checksum:
-            raise Damaged(f"tensor bytes that do not have the checksum {entry.checksum:016x}")
-        return payload
-
     def _manifest(self, manifest_hash: str, go_on: GoOn) -> Manifest | None:
         for entry in reversed(self._entries(go_on)):
             if entry.base_version is None and entry.manifest_hash == manifest_hash:
                 path = self._file(entry)
                 with contextlib.suppress(FileNotFoundError, Damaged), path.open("rb") as file:
-                    _, anchor, _ = _read(file, path)
+                    anchor = read(file, path).anchor
                     if anchor is not None and anchor.manifest.hash == manifest_hash:
                         return anchor.manifest
         return None
 
     def _file(self, entry: LogEntry) -> Path:
         return self.path / f"{check_token('log entry', entry.name)}{SUFFIX}"
-
-
-# ---- files
-
-
-def _read(file: BinaryIO, path: Path) -> tuple[LogEntry, _Anchor | None, Header]:
-    """What a file says of itself; Damaged unless it is an entry's, and as long as it says."""
-    found = read_header(file)
-    try:
-        entry = msgspec.json.decode(found.metadata[_ENTRY], type=LogEntry)
-        anchor = None
-        if entry.base_version is None:
-            anchor = msgspec.json.decode(found.metadata[_ANCHOR], type=_Anchor)
-    except KeyError as exc:
-        raise Damaged(f"its metadata have no {exc}") from exc
-    except (msgspec.MsgspecError, ValueError) as exc:
-        raise Damaged(f"its metadata are not an entry's: {exc}") from exc
-    if path.name != entry.name + SUFFIX:
-        raise Damaged(f"it is the file of entry {entry.name!r}")
-    return entry, anchor, found
 
 
 def _damaged(path: Path, why: Damaged) -> LogError:
@@ -323,29 +262,3 @@ def _sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# ---- payloads
-
-
-def _steps(view: memoryview) -> Iterator[memoryview]:
-    return (view[at : at + STEP_NBYTES] for at in range(0, view.nbytes, STEP_NBYTES))
-
-
-def _aligned(manifest: Manifest, offsets: Sequence[int]) -> list[tuple[TensorSpec, int]]:
-    """The tensors with their offsets, larger items first, so that each is aligned in the file."""
-    parts = list(zip(manifest.tensors, offsets, strict=True))
-    return sorted(parts, key=lambda part: -part[0].itemsize)
-
-
-def _head(manifest: Manifest, offsets: Sequence[int], view: memoryview) -> bytes:
-    """What stands before the tensors; LogError if anything but zeros stands between them."""
-    spans = sorted(
-        (at, at + s.nbytes) for s, at in zip(manifest.tensors, offsets, strict=True) if s.nbytes
-    )
-    end = head = spans[0][0] if spans else view.nbytes
-    for start, stop in [*spans, (view.nbytes, view.nbytes)]:
-        if start < end or any(view[end:start]):
-            raise LogError(f"the anchor's payload has something at byte {end} that is no tensor's")
-        end = stop
-    return bytes(view[:head])
