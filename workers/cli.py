@@ -1,4 +1,4 @@
-"""The command line: demo, worker, ask, broker, top, doctor.
+"""The command line: demo, worker, ask, broker, top, log (in logs.py), doctor.
 
 Nothing heavy is imported before a command needs it: `--help` and usage errors come at once.
 """
@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from ..messages import errors
+from . import logs
 from .devices import count, index_of, resolve
 from .options import (
     Bus,
@@ -325,6 +326,9 @@ def top(
     asyncio_run(
         show(choice.url, run=run, once=once or not sys.stdout.isatty(), as_json=json, wait_s=wait_s)
     )
+
+
+app.add_typer(logs.app)
 
 
 @app.command()

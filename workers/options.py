@@ -51,7 +51,9 @@ def exit_code(error: errors.SparsecastError) -> Exit:
 
 
 #: What belongs to one call and not into a file.
-_NOT_IN_FILES = frozenset({"config", "help", "prompt", "once", "json", "until_stdin_closes"})
+_NOT_IN_FILES = frozenset(
+    {"config", "help", "prompt", "once", "json", "until_stdin_closes", "dry_run"}
+)
 
 
 class WindowChoice(enum.StrEnum):
