@@ -56,7 +56,7 @@ def _tell(found: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:
     if as_json:
         import msgspec
 
-        typer.echo(msgspec.json.encode(found))
+        typer.echo(msgspec.json.encode(found).decode())
     else:
         show(found)
 
