@@ -209,10 +209,10 @@ def prune(
 ) -> None:  # fmt: skip
     """Drop what nobody needs any more, by the rule that the trainer keeps to.
 
-    Earlier epochs, and what lies before the second newest anchor or an older one that the newest
-    versions need. Nothing goes unless patches lead from an anchor that stays, and is whole, to the
-    newest version. Exit code 1 if a tier could not be pruned. Keys of the JSON: run, dry_run,
-    dropped, nbytes, kept, kept_nbytes, problems.
+    Earlier epochs, if the journal is there to tell which one lives, and what lies before the second
+    newest anchor or an older one that the newest versions need. Nothing goes unless patches lead
+    from an anchor that stays, and is whole, to the newest version. Exit code 1 if a tier could not
+    be pruned. Keys of the JSON: run, dry_run, dropped, nbytes, kept, kept_nbytes, problems.
     """
     from .logview import print_pruned
     from .logview import prune as prune_all

@@ -88,16 +88,25 @@ def listing(book: Logbook, entries: Sequence[LogEntry]) -> Listing:
 async def prune(
     book: Logbook, *, keep_versions: int, keep_nbytes: int | None, dry_run: bool
 ) -> Pruned:
-    """Drop what the newest trainer's retention would. LogError, and nothing is dropped, unless the
-    newest anchor that stays is whole."""
+    """Drop what the trainer's retention would. LogError, and nothing is dropped, unless the newest
+    anchors that stay are whole.
+
+    Without the journal nobody can say which epoch lives: then each keeps what leads to its head.
+    """
     entries = book.entries
-    epoch = next(iter(book.lines), (0, ""))[0]
-    drop = needless(entries, epoch=epoch, versions=keep_versions, nbytes=keep_nbytes)
+    epochs = {entry.epoch for entry in entries}
+    if book.claim is not None:
+        epochs &= {book.claim.epoch}
+    drop = []
+    for epoch in epochs:
+        among = [e for e in entries if e.epoch == epoch] if book.claim is None else entries
+        drop += needless(among, epoch=epoch, versions=keep_versions, nbytes=keep_nbytes)
     gone = {entry.name for entry in drop}
     kept = [entry for entry in entries if entry.name not in gone]
     if drop and not dry_run:
-        anchors = [e for e in kept if e.base_version is None and e.epoch == epoch]
-        await book.load(anchors[-1])
+        anchors = {(e.epoch, e.writer): e for e in kept if e.base_version is None}
+        for anchor in anchors.values():
+            await book.load(anchor)
         for name, tier in book.tiers.items():
             try:
                 await tier.prune(drop, timeout_s=book.timeout_s)

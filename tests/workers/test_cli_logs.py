@@ -14,9 +14,12 @@ import pytest
 import safetensors.torch
 from typer.testing import CliRunner
 
-from runs import QUICK, Site, same_bits, step, weights
+from runs import QUICK, Site, same_bits, step, until_stored, weights
+from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.log import files
+from sparsecast.pipeline.log.directory import DirectoryLog
+from sparsecast.workers.anchors import PatchPayloads
 from sparsecast.workers.audit import Checked, Made, Verdict
 from sparsecast.workers.cli import app, main
 from sparsecast.workers.logview import EntryView, Listing, Pruned
@@ -74,23 +77,13 @@ class Past:
         trained = weights()
         publisher = await self.site.publisher(trained, log=self.log, policy=POLICY)
         self.states.append({name: tensor.clone() for name, tensor in trained.items()})
-        log = publisher._ports.log
-        await self._until(log, 0)
+        await until_stored(publisher, 0, anchor=True)
         for version in range(1, versions + 1):
             step(trained, version)
             await publisher.publish(step=version * 10)
             self.states.append({name: tensor.clone() for name, tensor in trained.items()})
-            await self._until(log, version)
+            await until_stored(publisher, version, anchor=version % 2 == 0)
         await publisher.close()
-
-    async def _until(self, log: Any, version: int) -> None:
-        async with asyncio.timeout(20):
-            while True:
-                found = await log.entries(timeout_s=5)
-                anchor = any(e.version == version and e.base_version is None for e in found)
-                if any(e.version == version for e in found) and (anchor or version % 2):
-                    return
-                await asyncio.sleep(0.02)
 
     async def __call__(self, *arguments: str, log: str | None = None) -> Done:
         """A command on this run."""
@@ -238,6 +231,27 @@ async def test_pruning_says_what_goes_and_leaves_what_leads_to_the_head(past: Pa
     less = await past("prune", "--keep-bytes", "1", "--json")
     assert msgspec.json.decode(less.stdout, type=Pruned).kept == 2
     assert (await past("verify")).returncode == 0
+
+
+async def test_pruning_without_the_journal_spares_every_epoch(past: Past) -> None:
+    """The directory holds an older trainer's epoch 7, and the bus that knows that epoch 1 is the
+    live one is not asked: the live trainer's chain stays. With the journal its rule is applied."""
+    payload, log = b"", DirectoryLog(past.folder, past.site.run, PatchPayloads())
+    old = LogEntry(
+        name="7-patch-8-9-other", epoch=7, base_version=8, version=9, nbytes=0, checksum=0,
+        digest=0, manifest_hash="m", chunks=0, writer="other",
+    )  # fmt: skip
+    await log.store(old, payload, timeout_s=5)
+    directory = ("--run", past.site.run, "--log", f"dir:{past.folder}")
+    done = await sparsecast("prune", *directory, "--keep-bytes", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    pruned = msgspec.json.decode(done.stdout, type=Pruned)
+    assert (len(pruned.dropped), pruned.kept) == (8, 3)
+    assert {e.name.rsplit("-", 1)[0] for e in await log.entries(timeout_s=5)} == {
+        "1-patch-5-6", "1-anchor-6", "7-patch-8-9"
+    }  # fmt: skip
+    asked = await past("verify", log=f"dir:{past.folder}")
+    assert asked.returncode == 0, asked.stdout
 
 
 async def test_a_bad_anchor_takes_nothing_with_it(past: Past) -> None:

@@ -2,13 +2,14 @@
 
 import asyncio
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 
-from runs import Ear, Site, same_bits, step, weights
+from runs import QUICK, Ear, Site, same_bits, step, until_stored, weights
 from sparsecast import MemoryLog, Replica, SettingsError
 from sparsecast.messages.metrics import Event
 from sparsecast.workers.tiers import parse_log
@@ -65,6 +66,30 @@ async def test_a_late_worker_lives_by_any_tier(site: Site, tmp_path: Path, tiers
     if "dir" in tiers:
         [anchor] = (tmp_path / site.run).glob("1-anchor-*.safetensors")
         assert safetensors.torch.load_file(anchor).keys() == trained.keys()
+
+
+async def test_a_worker_goes_around_a_damaged_anchor(site: Site, tmp_path: Path) -> None:
+    """The newest anchor has a flipped bit, and the directory is all there is: a late worker comes
+    to the newest version by the older anchor and the patches after it."""
+    log, trained = f"dir:{tmp_path}", weights()
+    often = replace(QUICK, anchor_every=2)
+    publisher = await site.publisher(trained, log=log, policy=often)
+    for version in range(4):
+        await until_stored(publisher, version, anchor=version % 2 == 0)
+        if version < 3:
+            step(trained, version)
+            await publisher.publish()
+    [anchor] = (tmp_path / site.run).glob("1-anchor-2-*.safetensors")
+    data = bytearray(anchor.read_bytes())
+    data[-1] ^= 1
+    anchor.write_bytes(data)
+    late = weights(9)
+    worker = await site.replica(late, log=log, policy=often)
+    await worker.wait_version(3, timeout_s=20)
+    assert same_bits(late, trained)
+    assert [
+        e.name for e in await worker.ports.log.entries(timeout_s=5) if "anchor-2" in e.name
+    ] == []
 
 
 async def test_a_directory_that_vanishes_is_told_and_the_run_goes_on(
