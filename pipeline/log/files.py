@@ -5,6 +5,7 @@ An anchor's tensors have their published names, dtypes and shapes; a patch is on
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import BinaryIO
 
 import msgspec
 
+from ...messages import codec
 from ...messages.control import LogEntry
-from ...messages.errors import LogError
+from ...messages.errors import LogError, RemoteProtocolError
 from ...messages.manifest import Manifest, TensorSpec
 from .base import Anatomy
-from .container import Damaged, header, read_header
+from .container import METADATA, Damaged, header, read_header
 
 SUFFIX = ".safetensors"
 STEP_NBYTES = 8 << 20
@@ -49,13 +51,16 @@ def write(
     file: BinaryIO, entry: LogEntry, payload: memoryview, anatomy: Anatomy | None, go_on: GoOn
 ) -> None:
     """Write an entry, an anchor with its anatomy. LogError if that is not the payload's."""
-    metadata = {"format": "pt", ENTRY: msgspec.json.encode(entry).decode()}
+    # Not in JSON: it has no way to write a tag that is NaN.
+    metadata = {"format": "pt", ENTRY: base64.b64encode(codec.encode(entry)).decode()}
     anchor: Anchor | None = None
     if anatomy is not None:
         head = _head(anatomy, payload)
         anchor = Anchor(anatomy.manifest, anatomy.offsets, head)
         metadata[ANCHOR] = msgspec.json.encode(anchor).decode()
     parts = _parts(entry, anchor)
+    if any(spec.name == METADATA for spec, _ in parts):
+        raise LogError(f"a safetensors file has no place for a tensor called {METADATA!r}")
     file.write(header([spec for spec, _ in parts], metadata))
     for spec, offset in parts:
         for step in _steps(payload[offset : offset + spec.nbytes]):
@@ -68,13 +73,13 @@ def read(file: BinaryIO, path: Path) -> Opened:
     it says."""
     found = read_header(file)
     try:
-        entry = msgspec.json.decode(found.metadata[ENTRY], type=LogEntry)
+        entry = codec.decode_entry(base64.b64decode(found.metadata[ENTRY]), subject=path.name)
         anchor = None
         if entry.base_version is None:
             anchor = msgspec.json.decode(found.metadata[ANCHOR], type=Anchor)
     except KeyError as exc:
         raise Damaged(f"its metadata have no {exc}") from exc
-    except (msgspec.MsgspecError, ValueError) as exc:
+    except (RemoteProtocolError, msgspec.MsgspecError, ValueError) as exc:
         raise Damaged(f"its metadata are not an entry's: {exc}") from exc
     if path.name != entry.name + SUFFIX:
         raise Damaged(f"it is the file of entry {entry.name!r}")

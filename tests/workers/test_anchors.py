@@ -1,5 +1,6 @@
 """Anchors of real models as safetensors files: open to any tool, and exact to the bit."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runs import same_bits, weights
-from sparsecast import CorruptPatch, LocalProtocolError
+from sparsecast import CorruptPatch, LocalProtocolError, LogError
 from sparsecast.messages.manifest import ITEMSIZE
 from sparsecast.pipeline.delta import Patch, Shadow, check
 from sparsecast.pipeline.log.container import DTYPES
@@ -112,6 +113,13 @@ async def test_both_forms_of_an_anchor_come_back(tmp_path: Path) -> None:
         assert Patch.from_bytes(payload).full == full
         assert await log.load(entry, timeout_s=S) == payload
         assert same_bits(safetensors.torch.load_file(path), tensors)
+
+
+async def test_the_one_name_that_a_file_has_no_place_for(tmp_path: Path) -> None:
+    """A tensor called as safetensors calls its metadata: LogError by name, and no file."""
+    with pytest.raises(LogError, match="no place for a tensor called '__metadata__'"):
+        await stored({"__metadata__": torch.ones(3), "w": torch.ones(2)}, tmp_path)
+    assert os.listdir(tmp_path / "run") == []
 
 
 def test_what_is_no_anchor_of_ours_is_refused() -> None:

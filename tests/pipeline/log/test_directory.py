@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -328,6 +329,18 @@ async def test_foreign_files_are_passed_over(tmp_path: Path) -> None:
         "copy.safetensors", "empty.safetensors", "huge.safetensors", "model.safetensors"
     ]  # fmt: skip
     assert any("it is the file of entry '1-anchor-0'" in reason for reason in told)
+
+
+async def test_an_entry_keeps_all_that_it_says(tmp_path: Path) -> None:
+    """A step with a loss that is no number, which JSON cannot write: another process reads the
+    entry with its tags, and loads it."""
+    tags = {"loss": float("nan"), "peak": float("inf"), "note": "é\n", "seed": 2**63, "ok": True}
+    stored = msgspec.structs.replace(entry_of(1), tags=tags, writer="w")
+    await open_log(tmp_path).store(stored, payload_of(1), timeout_s=S)
+    other = open_log(tmp_path)
+    [found] = await other.entries(timeout_s=S)
+    assert repr(found) == repr(stored)
+    assert await other.load(found, timeout_s=S) == payload_of(1)
 
 
 async def test_names_are_tokens(tmp_path: Path) -> None:
