@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .pipeline.bus.broker import Broker
     from .pipeline.core.policy import Policy
     from .pipeline.delta import Patch, apply, diff, digest, merge
+    from .pipeline.log.memory import MemoryLog
     from .workers.engine import Engine
     from .workers.publisher import AsyncPublisher, Publisher, Report
     from .workers.replica import Replica
@@ -67,6 +68,7 @@ _HOMES = {
     "diff": ".pipeline.delta",
     "digest": ".pipeline.delta",
     "merge": ".pipeline.delta",
+    "MemoryLog": ".pipeline.log.memory",
     "Engine": ".workers.engine",
     "AsyncPublisher": ".workers.publisher",
     "Publisher": ".workers.publisher",
@@ -93,6 +95,7 @@ __all__ = [
     "LogError",
     "LogHole",
     "ManifestMismatch",
+    "MemoryLog",
     "NameInUse",
     "Patch",
     "PatchError",

@@ -63,6 +63,18 @@ def same_bits(ours: Tensors, theirs: Tensors) -> bool:
     )
 
 
+async def until_stored(
+    publisher: AsyncPublisher, version: int, *, anchor: bool = False, timeout_s: float = 20.0
+) -> None:
+    """Wait until the publisher's log has this version: a patch to it, or an anchor."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            for entry in await publisher._ports.log.entries(timeout_s=timeout_s):
+                if entry.version == version and (entry.base_version is None) == anchor:
+                    return
+            await asyncio.sleep(0.02)
+
+
 class Site:
     """Starts publishers and replicas of one run; what it started ends with the test."""
 

@@ -10,6 +10,7 @@ from ..messages.errors import BusError, LogError
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch
+from ..pipeline.log.retention import needless
 from .driver import Ports
 from .outgoing import Outgoing
 
@@ -73,26 +74,18 @@ class Archive:
         await self._ports.log.store(entry, payload, timeout_s=self._policy.store_s)
 
     async def _prune(self, epoch: int) -> None:
-        """Keep the newest two anchors of this epoch and all from the older one's version on."""
-        timeout_s = self._policy.store_s
+        """Drop what the policy does not keep and nobody needs any more."""
+        timeout_s, log = self._policy.store_s, self._ports.log
         try:
-            entries = await self._ports.log.entries(timeout_s=timeout_s)
-            mine = (epoch, self._outgoing.writer)
-            ours = [entry for entry in entries if (entry.epoch, entry.writer) == mine]
-            anchors = sorted(entry.version for entry in ours if entry.base_version is None)
-            # A later epoch's is a successor's, and one of this epoch may be another trainer's whose
-            # journal was forgotten: whoever is fenced off must not take it along.
-            keep = [
-                entry
-                for entry in entries
-                if (
-                    entry.epoch >= epoch
-                    if entry not in ours
-                    else anchors and entry.version >= anchors[-2:][0]
-                )
-            ]
-            if anchors and len(keep) < len(entries):
-                await self._ports.log.prune(keep, timeout_s=timeout_s)
+            drop = needless(
+                await log.entries(timeout_s=timeout_s),
+                epoch=epoch,
+                writer=self._outgoing.writer,
+                versions=self._policy.keep_versions,
+                nbytes=self._policy.keep_nbytes,
+            )
+            if drop:
+                await log.prune(drop, timeout_s=timeout_s)
         except (LogError, BusError) as exc:
             # The next anchor's turn drops what this one left.
             self._tell(f"pruning: {exc}")

@@ -1,11 +1,10 @@
-"""The command line: demo, worker, ask, broker, top, doctor.
+"""The command line: demo, worker, ask, broker, top, log (in logs.py), doctor.
 
 Nothing heavy is imported before a command needs it: `--help` and usage errors come at once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import select
@@ -13,29 +12,31 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
 from ..messages import errors
-from . import settings
+from . import logs
 from .devices import count, index_of, resolve
 from .options import (
     Bus,
     Config,
     DemoDevice,
     Exit,
+    LogTiers,
     Run,
     WindowChoice,
+    asyncio_run,
+    bus_of,
     check_bus,
     check_devices,
     check_name,
     exit_code,
 )
-
-T = TypeVar("T")
+from .tiers import DEFAULT_LOG
 
 EPILOG = (
     "Settings come from flags, then SPARSECAST_… variables (SPARSECAST_RUN for --run), then a TOML "
@@ -55,21 +56,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _bus(url: str | None) -> settings.BusChoice:
-    choice = settings.find_bus(url)
-    if url is None:
-        typer.echo(f"bus: {choice.label}", err=True)
-    return choice
-
-
-def _asyncio_run(coroutine: Coroutine[Any, Any, T]) -> T:
-    try:
-        import uvloop
-    except ImportError:  # no build for this platform
-        return asyncio.run(coroutine)
-    return uvloop.run(coroutine)
 
 
 # ---- commands
@@ -173,6 +159,7 @@ def worker(
             help="Refuse to generate when more versions behind the trainer than this.",
         ),
     ] = None,
+    log: LogTiers = DEFAULT_LOG,
     offline_s: Annotated[
         float | None,
         typer.Option(
@@ -188,7 +175,7 @@ def worker(
     Generates on request and applies every update. Ends in order on SIGTERM or Ctrl-C: finishes
     what it generates, and leaves the run.
     """
-    url = _bus(bus).url
+    url = bus_of(bus).url
     device = resolve(device, count() if index_of(device) is not None else 0)
     if device == "cpu" and window is WindowChoice.NCCL:
         raise errors.SettingsError(
@@ -198,11 +185,11 @@ def worker(
 
     options = WorkerOptions(
         run=run, bus=url, name=name, model=model, device=device, window=window.value,
-        max_lag=max_lag, offline_s=offline_s,
+        max_lag=max_lag, offline_s=offline_s, log=log,
     )  # fmt: skip
     if until_stdin_closes:
         _end_with_stdin()
-    raise typer.Exit(_asyncio_run(serve(options)))
+    raise typer.Exit(asyncio_run(serve(options)))
 
 
 def _end_with_stdin(grace_s: float = 15.0) -> None:
@@ -245,7 +232,7 @@ def ask(
     """
     from .ask import ask_once
 
-    choice = _bus(bus)
+    choice = bus_of(bus)
     ask_once(
         prompt, run=run, bus=choice.url, worker=worker, max_tokens=max_tokens,
         temperature=temperature, timeout_s=timeout_s, as_json=json,
@@ -335,10 +322,13 @@ def top(
 
     if json and not once:
         raise errors.SettingsError("--json needs --once: a live table is for people")
-    choice = _bus(bus)
-    _asyncio_run(
+    choice = bus_of(bus)
+    asyncio_run(
         show(choice.url, run=run, once=once or not sys.stdout.isatty(), as_json=json, wait_s=wait_s)
     )
+
+
+app.add_typer(logs.app)
 
 
 @app.command()
@@ -385,7 +375,7 @@ def doctor(
     from .doctor import DoctorOptions, run_doctor
 
     options = DoctorOptions(bus=bus, devices=several(device))
-    raise typer.Exit(run_doctor(options, as_json=json, loop=_asyncio_run))
+    raise typer.Exit(run_doctor(options, as_json=json, loop=asyncio_run))
 
 
 def main(arguments: list[str] | None = None) -> None:

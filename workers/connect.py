@@ -1,4 +1,4 @@
-"""The real ports of a driver: NATS, its JetStream log, gloo and bus windows, one torch thread."""
+"""The real ports of a driver: NATS, the log, gloo and bus windows, one torch thread."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from ..messages.errors import Closed
+from ..messages.manifest import Manifest
 from ..pipeline.bus.nats import connect as connect_nats
-from ..pipeline.log.jetstream import JetStreamLog
+from ..pipeline.log.base import Log, Tell
 from ..pipeline.windows import available_kinds, gpu_identity, open_window
+from .anchors import PatchPayloads
 from .driver import Ports
 from .lane import Lane
+from .tiers import DEFAULT_LOG, open_log
 
 log = logging.getLogger("sparsecast.driver")
 
@@ -34,12 +37,17 @@ async def connect(
     run: str,
     name: str,
     device: str | Callable[[], str] = "cpu",
+    tiers: Sequence[str | Log] = (DEFAULT_LOG,),
+    manifest: Callable[[], Manifest | None] = lambda: None,
+    tell: Tell = log.warning,
     timeout_s: float = 5.0,
 ) -> Ports:
     """Connect to the broker, twice: control, and bulk for the log. BusUnavailable at the deadline.
 
     A second connection keeps an anchor's chunks from delaying a round's messages. `device` is where
-    windows carry payloads to or from; a function finds it out on the torch thread.
+    windows carry payloads to or from; a function finds it out on the torch thread. `tiers` are the
+    log's (see tiers.py); `manifest` is known to who stores anchors; `tell` hears of a tier that
+    fails, on any thread.
     """
     async with contextlib.AsyncExitStack() as opened:
         bus = await connect_nats(url, name=name, timeout_s=timeout_s)
@@ -65,7 +73,7 @@ async def connect(
 
     return Ports(
         bus=bus,
-        log=JetStreamLog(bulk, run),
+        log=open_log(tiers, bulk, run, PatchPayloads(manifest), tell=tell),
         windows=open_window,
         kinds=kinds,
         clock=time.monotonic,

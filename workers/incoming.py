@@ -273,11 +273,12 @@ class Incoming:
             self._staged[patch.version] = staged
             self._count()
 
-    def stage_bytes(self, data: bytes, entry: LogEntry, *, receive_us: int) -> None:
+    def stage_bytes(self, data: bytes | bytearray, entry: LogEntry, *, receive_us: int) -> None:
         """stage() for what the log gave."""
         if not data:
             raise CorruptPatch(f"log entry {entry.name!r} has no bytes")
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        whole = data if isinstance(data, bytearray) else bytearray(data)
+        buffer = torch.frombuffer(whole, dtype=torch.uint8)
         self.stage(buffer, entry, receive_us=receive_us, transport="log")
 
     def drop(self, versions: tuple[int, ...] | None) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -13,6 +14,9 @@ from ..messages import errors
 from ..messages.subjects import check_token
 from . import settings
 from .devices import several
+from .tiers import parse_log
+
+T = TypeVar("T")
 
 
 class Exit(enum.IntEnum):
@@ -47,7 +51,9 @@ def exit_code(error: errors.SparsecastError) -> Exit:
 
 
 #: What belongs to one call and not into a file.
-_NOT_IN_FILES = frozenset({"config", "help", "prompt", "once", "json", "until_stdin_closes"})
+_NOT_IN_FILES = frozenset(
+    {"config", "help", "prompt", "once", "json", "until_stdin_closes", "dry_run"}
+)
 
 
 class WindowChoice(enum.StrEnum):
@@ -67,18 +73,30 @@ class DemoDevice(enum.StrEnum):
     CUDA = "cuda"
 
 
+def _commands(command: Any) -> dict[str, Any]:
+    """The commands of a group; none of what is not one."""
+    return getattr(command, "commands", {})
+
+
+def _settings_of(command: Any) -> frozenset[str]:
+    """The settings of a command, or of a group's commands, as flags spell them."""
+    own = {
+        str(parameter.name).replace("_", "-")
+        for parameter in command.params
+        if parameter.name not in _NOT_IN_FILES
+    }
+    return frozenset(own.union(*map(_settings_of, _commands(command).values())))
+
+
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None and not context.resilient_parsing:
-        group = context.parent.command if context.parent else context.command
-        known = {
-            name: frozenset(
-                str(parameter.name).replace("_", "-")
-                for parameter in command.params
-                if parameter.name not in _NOT_IN_FILES
-            )
-            for name, command in group.commands.items()  # type: ignore[attr-defined]  # a click.Group
-        }
-        context.default_map = settings.from_file(path, str(context.info_name), known)
+        top: Any = context
+        while top.parent is not None and top.parent.parent is not None:
+            top = top.parent
+        group = top.parent.command if top.parent else top.command
+        known = {name: _settings_of(command) for name, command in _commands(group).items()}
+        # The commands of a group share its table: each takes what it knows.
+        context.default_map = settings.from_file(path, str(top.info_name), known)
     return path
 
 
@@ -97,6 +115,12 @@ def check_bus(context: typer.Context, url: str | None) -> str | None:
     if url is not None and source is not None and source.name == "COMMANDLINE":
         settings.refuse_credentials(url)
     return url
+
+
+def check_log(value: str) -> str:
+    """A callback that refuses what `tiers.parse_log` does not read (SettingsError)."""
+    parse_log(value)
+    return value
 
 
 def check_devices(value: str) -> str:
@@ -131,3 +155,30 @@ Run = Annotated[
         "--run", envvar="SPARSECAST_RUN", callback=check_name("run"), help="Name of the run."
     ),
 ]
+LogTiers = Annotated[
+    str,
+    typer.Option(
+        "--log",
+        envvar="SPARSECAST_LOG",
+        callback=check_log,
+        help="The tiers of the run's log: jetstream, dir:/PATH, or several with a comma between, "
+        "the quickest first.",
+    ),
+]
+
+
+def bus_of(url: str | None) -> settings.BusChoice:
+    """The bus to use; one that was not given is named on stderr."""
+    choice = settings.find_bus(url)
+    if url is None:
+        typer.echo(f"bus: {choice.label}", err=True)
+    return choice
+
+
+def asyncio_run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run() on uvloop, where there is a build of it."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(coroutine)
+    return uvloop.run(coroutine)

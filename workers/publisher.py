@@ -13,6 +13,7 @@ from ..pipeline.core.policy import Policy
 from .connect import LoopThread
 from .outgoing import Published, ShadowPlace, Source
 from .publishing import NOT_OPEN, AsyncPublisher, AsyncUpdate, OnBusy
+from .tiers import DEFAULT_LOG, LogSetting
 from .updates import AtLeast, Made, Report
 
 __all__ = ["AsyncPublisher", "AsyncUpdate", "OnBusy", "Publisher", "Report", "Update"]
@@ -56,6 +57,7 @@ class Publisher:
         device: str | None = None,
         shadow: ShadowPlace = "device",
         policy: Policy | None = None,
+        log: LogSetting = DEFAULT_LOG,
         linger_s: float = 10.0,
     ) -> None:
         self._inner = AsyncPublisher(
@@ -70,6 +72,7 @@ class Publisher:
             device=device,
             shadow=shadow,
             policy=policy,
+            log=log,
             linger_s=linger_s,
         )
         self._thread: LoopThread | None = None

@@ -34,6 +34,7 @@ from .rehearsal import rehearse
 from .streams import device_for
 from .telling import Telling
 from .tenure import Tenure
+from .tiers import DEFAULT_LOG, LogSetting, parse_log
 from .updates import AtLeast, Made, Report
 
 log = logging.getLogger("sparsecast.publisher")
@@ -77,7 +78,8 @@ class AsyncPublisher:
     again in that order. `device` is where windows take payloads from: None means the weights' CUDA
     device, or host memory; name one for weights in host memory whose workers are reached by NCCL.
     `shadow`: the copy of what was published last lies beside the weights ("device"), or in pinned
-    host memory ("host").
+    host memory ("host"). `log`: where patches and anchors are stored: "jetstream", "dir:/path" (a
+    directory that workers share), several with a comma between, or tiers of your own.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class AsyncPublisher:
         device: str | None = None,
         shadow: ShadowPlace = "device",
         policy: Policy | None = None,
+        log: LogSetting = DEFAULT_LOG,
         linger_s: float = 10.0,
         ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
     ) -> None:
@@ -111,6 +114,7 @@ class AsyncPublisher:
             "rename": rename,
             "shadow": shadow,
         }
+        self._tiers = parse_log(log)
         self._device = device
         self._on_busy = on_busy
         self._linger_s = linger_s
@@ -205,8 +209,16 @@ class AsyncPublisher:
             run=self.run,
             name=f"{self.run}-trainer",
             device=lambda: device_for(self._device, self._tensors),
+            tiers=self._tiers,
+            manifest=lambda: self._outgoing.manifest,
+            tell=self._log_failed,
             timeout_s=self.policy.bus_s,
         )
+
+    def _log_failed(self, reason: str) -> None:
+        """Tell of a tier that fails; on any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._telling.event, "log-failed", "trainer", reason)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         include, exclude = self._choice["include"], self._choice["exclude"]

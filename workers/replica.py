@@ -41,6 +41,7 @@ from .engine import Engine, ModuleEngine
 from .incoming import Incoming
 from .streams import device_for
 from .telling import Telling
+from .tiers import DEFAULT_LOG, LogSetting, parse_log
 
 log = logging.getLogger("sparsecast.replica")
 
@@ -59,7 +60,7 @@ class Replica:
     It may be entered again after it was left, or after entering has failed.
     `device` is where windows carry payloads to: None means the weights' CUDA device, else the host.
     `windows` narrows the kinds of window that this worker offers. `max_lag` versions, or a trainer
-    unheard for `offline_s`, make `refusal()` say so.
+    unheard for `offline_s`, make `refusal()` say so. `log` is the trainer's.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Replica:
         windows: Sequence[WindowKind] | None = None,
         max_lag: int | None = None,
         offline_s: float | None = None,
+        log: LogSetting = DEFAULT_LOG,
         policy: Policy | None = None,
         ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class Replica:
         self._subjects = Subjects(run)
         self._bus_url = bus
         self._device = device
+        self._tiers = parse_log(log)
         self._offers = tuple(windows) if windows is not None else None
         self._max_lag = max_lag
         self._offline_s = offline_s
@@ -146,6 +149,7 @@ class Replica:
                 run=self.run,
                 name=self.name,
                 device=lambda: device_for(self._device, self.engine.tensors),
+                tiers=self._tiers,
                 timeout_s=self.policy.bus_s,
             )
         self._ports = ports

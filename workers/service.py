@@ -23,6 +23,7 @@ from .generation import GenerationService
 from .huggingface import HuggingFaceEngine
 from .micro import register_service
 from .replica import Replica
+from .tiers import DEFAULT_LOG
 
 log = logging.getLogger("sparsecast.service")
 
@@ -40,6 +41,8 @@ class WorkerOptions:
     device: str = "cpu"
     #: The one kind of window to offer, or "auto" for all that work here.
     window: str = "auto"
+    #: The tiers of the run's log, as the trainer has them.
+    log: str = DEFAULT_LOG
     #: Refuse to generate when further behind, or when the trainer is unheard for longer.
     max_lag: int | None = None
     offline_s: float | None = None
@@ -78,6 +81,7 @@ async def serve(options: WorkerOptions) -> int:
         windows=windows,
         max_lag=options.max_lag,
         offline_s=options.offline_s,
+        log=options.log,
         policy=options.policy,
     )
     with _stop_signals() as stop:

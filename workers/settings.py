@@ -40,7 +40,8 @@ def from_file(path: Path, command: str, known: Mapping[str, frozenset[str]]) -> 
             raise SettingsError(f"settings file {path}: no command has a setting {key!r}")
         if name in known[command]:
             found[name.replace("-", "_")] = value
-    for key, value in content.get(command, {}).items():
+    table = content.get(command, {})
+    for key, value in table.items() if isinstance(table, dict) else ():
         name = key.replace("_", "-")
         if name not in known[command]:
             raise SettingsError(

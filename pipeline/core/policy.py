@@ -75,6 +75,14 @@ class Policy:
     anchor_every: int = 100
     """Versions between two anchors in the log."""
 
+    keep_versions: int = 1
+    """The log leads to each of so many newest versions; never fewer than from its newest two
+    anchors on."""
+
+    keep_nbytes: int | None = None
+    """The log drops more than that, down to its newest anchor and what follows it, while it holds
+    more bytes than this."""
+
     staging_nbytes: int = 1 << 30
     """How many bytes of patches a member holds before it leaves rounds to the log."""
 

@@ -6,11 +6,16 @@ passes the suite in tests/pipeline/log/test_contract.py.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...messages.control import LogEntry
-from ...messages.errors import LogHole
+from ...messages.errors import LogError, LogHole
+from ...messages.manifest import Manifest
+
+#: Hears what a tier cannot raise: a damaged entry that it passed over, a tier that failed.
+Tell = Callable[[str], None]
 
 
 class Record(Protocol):
@@ -41,8 +46,31 @@ class Streams(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """Where the payload of an anchor holds its tensors."""
+
+    manifest: Manifest
+    #: Of each tensor of the manifest, from the start of the payload, in bytes.
+    offsets: tuple[int, ...]
+
+
+class Payloads(Protocol):
+    """What a tier that looks into payloads asks of whoever can read them (workers/anchors.py)."""
+
+    def checksum(self, payload: bytes | bytearray | memoryview) -> int:
+        """The checksum, as an entry has it. On any thread."""
+
+    def anatomy(self, payload: memoryview) -> Anatomy:
+        """Where an anchor that this process made holds its tensors (PatchError). On any thread."""
+
+
 class Log(Protocol):
-    """A tier of the log."""
+    """A tier of the log. One object serves one event loop, unless it says otherwise."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether what is stored outlives this process."""
 
     async def store(
         self, entry: LogEntry, payload: bytes | memoryview, *, timeout_s: float
@@ -51,14 +79,32 @@ class Log(Protocol):
         nothing and is no error."""
 
     async def entries(self, *, timeout_s: float) -> list[LogEntry]:
-        """Every entry that is there, oldest first."""
+        """Every entry that is there, `oldest_first` (LogError)."""
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
-        """The bytes of an entry, their size and number of chunks checked (LogError, LogHole)."""
+    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes | bytearray:
+        """The bytes of an entry, as many as it says (LogError). LogHole if it is not there (any
+        more): start again from the entries."""
 
-    async def prune(self, keep: Sequence[LogEntry], *, timeout_s: float) -> None:
-        """Drop every entry that is not in `keep`, unless it was stored after all of them: the
-        caller has not seen it yet."""
+    async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:
+        """Drop these entries; what is not there is no error (LogError)."""
+
+    async def manifest(self, manifest_hash: str, *, timeout_s: float) -> Manifest | None:
+        """The manifest of that hash, if this tier knows the tensors' names (LogError)."""
+
+
+def require_size(entry: LogEntry, payload: bytes | memoryview) -> memoryview:
+    """The payload as bytes, if it has as many as its entry says (LogError)."""
+    view = memoryview(payload).cast("B")
+    if view.nbytes != entry.nbytes:
+        raise LogError(
+            f"log entry {entry.name!r} says {entry.nbytes} bytes, its payload has {view.nbytes}"
+        )
+    return view
+
+
+def oldest_first(entries: Sequence[LogEntry]) -> list[LogEntry]:
+    """By epoch and version, an anchor behind the patches that lead to its version."""
+    return sorted(entries, key=lambda e: (e.epoch, e.version, e.base_version is None))
 
 
 def way(

@@ -26,8 +26,9 @@ from ...messages.errors import (
     SparsecastError,
     StreamMissing,
 )
+from ...messages.manifest import Manifest
 from ...messages.subjects import Subjects
-from .base import Record, Streams
+from .base import Record, Streams, oldest_first, require_size
 
 log = logging.getLogger("sparsecast.log")
 
@@ -63,6 +64,9 @@ class JetStreamLog:
     Give it a connection of its own: the chunks of an anchor would delay a round's messages.
     """
 
+    #: It survives the death of any process; power loss as the server is configured.
+    durable = True
+
     def __init__(self, streams: Streams, run: str) -> None:
         self._streams = streams
         self._subjects = Subjects(run)
@@ -86,11 +90,7 @@ class JetStreamLog:
         The number of chunks is filled in here. Storing the same name again replaces nothing and
         is no error. The stream is made if it is not there.
         """
-        view = memoryview(payload).cast("B")
-        if view.nbytes != entry.nbytes:
-            raise LogError(
-                f"log entry {entry.name!r} says {entry.nbytes} bytes, its payload has {view.nbytes}"
-            )
+        view = require_size(entry, payload)
         try:
             async with asyncio.timeout(timeout_s), self._storing:
                 await self._store(entry, view, timeout_s)
@@ -197,7 +197,7 @@ class JetStreamLog:
             return []
         except BusError as exc:
             raise LogError(f"the log of run {self._subjects.run!r} cannot be read: {exc}") from exc
-        return list(found.values())
+        return oldest_first(list(found.values()))
 
     async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
         """The bytes of an entry, their size and number of chunks checked (LogError, LogHole).
@@ -242,28 +242,18 @@ class JetStreamLog:
 
     # ---- retention
 
-    async def prune(self, keep: Sequence[LogEntry], *, timeout_s: float) -> None:
-        """Drop every entry that is not in `keep`, unless it was stored after all of them.
-
-        Its index entry goes first, then its chunks. LogError.
-        """
-        kept = {entry.name for entry in keep}
+    async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:
+        """Drop these entries: the index entry of each goes first, then its chunks. LogError."""
         try:
             async with asyncio.timeout(timeout_s):
                 timeout_s = min(timeout_s, ANSWER_S)
-                entries = await self.entries(timeout_s=timeout_s)
-                # What was stored since the caller looked is nothing that it chose to drop.
-                while kept and entries and entries[-1].name not in kept:
-                    entries.pop()
-                for entry in entries:
-                    if entry.name in kept:
-                        continue
+                for entry in drop:
                     for subject in (self._subjects.log_entry(entry.name), self._chunks(entry)):
                         await self._streams.purge(
                             self._stream, subject=subject, timeout_s=timeout_s
                         )
                     self._begins.pop(entry.name, None)
-                await self._sweep(kept, timeout_s)
+                await self._sweep(timeout_s)
         except TimeoutError:
             raise LogError(f"pruning the log took more than {timeout_s:g} s") from None
         except StreamMissing:
@@ -273,17 +263,22 @@ class JetStreamLog:
                 f"the log of run {self._subjects.run!r} cannot be pruned: {exc}"
             ) from exc
 
-    async def _sweep(self, kept: set[str], timeout_s: float) -> None:
+    async def _sweep(self, timeout_s: float) -> None:
         """Drop chunks without an entry, which a trainer that died while it stored has left.
 
         They lie before everything kept; where that begins, only who stored it knows.
         """
+        kept = {entry.name for entry in await self.entries(timeout_s=timeout_s)}
         if kept and kept <= self._begins.keys():
             await self._streams.purge(
                 self._stream,
                 before_sequence=min(self._begins[name] for name in kept),
                 timeout_s=timeout_s,
             )
+
+    async def manifest(self, manifest_hash: str, *, timeout_s: float) -> Manifest | None:
+        """None: it stores bytes, and the names are in the journal."""
+        return None
 
     def _chunks(self, entry: LogEntry) -> str:
         return self._subjects.log_chunks(entry.name)

@@ -12,17 +12,19 @@ from runs import QUICK, step, weights
 from sparsecast import LogError
 from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.core import events as ev
+from sparsecast.pipeline.log.base import oldest_first
+from sparsecast.pipeline.log.memory import MemoryLog
 from sparsecast.workers.archive import Archive
 from sparsecast.workers.outgoing import Outgoing
 
 POLICY = replace(QUICK, retry_s=0.01, anchor_every=2)
 
 
-class MemoryLog:
-    """A log in memory that fails as often as it is told."""
+class FailingLog(MemoryLog):
+    """A log that fails as often as it is told."""
 
     def __init__(self) -> None:
-        self.held: dict[str, tuple[LogEntry, bytes]] = {}
+        super().__init__()
         self.failing_stores = 0
         self.failing_prunes = 0
         self.anchors_refused = False
@@ -34,35 +36,21 @@ class MemoryLog:
         if self.failing_stores or (self.anchors_refused and entry.base_version is None):
             self.failing_stores = max(self.failing_stores - 1, 0)
             raise LogError("no room on the disk")
-        self.held.setdefault(entry.name, (entry, bytes(payload)))
+        await super().store(entry, payload, timeout_s=timeout_s)
 
-    async def entries(self, *, timeout_s: float) -> list[LogEntry]:
-        """What is there, oldest first."""
-        return [entry for entry, _ in self.held.values()]
-
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
-        """Nobody reads here."""
-        raise LogError("not asked for")
-
-    async def prune(self, keep: Sequence[LogEntry], *, timeout_s: float) -> None:
-        """Drop all but these, or fail."""
+    async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:
+        """Drop these, or fail."""
         if self.failing_prunes:
             self.failing_prunes -= 1
             raise LogError("denied")
-        names = {entry.name for entry in keep}
-        self.held = {name: both for name, both in self.held.items() if name in names}
-
-    @property
-    def names(self) -> list[str]:
-        """The names of what is there."""
-        return list(self.held)
+        await super().prune(drop, timeout_s=timeout_s)
 
 
 class Stand:
     """An archive over a log in memory."""
 
-    def __init__(self) -> None:
-        self.log = MemoryLog()
+    def __init__(self, **policy: Any) -> None:
+        self.log = FailingLog()
         self.trained = weights()
         self.outgoing = Outgoing(
             self.trained, dtype=None, include=None, exclude=None, rename=None, clock=lambda: 1.0
@@ -70,8 +58,14 @@ class Stand:
         self.told: list[str] = []
         self.epoch = 1
         ports: Any = SimpleNamespace(log=self.log, run=self._run)
-        self.archive = Archive(ports, self.outgoing, POLICY, self.told.append)
+        self.archive = Archive(ports, self.outgoing, replace(POLICY, **policy), self.told.append)
         self.failures: list[Exception] = []
+
+    @property
+    def names(self) -> list[str]:
+        """What the log holds, oldest first."""
+        entries = oldest_first([entry for entry, _ in self.log._held.values()])
+        return [entry.name for entry in entries]
 
     async def _run(self, function: Any, *args: Any) -> Any:
         if self.failures:
@@ -98,7 +92,7 @@ async def test_an_anchor_is_tried_until_it_is_there() -> None:
     stand = Stand()
     stand.log.failing_stores = 2
     await stand.anchor()
-    assert stand.log.names == ["1-anchor-0"]
+    assert stand.names == ["1-anchor-0"]
     assert len(stand.told) == 1
     assert "no room" in stand.told[0]
 
@@ -108,7 +102,7 @@ async def test_no_memory_for_an_anchor_ends_nothing() -> None:
     stand = Stand()
     stand.failures = [RuntimeError("can't allocate memory")]
     await stand.anchor()
-    assert stand.log.names == ["1-anchor-0"]
+    assert stand.names == ["1-anchor-0"]
     assert "allocate memory" in stand.told[0]
 
 
@@ -121,9 +115,36 @@ async def test_two_anchors_and_all_from_the_older_one_on_are_kept() -> None:
         if stand.archive.due(version):
             await stand.anchor()
     assert await stand.publish() == 5
-    assert stand.log.names == [
+    assert stand.names == [
         "1-patch-1-2", "1-anchor-2", "1-patch-2-3", "1-patch-3-4", "1-anchor-4", "1-patch-4-5"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("policy", "first"),
+    [
+        ({"keep_versions": 3}, 4),
+        ({"keep_versions": 5}, 2),
+        ({"keep_versions": 99}, 0),
+        ({"keep_nbytes": 1}, 6),
+        ({"keep_versions": 99, "keep_nbytes": 1}, 6),
+        ({"keep_versions": 5, "keep_nbytes": 100_000}, 4),
+    ],
+    ids=str,
+)
+async def test_the_policy_says_how_much_is_kept(policy: dict[str, int], first: int) -> None:
+    """Anchors at 0, 2, 4, 6 and a patch to 7: more versions are kept than needed, or as few bytes
+    as can be; the newest anchor and its chain stay in any case."""
+    stand = Stand(**policy)
+    await stand.anchor()
+    for _ in range(6):
+        version = await stand.publish()
+        if stand.archive.due(version):
+            await stand.anchor()
+    assert await stand.publish() == 7
+    patches = [f"1-patch-{version}-{version + 1}" for version in range(max(first - 1, 0), 7)]
+    anchors = [f"1-anchor-{version}" for version in range(first, 7, 2)]
+    assert sorted(stand.names) == sorted([*patches, *anchors])
 
 
 async def test_a_log_that_cannot_be_pruned_gets_one_anchor() -> None:
@@ -133,7 +154,7 @@ async def test_a_log_that_cannot_be_pruned_gets_one_anchor() -> None:
         await stand.publish()
     stand.log.failing_prunes = 1
     await stand.anchor()
-    assert stand.log.names == ["1-patch-0-1", "1-patch-1-2", "1-anchor-2"]
+    assert stand.names == ["1-patch-0-1", "1-patch-1-2", "1-anchor-2"]
     assert stand.told == ["pruning: denied"]
 
 
@@ -148,7 +169,7 @@ async def test_anchors_do_not_pile_up() -> None:
         assert not stand.archive.due(version)
     stand.log.anchors_refused = False
     await asyncio.wait_for(tries, 5)
-    assert stand.log.names[-1] == "1-anchor-6"
+    assert stand.names[-1] == "1-anchor-6"
     assert not stand.archive.due(7)
     assert stand.archive.due(8)
 
@@ -161,7 +182,7 @@ async def test_a_new_epoch_ends_the_tries_of_the_old() -> None:
     await asyncio.sleep(0.02)
     stand.epoch = 2
     await asyncio.wait_for(tries, 5)
-    assert stand.log.names == []
+    assert stand.names == []
 
 
 async def test_a_fenced_trainer_leaves_its_successors_entries() -> None:
@@ -172,9 +193,9 @@ async def test_a_fenced_trainer_leaves_its_successors_entries() -> None:
     successor = Stand()
     successor.epoch = 2
     await successor.anchor()
-    stand.log.held |= successor.log.held
+    stand.log._held |= successor.log._held
     await stand.anchor()
-    assert stand.log.names == ["1-patch-1-2", "2-anchor-0", "1-anchor-2"]
+    assert stand.names == ["1-patch-1-2", "1-anchor-2", "2-anchor-0"]
 
 
 @pytest.mark.parametrize("failures", [1, 3])

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.workers.cli import app, main
 
-COMMANDS = ("demo", "worker", "ask", "broker", "top", "doctor")
+LOG = ("log ls", "log show", "log verify", "log export", "log prune")
+COMMANDS = ("demo", "worker", "ask", "broker", "top", *LOG, "doctor")
 DEAD = "nats://127.0.0.1:9"
 
 
@@ -51,7 +52,7 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     """--help tells the flags and the variables behind them."""
-    result = CliRunner().invoke(app, [command, "--help"])
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "SPARSECAST_" in result.output
     assert f"sparsecast {command}" in result.output.replace("root", "sparsecast")
@@ -64,7 +65,7 @@ def test_the_help_documents_the_exit_codes() -> None:
     text = " ".join(result.output.split())
     for meaning in ("0 done", "1 failed", "2 usage", "3 the bus", "4 refused", "5 nothing came"):
         assert meaning in text
-    for command in COMMANDS:
+    for command in {command.split()[0] for command in COMMANDS}:
         assert re.search(rf"^ +{command} ", result.output, re.MULTILINE)
 
 
@@ -75,7 +76,7 @@ import sys
 from sparsecast.workers.cli import app
 for command in sys.argv[1:]:
     try:
-        app([command, "--help"])
+        app([*command.split(), "--help"])
     except SystemExit as ended:
         assert not ended.code
 heavy = [name for name in ("torch", "transformers", "nats", "rich") if name in sys.modules]
@@ -125,6 +126,19 @@ sys.exit(f"imported {heavy}" if heavy else 0)
             ["worker", "--run", "r", "--model", "m", "--bus", DEAD, "--window", "nccl"],
             "use --device cuda:N",
             id="nccl-on-cpu",
+        ),
+        pytest.param(["log", "ls", "--run", "r", "--log", "tape"], "dir:/PATH", id="log"),
+        pytest.param(
+            ["log", "ls", "--run", "r", "--log", "dir:/nowhere"], "mkdir -p /nowhere", id="log-dir"
+        ),
+        pytest.param(["log", "verify", "--run", "r"], "sparsecast broker", id="log-no-bus"),
+        pytest.param(
+            ["log", "show", "--run", "r", "--bus", DEAD], "argument 'version'", id="log-version"
+        ),
+        pytest.param(
+            ["log", "export", "--run", "r", "--bus", DEAD, "--to", "/nowhere/m.safetensors"],
+            "mkdir -p /nowhere",
+            id="log-to",
         ),
         pytest.param(["doctor", "--device", "cpu,cpu,cpu"], "with a comma between", id="devices"),
     ],

@@ -1,0 +1,75 @@
+"""What a log keeps: rule 10 of the protocol, as a pure function of its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...messages.control import LogEntry
+from ...messages.errors import LogHole
+from .base import way
+
+#: So many anchors stay if bytes allow: a reader may be at the older one.
+ANCHORS = 2
+
+
+def needless(
+    entries: Sequence[LogEntry],
+    *,
+    epoch: int,
+    writer: str | None = None,
+    versions: int = 1,
+    nbytes: int | None = None,
+) -> list[LogEntry]:
+    """The entries that nobody needs any more, in the order of `entries`.
+
+    Of `writer` in this epoch (None: of each writer by itself) everything from one anchor on stays:
+    the second newest one, or an older one if the newest `versions` versions are reached from there
+    only; while what stays is more than `nbytes`, the next newer one. But never a newer one than the
+    newest from which patches lead to the newest version: that one stays, and where there is none,
+    nothing is needless. Earlier epochs go; later ones and other writers of this one stay: whoever
+    is fenced off takes nothing of its successor's along.
+    """
+    writers = {entry.writer for entry in entries if entry.epoch == epoch}
+    if writer is not None:
+        writers &= {writer}
+    starts: dict[str, int] = {}
+    for name in writers:
+        ours = [entry for entry in entries if (entry.epoch, entry.writer) == (epoch, name)]
+        start = _start(ours, versions, nbytes)
+        if start is None:
+            return []
+        starts[name] = start
+
+    def goes(entry: LogEntry) -> bool:
+        if entry.epoch != epoch:
+            return entry.epoch < epoch
+        return entry.version < starts.get(entry.writer, 0)
+
+    return [entry for entry in entries if starts and goes(entry)]
+
+
+def _start(ours: Sequence[LogEntry], versions: int, nbytes: int | None) -> int | None:
+    """The version of the anchor from which on everything stays; None if no chain is whole."""
+    head = max(entry.version for entry in ours)
+    anchors = sorted({entry.version for entry in ours if entry.base_version is None})
+    while anchors and not _reaches(ours, anchors[-1], head):
+        anchors.pop()
+    if not anchors:
+        return None
+    old = [version for version in anchors if version <= head - versions + 1]
+    at = anchors.index(min(anchors[-ANCHORS:][0], old[-1] if old else anchors[0]))
+    while nbytes is not None and at < len(anchors) - 1:
+        if sum(entry.nbytes for entry in ours if entry.version >= anchors[at]) <= nbytes:
+            break
+        at += 1
+    return anchors[at]
+
+
+def _reaches(ours: Sequence[LogEntry], anchor: int, head: int) -> bool:
+    """Whether patches lead from the anchor at this version to the newest version."""
+    patches = [e for e in ours if e.base_version is not None and e.version > anchor]
+    try:
+        way(patches, epoch=ours[0].epoch, held=anchor, target=head)
+    except LogHole:
+        return False
+    return True

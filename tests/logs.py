@@ -1,0 +1,56 @@
+"""Entries and payloads for tests of the log: any bytes will do, an anchor's too."""
+
+import zlib
+
+from sparsecast.messages.control import LogEntry
+from sparsecast.messages.manifest import Manifest, TensorSpec
+from sparsecast.pipeline.log.base import Anatomy
+
+HEAD_NBYTES = 5
+
+
+def entry(
+    base: int | None, version: int, payload: bytes, epoch: int = 1, writer: str = ""
+) -> LogEntry:
+    """An entry as a trainer makes it: it does not know the number of chunks."""
+    kind = "anchor" if base is None else "patch"
+    return LogEntry(
+        name=f"{epoch}-{kind}-{version}" + (f"-{writer}" if writer else ""),
+        epoch=epoch,
+        base_version=base,
+        version=version,
+        nbytes=len(payload),
+        checksum=zlib.crc32(payload),
+        digest=version * 7,
+        manifest_hash=manifest(len(payload)).hash if base is None else "m",
+        chunks=0,
+        writer=writer,
+        step=version,
+    )
+
+
+def manifest(nbytes: int) -> Manifest:
+    """What an anchor of so many bytes consists of: tensors of different sizes, one without any."""
+    rest = max(0, nbytes - HEAD_NBYTES)
+    wide = rest // 16 * 2
+    return Manifest(
+        tensors=(
+            TensorSpec("narrow", "uint8", (rest - wide * 4,)),
+            TensorSpec("empty", "float32", (0, 3)),
+            TensorSpec("wide", "bfloat16", (wide, 2)),
+        )
+    )
+
+
+class ToyPayloads:
+    """What a tier asks about payloads, for bytes that are no patches: head, narrow, wide."""
+
+    def checksum(self, payload: bytes | bytearray | memoryview) -> int:
+        """Any checksum."""
+        return zlib.crc32(payload)
+
+    def anatomy(self, payload: memoryview) -> Anatomy:
+        """Where the tensors lie."""
+        made = manifest(payload.nbytes)
+        narrow = made.tensors[0].nbytes
+        return Anatomy(made, (HEAD_NBYTES, 0, HEAD_NBYTES + narrow))

@@ -1,0 +1,54 @@
+"""What the log's tiers ask about payloads: the checksum, and where an anchor holds its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..messages.errors import CorruptPatch, LocalProtocolError
+from ..messages.manifest import Manifest
+from ..pipeline.delta import Encoding, Patch
+from ..pipeline.delta import checksum as checksum_of
+from ..pipeline.delta.layout import ENTRY, HEADER
+from ..pipeline.delta.patch import START_NBYTES
+from ..pipeline.log.base import Anatomy
+
+
+class PatchPayloads:
+    """Reads payloads in the patch format: implements the log's `Payloads`.
+
+    `manifest` gives that of the model whose anchors are stored here; whoever only reads has none.
+    """
+
+    def __init__(self, manifest: Callable[[], Manifest | None] = lambda: None) -> None:
+        self._manifest = manifest
+
+    def checksum(self, payload: bytes | bytearray | memoryview) -> int:
+        """The checksum, as an entry has it."""
+        data = payload if isinstance(payload, bytearray) else bytearray(payload)
+        # frombuffer() takes nothing that is empty.
+        buffer = torch.frombuffer(data or bytearray(1), dtype=torch.uint8)
+        return checksum_of(buffer[: len(data)])
+
+    def anatomy(self, payload: memoryview) -> Anatomy:
+        """Where an anchor of this process's model holds its tensors (CorruptPatch)."""
+        manifest = self._manifest()
+        if manifest is None:
+            raise LocalProtocolError("only who has the manifest stores anchors")
+        table = HEADER.size + ENTRY.itemsize * len(manifest.tensors)
+        start = bytearray(payload[: max(START_NBYTES, table)])
+        if not start:
+            raise CorruptPatch("0 bytes")
+        # Of the buffer only the size is asked, as long as header and table are in the start.
+        buffer = torch.empty(payload.nbytes, dtype=torch.uint8, device="meta")
+        patch = Patch.from_start(buffer, torch.frombuffer(start, dtype=torch.uint8))
+        if patch.base_version is not None or patch.manifest_hash != manifest.hash:
+            raise CorruptPatch("no anchor of this model")
+        offsets = [0] * len(manifest.tensors)
+        for section in patch.sections_of(manifest):
+            whole = section.encoding is Encoding.DENSE
+            if not whole or section.numel != manifest.tensors[section.index].numel:
+                raise CorruptPatch("a tensor that is not whole in an anchor")
+            offsets[section.index] = section.values_offset
+        return Anatomy(manifest, tuple(offsets))

@@ -1,0 +1,181 @@
+"""A run's log, opened to be looked at: which tier holds what, and how entries lead to a version."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..messages import codec
+from ..messages.control import Claim, LogEntry
+from ..messages.errors import (
+    BusError,
+    LogError,
+    LogHole,
+    PatchError,
+    RemoteProtocolError,
+    StreamMissing,
+)
+from ..messages.manifest import Manifest
+from ..messages.subjects import Subjects
+from ..pipeline.bus.base import Bus
+from ..pipeline.bus.nats import connect
+from ..pipeline.delta import Patch, apply_checked, check
+from ..pipeline.delta.tensors import dtype_of
+from ..pipeline.log.base import Log, oldest_first, way
+from ..pipeline.log.tiered import TieredLog
+from .anchors import PatchPayloads
+from .tiers import JETSTREAM, open_tiers
+
+State = dict[str, torch.Tensor]
+#: Entries of one trainer's claim: its epoch, and its incarnation.
+Line = tuple[int, str]
+
+
+@dataclass(slots=True)
+class Logbook:
+    """The log of a run; made by opened()."""
+
+    run: str
+    tiers: Mapping[str, Log]
+    timeout_s: float
+    bus: Bus | None
+    #: What was found wrong: tiers that cannot be read, damaged files.
+    problems: list[str] = field(default_factory=list)
+    #: The entries of each tier that can be read.
+    held: dict[str, list[LogEntry]] = field(default_factory=dict)
+    claim: Claim | None = None
+    payloads: PatchPayloads = field(default_factory=PatchPayloads)
+    #: All tiers as one.
+    log: Log = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = TieredLog(self.tiers, tell=self.problems.append)
+
+    async def read(self) -> None:
+        """Read what every tier has. LogError if none can be read."""
+        for name, tier in self.tiers.items():
+            try:
+                self.held[name] = await tier.entries(timeout_s=self.timeout_s)
+            except (LogError, BusError) as exc:
+                self.problems.append(f"{name}: {exc}")
+        if not self.held:
+            raise LogError("; ".join(self.problems))
+        if self.bus is not None:
+            self.claim = await self._newest_claim(self.bus)
+
+    @property
+    def entries(self) -> list[LogEntry]:
+        """The entries of all tiers, oldest first."""
+        merged = {entry.name: entry for held in self.held.values() for entry in held}
+        return oldest_first(list(merged.values()))
+
+    def holders(self, entry: LogEntry) -> tuple[str, ...]:
+        """The tiers that have an entry."""
+        return tuple(
+            name for name, held in self.held.items() if any(one.name == entry.name for one in held)
+        )
+
+    @property
+    def lines(self) -> dict[Line, list[LogEntry]]:
+        """The entries by trainer, the newest first: the one that the journal names, if it does."""
+        found: dict[Line, list[LogEntry]] = {}
+        for entry in self.entries:
+            found.setdefault((entry.epoch, entry.writer), []).append(entry)
+        now = (self.claim.epoch, self.claim.sender.incarnation) if self.claim else None
+        order = sorted(found, key=lambda line: (line == now, line[0], found[line][-1].version))
+        return {line: found[line] for line in reversed(order)}
+
+    def way_to(self, version: int | None) -> list[LogEntry]:
+        """The entries that lead from nothing to exactly this version (None: the newest)."""
+        if not self.entries:
+            raise LogHole(f"the log of run {self.run!r} is empty")
+        for (epoch, _), entries in self.lines.items():
+            target = entries[-1].version if version is None else version
+            until = [entry for entry in entries if entry.version <= target]
+            if version is None or any(entry.version == version for entry in until):
+                return way(until, epoch=epoch, held=None, target=target)
+        known = sorted({entry.version for entry in self.entries})
+        raise LogHole(
+            f"it has no version {version}; it goes from {known[0]} to {known[-1]}", version=version
+        )
+
+    async def manifest(self, manifest_hash: str) -> Manifest:
+        """The manifest of that hash, from an anchor's file or the journal (LogError)."""
+        found = await self.log.manifest(manifest_hash, timeout_s=self.timeout_s)
+        if found is None and self.claim is not None:
+            found = self.claim.manifest
+        if found is None or found.hash != manifest_hash:
+            raise LogError(
+                f"the names of manifest {manifest_hash} are neither in an anchor's file nor in the "
+                "journal; give the --bus of the run, or a dir: tier that has its anchors"
+            )
+        return found
+
+    async def load(self, entry: LogEntry, tier: Log | None = None) -> bytes | bytearray:
+        """The bytes of an entry, of one tier or the first that has it (LogError)."""
+        data = await (tier or self.log).load(entry, timeout_s=self.timeout_s)
+        found = await asyncio.to_thread(self.payloads.checksum, data)
+        if found != entry.checksum:
+            raise LogError(
+                f"log entry {entry.name!r} has checksum {found:016x}, not {entry.checksum:016x}"
+            )
+        return data
+
+    async def apply(self, entry: LogEntry, manifest: Manifest, state: State) -> None:
+        """Apply an entry to a state in host memory (LogError)."""
+        data = await self.load(entry)
+
+        def work() -> None:
+            patch = Patch.from_bytes(data)
+            if (patch.base_version, patch.version) != (entry.base_version, entry.version):
+                raise LogError(f"log entry {entry.name!r} holds {patch!r}")
+            apply_checked(check(patch, manifest), state)
+
+        try:
+            await asyncio.to_thread(work)
+        except PatchError as exc:
+            raise LogError(f"log entry {entry.name!r}: {exc}") from exc
+
+    async def _newest_claim(self, bus: Bus) -> Claim | None:
+        subjects = Subjects(self.run)
+        try:
+            record = await bus.last(
+                subjects.journal_stream, subjects.announce_claim, timeout_s=self.timeout_s
+            )
+            if record is None:
+                return None
+            said = codec.decode(record.data, subject=record.subject)
+        except StreamMissing:
+            return None
+        except (BusError, RemoteProtocolError) as exc:
+            self.problems.append(f"the journal: {exc}")
+            return None
+        return said if isinstance(said, Claim) else None
+
+
+def blank(manifest: Manifest) -> State:
+    """Zeros of every tensor."""
+    return {spec.name: torch.zeros(spec.shape, dtype=dtype_of(spec)) for spec in manifest.tensors}
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    run: str, tiers: Sequence[str], url: str | None, *, timeout_s: float
+) -> AsyncIterator[Logbook]:
+    """The log of a run, read. `url` is the bus, if there is one; jetstream needs it."""
+    async with contextlib.AsyncExitStack() as life:
+        bus: Bus | None = None
+        problems: list[str] = []
+        if url is not None:
+            bus = await connect(url, name="log", timeout_s=5.0)
+            life.push_async_callback(bus.close)
+        assert bus is not None or JETSTREAM not in tiers
+        payloads = PatchPayloads()
+        by_name = open_tiers(tiers, bus, run, payloads, tell=problems.append)
+        book = Logbook(run, by_name, timeout_s, bus, problems, payloads=payloads)
+        await book.read()
+        yield book
