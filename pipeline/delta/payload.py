@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,3 +99,11 @@ def ready(manifest: Manifest, device: torch.device) -> None:
         with quiet():
             nothing = torch.zeros(HEADER.size, dtype=torch.uint8, device=device)
             Payload(nothing, manifest).prepare()
+
+
+def warm(tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device) -> None:
+    """Look tensors up on a device as apply_checked() will."""
+    if manifest.numel and kernels.usable(device):
+        from .addresses import addresses_of
+
+        addresses_of(tensors, manifest, device)

@@ -188,10 +188,9 @@ class Work:
         return Told(facts, rest[:KINDS], rest[KINDS:], here[len(numbers) :].copy())
 
     def sums(self) -> tuple[int, int]:
-        """The digest's change and the sum of the patch's checksum, likewise."""
-        sums = self._host_sums.numpy().view(np.uint64).reshape(2, SUMS).sum(1, dtype=np.uint64)
-        change, payload = sums.tolist()
-        return change, payload
+        """The digest's change and the sum of the patch's checksum mod 2⁶⁴, likewise."""
+        sums = self._host_sums.tolist()
+        return sum(sums[:SUMS]), sum(sums[SUMS:])
 
     def complete(self, told: Told, patch: Patch, held: int, sources: Sequence[Tensor]) -> None:
         """Queue what write() has not written: all of it, if there was no room; tiles with more

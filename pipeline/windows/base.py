@@ -133,6 +133,9 @@ class Window(Protocol):
         may be reused only once abort() has returned.
         """
 
+    def alert(self, seconds: float) -> None:
+        """A send or receive is likely within the next seconds: have nothing to wake up for it."""
+
     async def abort(self) -> None:
         """Break the window off, whatever it is doing: a pending open, send or receive raises
         WindowAborted. Returns, within a bounded time, when no memory is in use any more.

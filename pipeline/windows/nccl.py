@@ -199,6 +199,10 @@ class NcclWindow(Lifecycle):
 
     # ---- rounds
 
+    def alert(self, seconds: float) -> None:
+        """Let the window's thread sleep but lightly."""
+        self._lane.alert(seconds)
+
     async def _send(self, payload: torch.Tensor, attempt: int, deadline: Deadline) -> None:
         self._deadline, self._memory = deadline, payload
         await self._run(lambda: self._broadcast_out(payload, attempt), deadline)

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 _WIDE = 1 << 31
 
@@ -44,8 +45,12 @@ class Kernel:
         known = self._known.get((*found, torch.cuda.current_device())) if self._known else None
         if known is not None:
             compiled, rest = known
-            run = compiled[programs, 1, 1]
-            run(*numbers, *rest)
+            stream = driver.active.get_current_stream(torch.cuda.current_device())
+            # As CompiledKernel.run, without the hooks of profilers and what is told to them.
+            compiled.run(
+                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None,
+                None, *numbers, *rest,
+            )  # fmt: skip
             return
         compiled = self.jit[programs,](*given, **constants)
         if isinstance(compiled, CompiledKernel):
