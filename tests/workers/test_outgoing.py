@@ -74,9 +74,10 @@ def test_who_takes_while_a_publish_fails_gets_nothing(monkeypatch: pytest.Monkey
     def fails(*args: object) -> None:
         raise MemoryError
 
-    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+    with monkeypatch.context() as patched:
         patched.setattr(module.Shadow, "_diff_torch", fails)
-        outgoing.publish(None, None, taker.start)
+        with pytest.raises(MemoryError):
+            outgoing.publish(None, None, taker.start)
     taker.join(5.0)
     assert taken == [None]
     assert outgoing.publish(None, None).version == 1
