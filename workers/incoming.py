@@ -150,7 +150,8 @@ class Incoming:
         try:
             claim.manifest.require_same(manifest_of(self._engine.tensors()))
             self._manifest = claim.manifest
-            ready(claim.manifest, self._device)
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first payload tries again
+                ready(claim.manifest, self._device)
             try:
                 with self._engine.guard().reading(timeout_s=self._guard_s):
                     found = digest(self._engine.tensors())
@@ -234,8 +235,8 @@ class Incoming:
     ) -> None:
         """Check a payload (uint8, 1-d) against what was announced of it, and keep it.
 
-        `scratch`: check and drop it. `payload`: expect()'s; if it was queued behind the bytes, this
-        waits for nothing and is for any thread. CorruptPatch or ManifestMismatch: nothing was kept.
+        `scratch`: check and drop it. `payload`: expect()'s; if it is settled, this waits for
+        nothing and is for any thread. CorruptPatch or ManifestMismatch: nothing was kept.
         """
         began = self._clock()
         manifest = self._manifest
@@ -243,7 +244,7 @@ class Incoming:
             raise ManifestMismatch(f"version {announce.version} is of another manifest")
         if buffer.numel() != announce.nbytes:
             raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
-        if payload is None or not payload.queued:
+        if payload is None or not payload.settled:
             buffer = self._placed(buffer)
             own(buffer)
             payload = Payload(buffer, manifest)

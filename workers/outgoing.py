@@ -123,6 +123,8 @@ class Outgoing:
         #: Held over a diff and by whoever changes what is pending; `_lists` tells of the latter.
         self._diffing = threading.Lock()
         self._lists = threading.Condition()
+        #: Whether take() waits for a publish() that has begun.
+        self.awaited = False
         self._pending: list[_Kept] = []
         self._kept: dict[int, _Kept] = {}
         tensors = self.tensors()
@@ -208,7 +210,9 @@ class Outgoing:
         Waits for a publish() that has begun. None if nothing is pending: that one has failed, or
         the run has begun anew since this was asked for.
         """
+        self.awaited = True
         with _soon(self._diffing) if self.devices else self._diffing, self._lists:
+            self.awaited = False
             taken, self._pending = self._pending, []
             self._lists.notify_all()
         if not taken:

@@ -321,7 +321,8 @@ class AsyncPublisher:
             self._outgoing.wait_taken(self.policy.send_s * self.policy.attempts)
             self._check()
         made = self._outgoing.publish(step, tags, begun=lambda: self._post(ev.Publishing()))
-        self._post(ev.Published(made.version))
+        if not self._outgoing.awaited:  # else Sealed will say so, and soon: spare the loop a turn
+            self._post(ev.Published(made.version))
         return made
 
     def _post(self, event: ev.TrainerEvent) -> None:

@@ -445,8 +445,8 @@ class Replica:
             payload=payload,
         )
         try:
-            if payload is not None and payload.queued:
-                stage()  # the window has waited for it
+            if payload is not None and payload.settled:
+                stage()  # the window has waited for all of it
             else:
                 await self._ports.run(stage)
         except (PatchError, RuntimeError, MemoryError) as exc:

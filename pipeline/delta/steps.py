@@ -18,6 +18,7 @@ from .kernels.checksum import checksum
 from .kernels.dense import dense
 from .kernels.digest import digest
 from .kernels.emit import emit
+from .kernels.ends import ends_of
 from .kernels.find import SUMS, find
 from .kernels.frame import frame
 from .kernels.place import place
@@ -150,7 +151,7 @@ class Work:
                 plan, group, self._counts, self._block_counts, self._totals, self._changed,
                 self._over, slots=room.slots,
             )  # fmt: skip
-        torch.cumsum(self._block_counts, 0, dtype=torch.int64, out=self._ends)
+        ends_of(self._block_counts, self._ends)
         self._frame()
         self._told.copy_(self._numbers, non_blocking=True)
 

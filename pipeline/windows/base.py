@@ -78,7 +78,8 @@ class Behind(Protocol):
 
     def prepare(self) -> None:
         """Make all memory for it. Called with the window's stream current, before anything on it
-        waits for another rank: to allocate afterwards might freeze the device."""
+        waits for another rank: to allocate afterwards might freeze the device. Without memory
+        (torch.cuda.OutOfMemoryError) the payload comes all the same, and nothing follows it."""
 
     def enqueue(self) -> None:
         """Queue it on the current stream, behind the payload. Waits for nothing, and touches
