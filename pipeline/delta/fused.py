@@ -108,6 +108,7 @@ class Differ:
         self._held = held
         #: Sums of the digest's changes since the beginning, and of one checksum: int64 [2, SUMS].
         self._sums = torch.zeros((2, SUMS), dtype=torch.int64, device=device)
+        self._no_room = torch.empty(_NO_ROOM, dtype=torch.uint8, device=device)
         #: Of a small model, for the next diff.
         self._work: Work | None = None
         self._last: Found | None = None
@@ -188,11 +189,13 @@ class Differ:
 
     def _expected(self) -> Tensor:
         """Memory that should do for the patch; if the device has no room for it, next to none."""
-        wanted = (self._nbytes + self._nbytes // 4 + _MORE_NBYTES) & -16 if self._nbytes else 0
+        if not self._nbytes:
+            return self._no_room
+        wanted = (self._nbytes + self._nbytes // 4 + _MORE_NBYTES) & -16
         try:
-            return torch.empty(max(wanted, _NO_ROOM), dtype=torch.uint8, device=self.device)
+            return torch.empty(wanted, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError:
-            return torch.empty(_NO_ROOM, dtype=torch.uint8, device=self.device)
+            return self._no_room
 
     def _work_on(
         self, plan: Plan, pointers: tuple[Tensor, Tensor], *, update: bool

@@ -6,7 +6,6 @@ of the digest is left to digest.py, which reads all for less than it would cost 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,28 +18,6 @@ from .plan import Group, Plan, word
 _PART = 512
 #: Registers of a thread, for enough warps to hide the memory's latency.
 _REGISTERS = 64
-
-
-@triton.jit
-def _put(
-    differ, value, cell, inside, limit, here, base, lane, below, positions, masks, out, encoding,
-    W: tl.constexpr,
-):  # fmt: skip
-    """Write the changes of a part into the patch, from value `here` on; how many there are."""
-    count = tl.zeros((W,), dtype=tl.int32)
-    if encoding != 3:
-        words = differ.to(tl.uint32) << lane.to(tl.uint32)[None, :]
-        words = tl.sum(words, axis=1).to(tl.uint32)
-        count = popcount(words)
-        rank = (tl.cumsum(count, 0) - count)[:, None]
-        rank += popcount(words[:, None] & below[None, :])
-        tl.store(out + here + rank, value, mask=differ)
-        if encoding == 1:
-            tl.store(positions + here + rank, cell.to(tl.uint16), mask=differ)
-        else:
-            word = inside // 32 + tl.arange(0, W)
-            tl.store(masks + word, words, mask=inside + base < limit)
-    return tl.sum(count, axis=0)
 
 
 @kernel(numbers=["tensors", "first", "slots"])
@@ -83,40 +60,34 @@ def _emit(
             if found > slots:
                 inside = tile * T
                 here = at
-                if inside + T <= limit:
-                    last = inside + T - PART
+                while inside < tile * T + T:
                     cell = inside + base[:, None] + lane[None, :]
-                    before = tl.load(old + cell)
-                    raw = tl.load(new + cell)
-                    while inside <= last:
-                        # What comes next is on its way while this is looked at.
-                        ahead = tl.multiple_of(tl.minimum(inside + PART, last), PART)
-                        ahead = ahead + base[:, None] + lane[None, :]
-                        before_ahead = tl.load(old + ahead)
-                        raw_ahead = tl.load(new + ahead)
-                        cell = inside + base[:, None] + lane[None, :]
-                        value = published(raw, CAST, NATIVE)
+                    if inside + PART <= limit:
+                        before = tl.load(old + cell)
+                        value = published(tl.load(new + cell), CAST, NATIVE)
                         if UPDATE:
                             tl.store(old + cell, value)
-                        here += _put(
-                            before != value, value, cell, inside, limit, here, base, lane, below,
-                            positions, masks, out, encoding, W,
-                        )  # fmt: skip
-                        before, raw = before_ahead, raw_ahead
-                        inside += PART
-                else:
-                    while inside < limit:
-                        cell = inside + base[:, None] + lane[None, :]
+                    else:
                         live = cell < limit
                         before = tl.load(old + cell, mask=live, other=0)
                         value = published(tl.load(new + cell, mask=live, other=0), CAST, NATIVE)
                         if UPDATE:
                             tl.store(old + cell, value, mask=live)
-                        here += _put(
-                            (before != value) & live, value, cell, inside, limit, here, base, lane,
-                            below, positions, masks, out, encoding, W,
-                        )  # fmt: skip
-                        inside += PART
+                    if encoding != 3:
+                        differ = before != value
+                        words = differ.to(tl.uint32) << lane.to(tl.uint32)[None, :]
+                        words = tl.sum(words, axis=1).to(tl.uint32)
+                        count = popcount(words)
+                        rank = (tl.cumsum(count, 0) - count)[:, None]
+                        rank += popcount(words[:, None] & below[None, :])
+                        tl.store(out + here + rank, value, mask=differ)
+                        if encoding == 1:
+                            tl.store(positions + here + rank, cell.to(tl.uint16), mask=differ)
+                        else:
+                            word = inside // 32 + tl.arange(0, W)
+                            tl.store(masks + word, words, mask=inside + base < limit)
+                        here += tl.sum(count, axis=0)
+                    inside += PART
             at += found
             tile += 1
 

@@ -39,9 +39,11 @@ class Kernel:
         self, programs: int, given: Sequence[Tensor | int], constants: dict[str, Any]
     ) -> None:
         numbers = [each if isinstance(each, int) else each.data_ptr() for each in given]
-        # What Triton specialises on: how addresses are aligned, and how wide other numbers are.
+        # What Triton specialises on: what tensors hold and how addresses are aligned, and how wide
+        # other numbers are.
         kinds = [16 if -_WIDE <= number < _WIDE else number & 15 for number in numbers]
-        found = tuple(kinds), tuple(constants.values())
+        dtypes = [None if isinstance(each, int) else each.dtype for each in given]
+        found = *kinds, *dtypes, *constants.values()
         known = self._known.get((*found, torch.cuda.current_device())) if self._known else None
         if known is not None:
             compiled, rest = known
