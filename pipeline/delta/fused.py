@@ -108,7 +108,7 @@ class Differ:
         self._held = held
         #: Sums of the digest's changes since the beginning, and of one checksum: int64 [2, SUMS].
         self._sums = torch.zeros((2, SUMS), dtype=torch.int64, device=device)
-        self._no_room = torch.empty(_NO_ROOM, dtype=torch.uint8, device=device)
+        self._no_room = torch.zeros(_NO_ROOM, dtype=torch.uint8, device=device)
         #: Of a small model, for the next diff.
         self._work: Work | None = None
         self._last: Found | None = None
