@@ -6,6 +6,7 @@ On the device, because to ask the host for it would cost a small round a third o
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -37,6 +38,14 @@ _SLACK = 1 << 20
 _START = int.from_bytes(MAGIC + bytes([FORMAT]), "little")
 
 
+@triton.jit
+def _columns(totals, numels, itemsizes, tensor, live):
+    """What is to know of some tensors: changed elements, elements, bytes of one."""
+    count = tl.load(totals + tensor, mask=live, other=0)
+    size = tl.load(numels + tensor, mask=live, other=0)
+    return count, size, tl.load(itemsizes + tensor, mask=live, other=1)
+
+
 @kernel(
     numbers=[
         "tensors", "largest", "manifest_low", "manifest_high", "numel", "dense_nbytes",
@@ -60,9 +69,7 @@ def _frame(
     at = 0
     while at < tensors:
         live = at + lane < tensors
-        count = tl.load(totals + at + lane, mask=live, other=0)
-        size = tl.load(numels + at + lane, mask=live, other=0)
-        itemsize = tl.load(itemsizes + at + lane, mask=live, other=1)
+        count, size, itemsize = _columns(totals, numels, itemsizes, at + lane, live)
         encoding = choice(size, itemsize, count)
         _, _, _, _, end = extent(encoding, size, itemsize, count)
         is_of = encoding[:, None] == kind[None, :]
@@ -105,9 +112,7 @@ def _frame(
     at = 0
     while at < tensors:
         live = at + lane < tensors
-        count = tl.load(totals + at + lane, mask=live, other=0)
-        size = tl.load(numels + at + lane, mask=live, other=0)
-        itemsize = tl.load(itemsizes + at + lane, mask=live, other=1)
+        count, size, itemsize = _columns(totals, numels, itemsizes, at + lane, live)
         encoding = tl.where(fits, choice(size, itemsize, count), 0)
         counts, first, places, values, end = extent(encoding, size, itemsize, count)
         each = aligned(end)
