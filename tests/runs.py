@@ -93,9 +93,13 @@ class Site:
         options = {"run": self.run, "bus": self.url, "policy": QUICK, "name": name} | options
         return await self._enter(Replica(tensors, **options))
 
+    def ends(self, context: Any) -> None:
+        """What was entered elsewhere ends with the test too."""
+        self._stack.append(context)
+
     async def _enter(self, context: Any) -> Any:
         entered = await context.__aenter__()
-        self._stack.append(context)
+        self.ends(context)
         return entered
 
     async def close(self) -> None:

@@ -203,7 +203,9 @@ class AsyncPublisher:
         claimed = await self._tenure.claim(self._past)
         #: Our weights, under the number that they are first published by.
         self._first: int = self._outgoing.version
-        self._driver.spawn(self._archive.anchor(self._epoch))
+        if self._first == claimed.version:
+            self._driver.spawn(self._archive.anchor(self._epoch))
+        # Else behind the patch: whoever holds the claim's version would take the anchor instead.
         self._driver.spawn(self._tenure.keep(self._driver.post))
         self._driver.post(claimed)
         self._driver.post(ev.Published(self._first))
