@@ -87,7 +87,7 @@ class Publisher:
         self.close()
 
     def open(self) -> None:
-        """Claim the run: RunBusy, BusUnavailable. Entering the context does this."""
+        """Claim the run: RunBusy, BusUnavailable, CannotResume. Entering the context does this."""
         if self._thread is not None:
             return
         self._thread = LoopThread("sparsecast-publisher")

@@ -71,7 +71,8 @@ class AsyncPublisher:
     `model` is a Module (its state_dict) or a mapping of names to tensors on any device; `dtype`
     publishes floating tensors as what inference runs. `bus` is a NATS URL, or None for an embedded
     broker that ends with this object. Use it as an async context manager: entering claims the run
-    (RunBusy, BusUnavailable), leaving waits up to `linger_s` until the log has what was published.
+    (RunBusy, BusUnavailable, CannotResume), leaving waits up to `linger_s` until the log has what
+    was published.
     It may be entered again after it was left, or after entering has failed.
 
     `on_busy`: what publish() does while a patch still waits for the round in flight: "coalesce"

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ..messages.control import Announce, Claim, Sender
 from ..messages.errors import (
@@ -28,6 +28,9 @@ from .outgoing import Outgoing, Past
 log = logging.getLogger("sparsecast.publisher")
 
 T = TypeVar("T")
+
+#: What a run goes on from, as its journal stands; None: from the trainer's own weights.
+Recalling: TypeAlias = Callable[[JournalState], Coroutine[Any, Any, Past | None]]
 
 #: How often a claim is tried while the holder before, whose lease is over, goes on announcing.
 CLAIMS = 5
@@ -63,9 +66,7 @@ class Tenure:
         """Take the lease. RunBusy, BusUnavailable."""
         await self._lease.acquire(timeout_s=self._policy.bus_s)
 
-    async def claim(
-        self, recall: Callable[[JournalState], Coroutine[Any, Any, Past | None]]
-    ) -> ev.Claimed:
+    async def claim(self, recall: Recalling) -> ev.Claimed:
         """Claim the reserved run, above whatever was announced on it before. RunBusy,
         BusUnavailable, and what `recall` raises.
 
@@ -78,9 +79,7 @@ class Tenure:
             epoch, version = 1, 0
             if state.claim is not None and state.head is not None:
                 epoch, version = state.claim.epoch + 1, state.head + 1
-            past = await self._held_over(recall(state))
-            _, digest = await self._ports.run(self._outgoing.begin, version, past)
-            del past  # a full copy
+            digest = await self._held_over(self._begin(recall, state, version))
             try:
                 await self._append_claim(epoch, version, digest, state.last_sequence)
             except SequenceConflict:
@@ -149,6 +148,11 @@ class Tenure:
                 # It may run out meanwhile and a successor may take the run: the journal's
                 # compare-and-set decides.
                 log.warning("the lease was not renewed: %s", exc)
+
+    async def _begin(self, recall: Recalling, state: JournalState, version: int) -> int:
+        digest: int
+        _, digest = await self._ports.run(self._outgoing.begin, version, await recall(state))
+        return digest
 
     async def _held_over(self, work: Coroutine[Any, Any, T]) -> T:
         """Keep the lease while `work` lasts, which may be longer. RunBusy if it is another's."""
