@@ -23,6 +23,7 @@ from sparsecast.pipeline.delta.kernels import (
     dense,
     digest,
     emit,
+    ends,
     find,
     frame,
     place,
@@ -106,6 +107,7 @@ def launch_all(kind: Kind) -> None:
         launch(find.find, counts=counts, update=update)
         launch(emit.emit, update=update)
     launch(tally.tally, counts=counts)
+    launch(ends.ends_of, counts=counts)
     launch(place.place)
     if kind.cast:
         return  # what follows reads what is published already
@@ -114,6 +116,7 @@ def launch_all(kind: Kind) -> None:
     launch(checksum.checksum, nbytes=sums, largest=1 << 30)
     launch(digest.digest)
     launch(check.counts_of, counts=of_blocks)
+    launch(ends.ends_of, counts=of_blocks)
     launch(check.check, counts=of_blocks)
     launch(scatter.scatter, counts=of_blocks)
     launch(bitmap.bitmap, counts=of_blocks)

@@ -6,6 +6,7 @@ streams, but for what says that it is for any thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from ..pipeline.delta import (
     digest,
     manifest_of,
     ready,
+    warm,
 )
 from .engine import Engine
 from .rehearsal import rehearse
@@ -120,6 +122,13 @@ class Incoming:
         if self._stream is not None:
             torch.cuda.set_stream(self._stream)
 
+    def warm(self) -> None:
+        """Look at all that an apply will look at, which it does the quicker for it."""
+        with contextlib.suppress(Exception):  # the apply will meet it again, and tell
+            tensors = self._engine.tensors()
+            if self._manifest is not None:
+                warm(tensors, self._manifest, self._device)
+
     def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have the guard order the devices on which the weights lie by now."""
         token = getattr(tensors, "token", None)
@@ -141,7 +150,8 @@ class Incoming:
         try:
             claim.manifest.require_same(manifest_of(self._engine.tensors()))
             self._manifest = claim.manifest
-            ready(claim.manifest, self._device)
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first payload tries again
+                ready(claim.manifest, self._device)
             try:
                 with self._engine.guard().reading(timeout_s=self._guard_s):
                     found = digest(self._engine.tensors())
@@ -225,8 +235,8 @@ class Incoming:
     ) -> None:
         """Check a payload (uint8, 1-d) against what was announced of it, and keep it.
 
-        `scratch`: check and drop it. `payload`: expect()'s; if it was queued behind the bytes, this
-        waits for nothing and is for any thread. CorruptPatch or ManifestMismatch: nothing was kept.
+        `scratch`: check and drop it. `payload`: expect()'s; if it is settled, this waits for
+        nothing and is for any thread. CorruptPatch or ManifestMismatch: nothing was kept.
         """
         began = self._clock()
         manifest = self._manifest
@@ -234,7 +244,7 @@ class Incoming:
             raise ManifestMismatch(f"version {announce.version} is of another manifest")
         if buffer.numel() != announce.nbytes:
             raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
-        if payload is None or not payload.queued:
+        if payload is None or not payload.settled:
             buffer = self._placed(buffer)
             own(buffer)
             payload = Payload(buffer, manifest)
@@ -312,13 +322,14 @@ class Incoming:
                 # Looked up inside the guard: the engine may have moved their storage.
                 tensors = self._engine.tensors()
                 self._order(tensors)
-                names: set[str] = set()
+                names: dict[str, None] = {}
                 for patch in patches:
                     assert patch.checked is not None
                     own(patch.checked.patch.buffer)
-                    names.update(apply_checked(patch.checked, tensors, begin=writer.begin_write))
+                    changed = apply_checked(patch.checked, tensors, begin=writer.begin_write)
+                    names.update(dict.fromkeys(changed))
                 last = patches[-1]
-                self._engine.after_apply(last.version, sorted(names))
+                self._engine.after_apply(last.version, list(names))
                 writer.commit(last.version)
         except Exception as exc:
             if isinstance(exc, WaitTimeout) and not entered:

@@ -7,9 +7,10 @@ and waits for the patch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +29,8 @@ log = logging.getLogger("sparsecast.publisher")
 #: memory for one patch and not for each.
 PENDING = 8
 
+#: take() sleeps so long at a time, and so often, for a diff of kernels.
+_NAP_S, _NAPS = 0.00003, 64
 #: Where the copy of the published weights lies: beside them, or in pinned host memory.
 ShadowPlace = Literal["device", "host"]
 
@@ -132,6 +135,8 @@ class Outgoing:
         #: Held over a diff and by whoever changes what is pending; `_lists` tells of the latter.
         self._diffing = threading.Lock()
         self._lists = threading.Condition()
+        #: Whether take() waits for a publish() that has begun.
+        self.awaited = False
         self._pending: list[_Kept] = []
         self._kept: dict[int, _Kept] = {}
         tensors = self.tensors()
@@ -245,7 +250,9 @@ class Outgoing:
         Waits for a publish() that has begun. None if nothing is pending: that one has failed, or
         the run has begun anew since this was asked for.
         """
-        with self._diffing, self._lists:
+        self.awaited = True
+        with _soon(self._diffing) if self.devices else self._diffing, self._lists:
+            self.awaited = False
             taken, self._pending = self._pending, []
             self._lists.notify_all()
         if not taken:
@@ -346,6 +353,23 @@ class Outgoing:
         if self._last is not None:
             _ = self._last.digest
             self._last = None
+
+
+@contextlib.contextmanager
+def _soon(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock that will be free within a millisecond or two, or else when it is.
+
+    A thread that sleeps until then would take a few tenths of that to wake up.
+    """
+    for _ in range(_NAPS):
+        if lock.acquire(timeout=_NAP_S):
+            break
+    else:
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def describe(

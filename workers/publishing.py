@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from ..messages import codec
-from ..messages.control import Sender, Tags, WorkerMessage
+from ..messages.control import Prepare, Sender, Tags, WorkerMessage
 from ..messages.errors import (
     CannotResume,
     Closed,
@@ -42,6 +42,8 @@ from .updates import AtLeast, Made, Report
 
 log = logging.getLogger("sparsecast.publisher")
 
+#: For how long the window's thread waits awake for a patch that is being made.
+ALERT_S = 0.02
 #: How long an update's way into the log waits for its members' words at most.
 ACKNOWLEDGED_S = 0.1
 
@@ -392,7 +394,8 @@ class AsyncPublisher:
         made = self._outgoing.publish(
             step, tags, begun=lambda: self._post(ev.Publishing()), tensors=tensors
         )
-        self._post(ev.Published(made.version))
+        if not self._outgoing.awaited:  # else Sealed will say so, and soon: spare the loop a turn
+            self._post(ev.Published(made.version))
         return made
 
     def _post(self, event: ev.TrainerEvent) -> None:
@@ -478,6 +481,10 @@ class AsyncPublisher:
         match command:
             case cmd.Say(message):
                 self._outbox.put(self._subjects.trainer_control, codec.encode(message))
+                if isinstance(message, Prepare) and self._ports.device != "cpu":
+                    window = self._windows[message.stamp.window]
+                    if window is not None:
+                        window.alert(ALERT_S)
             case cmd.Tell(kind, member, reason):
                 self._telling.event(kind, member, reason)
             case cmd.Settled(record):

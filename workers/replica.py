@@ -15,7 +15,17 @@ from typing import Any, Self, TypeVar, get_args
 import torch
 
 from ..messages import codec
-from ..messages.control import Announce, Claim, LogEntry, Sender, Tags, TrainerMessage, WindowKind
+from ..messages.control import (
+    Announce,
+    Claim,
+    LogEntry,
+    Ready,
+    Sender,
+    Stamp,
+    Tags,
+    TrainerMessage,
+    WindowKind,
+)
 from ..messages.errors import (
     BusError,
     Closed,
@@ -47,6 +57,9 @@ log = logging.getLogger("sparsecast.replica")
 
 T = TypeVar("T")
 
+#: For how long a worker that has committed to a round waits for it awake: a small model's takes a
+#: few milliseconds.
+ALERT_S = 0.02
 #: What a trainer says in control messages; claims and announcements come by the journal.
 SAID = tuple(kind for kind in get_args(TrainerMessage) if kind not in (Claim, Announce))
 
@@ -343,6 +356,8 @@ class Replica:
         match command:
             case cmd.Report(message):
                 self._outbox.put(self._subjects.worker_control(self.name), codec.encode(message))
+                if isinstance(message, Ready) and self._ports.device != "cpu":
+                    return self._alert(message.stamp)
             case cmd.Tell(kind, member, reason):
                 self._telling.event(kind, member, reason)
             case cmd.Fail(error):
@@ -377,6 +392,13 @@ class Replica:
         result: T = await self._ports.run(function, *args)
         self._changes.notify()
         return result
+
+    async def _alert(self, stamp: Stamp) -> None:
+        """We have committed: what sleeps wakes up, and what was not looked at for long is."""
+        window = self._windows[stamp.window]
+        if window is not None:
+            window.alert(ALERT_S)
+            await self._ports.run(self._incoming.warm)
 
     async def _digest(self, version: int) -> ev.Digested | ev.DigestFailed:
         # Not at once: on a host with two members the digest of the first, many times longer than
@@ -423,8 +445,8 @@ class Replica:
             payload=payload,
         )
         try:
-            if payload is not None and payload.queued:
-                stage()  # the window has waited for it
+            if payload is not None and payload.settled:
+                stage()  # the window has waited for all of it
             else:
                 await self._ports.run(stage)
         except (PatchError, RuntimeError, MemoryError) as exc:

@@ -18,6 +18,7 @@ import torch
 
 from ..messages.errors import WaitTimeout
 from ..pipeline.windows.gpus import let_captures_be
+from ..pipeline.windows.lane import sharpen_sleeps
 
 log = logging.getLogger("sparsecast.driver")
 
@@ -68,6 +69,7 @@ def settle(devices: Sequence[torch.device]) -> None:
         torch.cuda.set_stream(new_stream(device))
     if devices:
         let_captures_be()
+        sharpen_sleeps()
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -8,7 +8,7 @@ from .layout import Encoding, Section
 from .lookup import Lookup
 from .merge import merge
 from .patch import Patch
-from .payload import Payload, ready
+from .payload import Payload, ready, warm
 from .tensors import manifest_of, named_tensors
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "partial",
     "partial_at",
     "ready",
+    "warm",
 ]

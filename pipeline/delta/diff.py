@@ -185,7 +185,7 @@ def diff(
         fused = _differ(manifest, [*was, *now]) if dtype is None else None
         if fused is not None:
             with on(was[0].device):
-                return fused.diff(was, now, base_version=base_version, version=version).patch
+                return fused.diff(was, now, base_version=base_version, version=version)[0]
         olds, news = _sources(old, manifest), _sources(new, manifest)
         drafts = []
         for index, (one, other) in enumerate(zip(olds, news, strict=True)):
@@ -214,8 +214,9 @@ class Shadow:
     Bytes held: the dense model in the published dtypes, on the devices of the tensors, or with
     `host` in pinned host memory. Within diff() the patch is made beside it, and scratch: with
     kernels, where all tensors are on one CUDA device, slots for what the last diff lets expect: 1
-    to 12 % of the model, 6 % in the first; with torch up to about 12 bytes a changed 8-byte word.
-    Not for several threads at once.
+    to 12 % of the model, 6 % in the first, which a model of up to a milliard elements keeps for the
+    next one; with torch up to about 12 bytes a changed 8-byte word. The patch's memory may be twice
+    as large as the patch, and a MiB. Not for several threads at once.
     """
 
     def __init__(
@@ -316,7 +317,7 @@ class Shadow:
             self._torn = True
 
         with on(fused.device):
-            found = fused.diff(
+            patch, found = fused.diff(
                 self._held,
                 new,
                 base_version=base_version,
@@ -327,7 +328,7 @@ class Shadow:
             )
         self._torn = False
         self._mark = found.written
-        return Diffed(found.patch, lambda: _Facts(*found.sums(), *found.times_us()))
+        return Diffed(patch, lambda: _Facts(*found.sums(), *found.times_us()))
 
     def _diff_torch(self, tensors: Mapping[str, Tensor], base_version: int, version: int) -> Diffed:
         began = time.perf_counter()

@@ -11,6 +11,7 @@ twice, and a patch that does is laid out once more.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,33 +51,33 @@ _MORE_NBYTES = 1 << 16
 
 
 class Found:
-    """A patch that may still be written in stream order, and what it came to.
-
-    It is whole at `written`; sums() and times_us() wait for that, on any thread.
-    """
+    """What a diff came to: sums() and times_us() wait until its patch is whole, at `written`; on
+    any thread."""
 
     def __init__(
-        self, patch: Patch, began: Mark, found: Mark, written: Mark, work: Work, held: int
+        self, nbytes: int, began: Mark, found: Mark, written: Mark, work: Work, held: int
     ) -> None:
-        self.patch = patch
         self.written = written
+        self._nbytes = nbytes
         self._began = began
         self._found = found
         self._held = held
+        self._asking = threading.Lock()
         #: None once its sums are known: it goes on to other diffs.
         self._work: Work | None = work
         self._sums = (0, 0)
 
     def sums(self) -> tuple[int, int]:
         """The digest of what was updated, and the checksum of the patch."""
-        work = self._work
-        if work is not None:
-            self.written.wait()
-            change, payload = work.sums()
-            checksum = (payload + self.patch.nbytes * LENGTH_FACTOR) & _MASK
-            self._sums = (self._held + change) & _MASK, checksum
-            self._work = None
-        return self._sums
+        # The next diff takes its work over: it must not come between the wait and the reading.
+        with self._asking:
+            if self._work is not None:
+                self.written.wait()
+                change, payload = self._work.sums()
+                checksum = (payload + self._nbytes * LENGTH_FACTOR) & _MASK
+                self._sums = (self._held + change) & _MASK, checksum
+                self._work = None
+            return self._sums
 
     def times_us(self) -> tuple[int, int]:
         """What diff and encode took."""
@@ -107,6 +108,7 @@ class Differ:
         self._held = held
         #: Sums of the digest's changes since the beginning, and of one checksum: int64 [2, SUMS].
         self._sums = torch.zeros((2, SUMS), dtype=torch.int64, device=device)
+        self._no_room = torch.zeros(_NO_ROOM, dtype=torch.uint8, device=device)
         #: Of a small model, for the next diff.
         self._work: Work | None = None
         self._last: Found | None = None
@@ -134,8 +136,10 @@ class Differ:
         begin: Callable[[], None] | None = None,
         waiting: Callable[[], None] | None = None,
         token: object = None,
-    ) -> Found:
+    ) -> tuple[Patch, Found]:
         """The patch from `old` to `new`, one tensor each for every one in the manifest.
+
+        It may still be written in stream order.
 
         With `begin`, `old` holds the new bits from then on: it is integer bits, contiguous, aligned
         to 16 bytes, where the device can write; `begin` is called before the first write, and what
@@ -157,7 +161,7 @@ class Differ:
             old = [_contiguous(tensor) for tensor in old]
         plan, *pointers = self._tables(old, sources, token)
         work, again = self._work_on(plan, (pointers[0], pointers[1]), update=update)
-        buffer = _buffer(self._expected(), self.device)
+        buffer = self._expected()
         work.direct(buffer, base_version, version)
         if begin is not None:
             begin()
@@ -180,14 +184,18 @@ class Differ:
             written = Mark(self.device)
         if not again:
             work.let_go()
-        self._last = Found(patch, began, found, written, work, self._held)
-        return self._last
+        self._last = Found(nbytes, began, found, written, work, self._held)
+        return patch, self._last
 
-    def _expected(self) -> int:
-        """Bytes to have ready for a patch."""
+    def _expected(self) -> Tensor:
+        """Memory that should do for the patch; if the device has no room for it, next to none."""
         if not self._nbytes:
-            return _NO_ROOM
-        return (self._nbytes + self._nbytes // 4 + _MORE_NBYTES) & -16
+            return self._no_room
+        wanted = (self._nbytes + self._nbytes // 4 + _MORE_NBYTES) & -16
+        try:
+            return torch.empty(wanted, dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError:
+            return self._no_room
 
     def _work_on(
         self, plan: Plan, pointers: tuple[Tensor, Tensor], *, update: bool

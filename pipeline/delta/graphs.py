@@ -2,48 +2,117 @@
 
 A launch costs the host as long as a small model's kernel runs, and in a process that has just been
 woken several times that: a dozen of them are most of a small round.
+
+Captured by the driver's own calls: torch.cuda.CUDAGraph, up to torch 2.11, lets the random numbers
+of the whole process fail while anything is captured.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import logging
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+log = logging.getLogger("sparsecast.delta")
+
+#: cuda.h: CU_STREAM_NON_BLOCKING, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL.
+_NON_BLOCKING, _THREAD_LOCAL = 1, 1
+#: Held over a capture; it guards the streams, too.
+_capturing = threading.Lock()
+#: A stream for captures on each device: one of torch's pool may be somebody else's as well, whose
+#: launches would be captured along.
+_streams: dict[int, torch.cuda.Stream] = {}
 
 
 class Repeated:
     """Queues `work` on the current stream of a device: as it is the first time, as a CUDA graph
-    from then on. On a device without graphs, always as it is.
+    from then on. Where there are no graphs, or none can be made, always as it is.
 
     The work finds all that changes from time to time in device memory, or in pinned memory that it
-    copies from; it neither waits nor allocates.
+    copies from; it neither waits nor allocates. The device is the thread's current one.
     """
 
     def __init__(self, device: torch.device, work: Callable[[], None]) -> None:
         self._device = device
         self._work = work
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: _Graph | None = None
+        self._asis = device.type != "cuda"
         self._loaded = False
 
     def queue(self) -> None:
         """Queue it once more."""
-        if self._device.type != "cuda" or not self._loaded:
-            # Called as it is, it loads whatever must be there before it can be captured.
-            self._work()
-            self._loaded = True
+        if self._loaded and not self._asis and self._graph is None:
+            self._capture()
+        if self._graph is not None:
+            self._graph.launch(torch.cuda.current_stream(self._device))
             return
-        if self._graph is None:
-            self._graph = _captured(self._work, self._device)
-        self._graph.replay()
+        # Called as it is, it loads whatever must be there before it can be captured.
+        self._work()
+        self._loaded = True
 
-
-def _captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    # Not torch.cuda.graph(): it waits for the whole device, and empties the allocator's cache.
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-        graph.capture_begin(capture_error_mode="thread_local")
+    def _capture(self) -> None:
         try:
-            work()
-        finally:
-            graph.capture_end()
-    return graph
+            self._graph = _Graph(self._device, self._work)
+        except (OSError, AttributeError, RuntimeError) as exc:
+            log.warning("no CUDA graph on %s, launches go one by one: %s", self._device, exc)
+            self._asis = True
+
+
+class _Graph:
+    """What `work` queues on the current stream, captured and ready to be launched."""
+
+    def __init__(self, device: torch.device, work: Callable[[], None]) -> None:
+        driver = _driver()
+        graph, self._ready = ctypes.c_void_p(), ctypes.c_void_p()
+        with _capturing:
+            stream = _stream(device)
+            handle = ctypes.c_void_p(stream.cuda_stream)
+            with torch.cuda.stream(stream):
+                _check("begin", driver.cuStreamBeginCapture_v2(handle, _THREAD_LOCAL))
+                try:
+                    work()
+                finally:
+                    ended = driver.cuStreamEndCapture(handle, ctypes.byref(graph))
+        _check("end", ended)
+        made = driver.cuGraphInstantiateWithFlags(
+            ctypes.byref(self._ready), graph, ctypes.c_ulonglong(0)
+        )
+        driver.cuGraphDestroy(graph)
+        _check("instantiation", made)
+        self._launch = driver.cuGraphLaunch
+
+    def launch(self, stream: torch.cuda.Stream) -> None:
+        """Queue it on a stream of its device."""
+        _check("launch", self._launch(self._ready, ctypes.c_void_p(stream.cuda_stream)))
+
+    def __del__(self) -> None:
+        if self._ready.value:
+            # What still runs of it, runs to its end.
+            _driver().cuGraphExecDestroy(self._ready)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which work for this device is captured. Under the lock."""
+    assert device.index is not None
+    stream = _streams.get(device.index)
+    if stream is None:
+        handle = ctypes.c_void_p()
+        _check("stream", _driver().cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING))
+        made: Any = torch.cuda.ExternalStream(handle.value, device=device)  # type: ignore[no-untyped-call]
+        stream = _streams[device.index] = made
+    return stream
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(step: str, code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA graph, {step}: error {code} of the driver")

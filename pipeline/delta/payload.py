@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,7 @@ class Payload:
                 self._checking = Checking(self.buffer, self._manifest)
 
     def enqueue(self) -> None:
-        """Queue checksum and check; allocates nothing after prepare()."""
+        """Queue checksum and check."""
         self.prepare()
         if self._checking is None or self._mark is not None:
             return
@@ -57,9 +58,15 @@ class Payload:
             self._mark = Mark(self.buffer.device)
 
     @property
-    def queued(self) -> bool:
-        """Whether enqueue() has queued the work."""
-        return self._mark is not None
+    def settled(self) -> bool:
+        """Whether enqueue() has queued the work, and it has found nothing wrong: what is asked for
+        takes no time then, once the host has waited for it."""
+        if self._checking is None or self._mark is None:
+            return False
+        try:
+            return self._checking.passed(self.patch) is not None
+        except CorruptPatch:
+            return False
 
     def _told(self) -> Checking | None:
         """What the kernels have found, once they have."""
@@ -98,3 +105,11 @@ def ready(manifest: Manifest, device: torch.device) -> None:
         with quiet():
             nothing = torch.zeros(HEADER.size, dtype=torch.uint8, device=device)
             Payload(nothing, manifest).prepare()
+
+
+def warm(tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device) -> None:
+    """Look tensors up on a device as apply_checked() will."""
+    if manifest.numel and kernels.usable(device):
+        from .addresses import addresses_of
+
+        addresses_of(tensors, manifest, device)

@@ -20,6 +20,7 @@ from .kernels.bitmap import bitmap
 from .kernels.check import check, counts_of
 from .kernels.checksum import checksum
 from .kernels.dense import dense
+from .kernels.ends import ends_of
 from .kernels.find import SUMS
 from .kernels.places import ROWS
 from .kernels.plan import Plan
@@ -57,6 +58,8 @@ class _Room:
         size = HEADER.size + ENTRY.itemsize * plan.tensors
         self.start = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         self._checking = Repeated(device, self._check)
+        #: When what was checked last has been read, for its way into the weights.
+        self.read: Mark | None = None
         if pinned:
             # A graph is made, and run once, before anything can be pending on the device.
             nothing = torch.zeros(HEADER.size, dtype=torch.uint8, device=device)
@@ -66,10 +69,12 @@ class _Room:
 
     def enqueue(self, buffer: Tensor) -> None:
         """Queue checksum and check of what lies there on the device's current stream."""
-        self._place.numpy()[:] = buffer.data_ptr(), buffer.numel()
-        self._checking.queue()
+        if self.read is not None:
+            self.read.precede()
         size = min(self.start.numel(), buffer.numel())
         self.start[:size].copy_(buffer[:size], non_blocking=True)
+        self._place.numpy()[:] = buffer.data_ptr(), buffer.numel()
+        self._checking.queue()
 
     def _check(self) -> None:
         plan, spot = self.plan, self.spot
@@ -78,7 +83,7 @@ class _Room:
         checksum(spot, spot[1:], self._sums, largest=self._largest)
         sections(plan, self.table, self._facts, spot)
         counts_of(plan, self.table, spot, self.counts)
-        torch.cumsum(self.counts, 0, out=self.ends)
+        ends_of(self.counts, self.ends)
         check(plan, self.table, spot, self.counts, self.ends, self._facts)
         self.told.copy_(self._numbers, non_blocking=True)
 
@@ -93,13 +98,13 @@ class Checking:
 
     def __init__(self, buffer: Tensor, manifest: Manifest) -> None:
         self._buffer = buffer
-        rooms = _rooms.setdefault((manifest.hash, buffer.device), [])
+        key = manifest.hash, buffer.device
         try:
-            self.room = rooms.pop()
-        except IndexError:
+            self.room = _rooms[key].pop()
+        except (KeyError, IndexError):
             self.room = _Room(manifest, buffer.device)
         # Whoever holds a checked patch holds this, until its bytes are in the weights.
-        weakref.finalize(self, rooms.append, self.room).atexit = False
+        weakref.finalize(self, _keep, key, self.room).atexit = False
 
     def enqueue(self) -> None:
         """Queue the work on the current stream of the buffer's device, which is the thread's."""
@@ -133,8 +138,18 @@ class Checking:
         return Readied(patch, self, frozenset(present))
 
 
-#: Rooms that nobody uses just now, by manifest and device.
+#: Rooms that nobody uses just now, by manifest and device: of a few, as many as a round needs.
 _rooms: dict[tuple[str, torch.device], list[_Room]] = {}
+_KNOWN, _SPARE = 8, 2
+
+
+def _keep(key: tuple[str, torch.device], room: _Room) -> None:
+    rooms = _rooms.pop(key, [])
+    if len(rooms) < _SPARE:
+        rooms.append(room)
+    _rooms[key] = rooms  # the one that was used last stays longest
+    for oldest in list(_rooms)[:-_KNOWN]:
+        _rooms.pop(oldest, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +199,4 @@ class Readied:
                 bitmap(plan, group, weights, table, spot, counts, ends)
             if Encoding.DENSE in self.present:
                 dense(plan, group, weights, table, spot, into=True)
+        room.read = Mark(plan.device)

@@ -18,6 +18,7 @@ from .kernels.checksum import checksum
 from .kernels.dense import dense
 from .kernels.digest import digest
 from .kernels.emit import emit
+from .kernels.ends import ends_of
 from .kernels.find import SUMS, find
 from .kernels.frame import frame
 from .kernels.place import place
@@ -150,7 +151,7 @@ class Work:
                 plan, group, self._counts, self._block_counts, self._totals, self._changed,
                 self._over, slots=room.slots,
             )  # fmt: skip
-        torch.cumsum(self._block_counts, 0, dtype=torch.int64, out=self._ends)
+        ends_of(self._block_counts, self._ends)
         self._frame()
         self._told.copy_(self._numbers, non_blocking=True)
 
@@ -188,10 +189,9 @@ class Work:
         return Told(facts, rest[:KINDS], rest[KINDS:], here[len(numbers) :].copy())
 
     def sums(self) -> tuple[int, int]:
-        """The digest's change and the sum of the patch's checksum, likewise."""
-        sums = self._host_sums.numpy().view(np.uint64).reshape(2, SUMS).sum(1, dtype=np.uint64)
-        change, payload = sums.tolist()
-        return change, payload
+        """The digest's change and the sum of the patch's checksum mod 2⁶⁴, likewise."""
+        sums = self._host_sums.tolist()
+        return sum(sums[:SUMS]), sum(sums[SUMS:])
 
     def complete(self, told: Told, patch: Patch, held: int, sources: Sequence[Tensor]) -> None:
         """Queue what write() has not written: all of it, if there was no room; tiles with more

@@ -78,7 +78,8 @@ class Behind(Protocol):
 
     def prepare(self) -> None:
         """Make all memory for it. Called with the window's stream current, before anything on it
-        waits for another rank: to allocate afterwards might freeze the device."""
+        waits for another rank: to allocate afterwards might freeze the device. Without memory
+        (torch.cuda.OutOfMemoryError) the payload comes all the same, and nothing follows it."""
 
     def enqueue(self) -> None:
         """Queue it on the current stream, behind the payload. Waits for nothing, and touches
@@ -132,6 +133,9 @@ class Window(Protocol):
         Until this returns, `staging` belongs to the window; after an error it holds garbage, and
         may be reused only once abort() has returned.
         """
+
+    def alert(self, seconds: float) -> None:
+        """A send or receive is likely within the next seconds: have nothing to wake up for it."""
 
     async def abort(self) -> None:
         """Break the window off, whatever it is doing: a pending open, send or receive raises

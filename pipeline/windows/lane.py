@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,6 +17,8 @@ _T = TypeVar("_T")
 
 log = logging.getLogger("sparsecast.windows")
 
+#: A sleep so short that its core does not go to sleep as well.
+_NAP_S = 0.00003
 #: linux/prctl.h; its unit is the nanosecond.
 _PR_SET_TIMERSLACK = 29
 
@@ -26,6 +30,7 @@ class Lane:
         self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._alert_until = 0.0
 
     async def run(self, job: Callable[[], _T]) -> _T:
         """Run `job` on the thread. If the caller is cancelled, `job` runs on."""
@@ -38,6 +43,12 @@ class Lane:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         return self._submit(job, last=False)
+
+    def alert(self, seconds: float) -> None:
+        """Be quick with what is submitted within the next seconds: a thread that sleeps deeply
+        takes a few tenths of a millisecond to wake up."""
+        self._alert_until = time.monotonic() + seconds
+        self._jobs.put(lambda: True)
 
     async def stop(self, job: Callable[[], None], timeout_s: float) -> None:
         """Run `job` after what runs now, then end the thread; waits for it up to `timeout_s`."""
@@ -77,8 +88,14 @@ class Lane:
         return future
 
     def _work(self) -> None:
-        while self._jobs.get()():
+        while self._next()():
             pass
+
+    def _next(self) -> Callable[[], bool]:
+        while time.monotonic() < self._alert_until:
+            with contextlib.suppress(queue.Empty):
+                return self._jobs.get(timeout=_NAP_S)
+        return self._jobs.get()
 
 
 def sharpen_sleeps() -> None:

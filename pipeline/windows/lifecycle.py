@@ -129,6 +129,10 @@ class Lifecycle(ABC):
         work = self._receive(staging, attempt, deadline, behind)
         await self._operate(work, deadline, "receive")
 
+    def alert(self, seconds: float) -> None:
+        """Be quick with what comes within the next seconds: what has no thread of its own is."""
+        del seconds
+
     async def abort(self) -> None:
         """Break the window off."""
         if self._ending is None:

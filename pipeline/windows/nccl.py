@@ -122,8 +122,9 @@ class NcclWindow(Lifecycle):
         self._side: Side | None = None
         self._bounce: Bounce | None = None
         self._envelope: Envelope | None = None
-        #: The caller's, while an operation may touch it.
+        #: The caller's, and what it has queued behind it, while an operation may touch them.
         self._memory: torch.Tensor | None = None
+        self._behind: Behind | None = None
         self._has_turn = False
 
     # ---- opening
@@ -199,6 +200,10 @@ class NcclWindow(Lifecycle):
 
     # ---- rounds
 
+    def alert(self, seconds: float) -> None:
+        """Let the window's thread sleep but lightly."""
+        self._lane.alert(seconds)
+
     async def _send(self, payload: torch.Tensor, attempt: int, deadline: Deadline) -> None:
         self._deadline, self._memory = deadline, payload
         await self._run(lambda: self._broadcast_out(payload, attempt), deadline)
@@ -230,7 +235,12 @@ class NcclWindow(Lifecycle):
         if staging.device != torch.device("cuda", self._index):
             behind = None
         if behind is not None:
-            behind.prepare()
+            try:
+                behind.prepare()
+            except torch.cuda.OutOfMemoryError as exc:
+                log.warning("window %s: nothing follows the payload: %s", self._spec.label, exc)
+                behind = None
+        self._behind = behind
         envelope = self._enqueue_envelope(attempt, nbytes, staging)
         headed = done = side.mark()
         # The payload is asked for before the header is looked at: it would cost a small round half
@@ -254,7 +264,7 @@ class NcclWindow(Lifecycle):
         if nbytes <= CAPACITY:
             envelope.land(staging)
         self._finish(done)
-        self._memory = None
+        self._memory = self._behind = None
 
     def _bounce_for(self, memory: torch.Tensor) -> Bounce | None:
         """What memory that is not on this GPU goes through; ready for it."""
@@ -395,8 +405,9 @@ class NcclWindow(Lifecycle):
                 side.give_back()
             else:
                 log.error("window %s: its stream did not end", self._spec.label)
-                _lost.append((side, self._memory, self._bounce, self._envelope))
-        self._memory = self._bounce = self._envelope = self._communicator = None
+                _lost.append((side, self._memory, self._behind, self._bounce, self._envelope))
+        self._memory = self._behind = None
+        self._bounce = self._envelope = self._communicator = None
 
     def _end_turn(self) -> None:
         if self._has_turn:

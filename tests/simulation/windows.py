@@ -231,6 +231,9 @@ class SimWindow:
     async def send(self, payload: torch.Tensor, *, attempt: int, timeout_s: float) -> None:
         await self._operate(payload, attempt, timeout_s, root=True)
 
+    def alert(self, seconds: float) -> None:
+        """Nothing sleeps here."""
+
     async def receive(
         self, staging: torch.Tensor, *, attempt: int, timeout_s: float, behind: object = None
     ) -> None:

@@ -58,8 +58,9 @@ def test_who_takes_while_a_patch_is_made_gets_it() -> None:
     assert [sealed and sealed.version for sealed in taken] == [1]
 
 
-def test_who_takes_while_a_publish_fails_gets_nothing() -> None:
-    """It has begun and comes to nothing: nobody waits on, and the next one makes the version."""
+def test_who_takes_while_a_publish_fails_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has begun and comes to nothing: nobody waits on, and the next one makes the version. What
+    is refused has not even begun."""
     trained = weights()
     outgoing = _outgoing(trained)
     taken: list[Sealed | None] = []
@@ -67,9 +68,18 @@ def test_who_takes_while_a_publish_fails_gets_nothing() -> None:
     lost = trained.popitem()
     with pytest.raises(ManifestMismatch):
         outgoing.publish(None, None, taker.start)
+    assert taker.ident is None
+    trained.update([lost])
+
+    def fails(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Shadow, "_diff_torch", fails)
+        with pytest.raises(MemoryError):
+            outgoing.publish(None, None, taker.start)
     taker.join(5.0)
     assert taken == [None]
-    trained.update([lost])
     assert outgoing.publish(None, None).version == 1
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,7 +154,8 @@ async def test_a_round_goes_as_soon_as_its_patch_is_there(
     await eventually(lambda: publisher.window is not None)
     diff = Shadow.diff
 
-    def slow(*args: Any, **kwargs: Any) -> Any:
+    def slow(*args: Any, waiting: Callable[[], None], **kwargs: Any) -> Any:
+        waiting()
         time.sleep(0.3)
         return diff(*args, **kwargs)
 

@@ -59,7 +59,7 @@ def _check(
         start = tl.load(table + PLACES * tensors + tensor)
         if encoding == 1:
             # Counts that lie must not lead a read out of the section.
-            count = tl.minimum(count, tl.maximum(changed - before, 0))
+            count = tl.minimum(tl.minimum(count, limit), tl.maximum(changed - before, 0))
             positions = (patch + start).to(tl.pointer_type(tl.uint16)) + before
             at = 0
             while at < count:

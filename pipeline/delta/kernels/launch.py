@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 _WIDE = 1 << 31
 
@@ -38,14 +39,20 @@ class Kernel:
         self, programs: int, given: Sequence[Tensor | int], constants: dict[str, Any]
     ) -> None:
         numbers = [each if isinstance(each, int) else each.data_ptr() for each in given]
-        # What Triton specialises on: how addresses are aligned, and how wide other numbers are.
+        # What Triton specialises on: what tensors hold and how addresses are aligned, and how wide
+        # other numbers are.
         kinds = [16 if -_WIDE <= number < _WIDE else number & 15 for number in numbers]
-        found = tuple(kinds), tuple(constants.values())
+        dtypes = [None if isinstance(each, int) else each.dtype for each in given]
+        found = *kinds, *dtypes, *constants.values()
         known = self._known.get((*found, torch.cuda.current_device())) if self._known else None
         if known is not None:
             compiled, rest = known
-            run = compiled[programs, 1, 1]
-            run(*numbers, *rest)
+            stream = driver.active.get_current_stream(torch.cuda.current_device())
+            # As CompiledKernel.run, without the hooks of profilers and what is told to them.
+            compiled.run(
+                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None,
+                None, *numbers, *rest,
+            )  # fmt: skip
             return
         compiled = self.jit[programs,](*given, **constants)
         if isinstance(compiled, CompiledKernel):

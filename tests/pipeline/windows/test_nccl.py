@@ -205,6 +205,54 @@ def test_a_round_waits_for_no_stream_of_the_callers(prefix: str, broker: Broker)
     assert found == [(True, True)] * 2
 
 
+class _Following:
+    """Work behind a payload: what it found of the bytes, and in which order it was asked."""
+
+    def __init__(self, memory: torch.Tensor, *, fails: bool) -> None:
+        self.asked: list[str] = []
+        self.total = torch.zeros(1, dtype=torch.int64, device=memory.device)
+        self._memory = memory
+        self._fails = fails
+
+    def prepare(self) -> None:
+        self.asked.append("prepare")
+        if self._fails:
+            raise torch.cuda.OutOfMemoryError("no memory")
+
+    def enqueue(self) -> None:
+        self.asked.append("enqueue")
+        self.total += self._memory.to(torch.int64).sum()
+
+
+@in_rank
+async def _followed(me: Rank) -> list[tuple[list[str], bool, bool]]:
+    window = me.window(1)
+    await window.open(20)
+    found = []
+    for attempt, (nbytes, fails) in enumerate([(1000, False), (9 << 20, False), (9 << 20, True)]):
+        expected = pattern(nbytes, attempt)
+        if me.rank == 0:
+            await window.send(expected.to(me.device), attempt=attempt, timeout_s=20)
+            continue
+        memory = me.memory(nbytes, 255)
+        me.settled(memory)
+        behind = _Following(memory, fails=fails)
+        await window.receive(memory, attempt=attempt, timeout_s=20, behind=behind)
+        seen = int(behind.total.item()) == int(expected.to(torch.int64).sum().item())
+        found.append((behind.asked, seen, digest(memory) == digest(expected)))
+    await window.close()
+    return found
+
+
+@pytest.mark.gpu(2)
+def test_work_follows_a_payload_on_its_stream(prefix: str, broker: Broker) -> None:
+    """In the envelope or behind it, work that was prepared before sees all bytes, and is over when
+    the receive is. Work without memory is left out: the payload comes all the same."""
+    found = spawn(2, _followed, "nccl", prefix, timeout_s=60, broker_url=broker.url)
+    both = ["prepare", "enqueue"]
+    assert found[1] == [(both, True, True), (both, True, True), (["prepare"], False, True)]
+
+
 # ---- beside others
 
 

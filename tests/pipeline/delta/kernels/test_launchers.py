@@ -148,3 +148,16 @@ def test_checksum_adds_up() -> None:
     assert total(sums) == 2 * expected & MASK
     by_kernel(spot, torch.tensor([1_008], device=DEVICE), sums.zero_(), largest=4_000)
     assert total(sums) == first & MASK
+
+
+def test_ends_are_the_running_sum() -> None:
+    """More counts than are taken at a time, a sum beyond 32 bits, and counts of either width by
+    turns: what is compiled for one must not be launched for the other."""
+    from sparsecast.pipeline.delta.kernels.ends import ends_of
+
+    counts = torch.randint(0, 2**20, (9_001,), generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.int32, torch.int64, torch.int32, torch.int64):
+        ends = torch.full((9_001,), -1, device=DEVICE)
+        ends_of(counts.to(dtype).to(DEVICE), ends)
+        assert torch.equal(ends.cpu(), counts.cumsum(0))
+    assert int(ends[-1]) > 1 << 32

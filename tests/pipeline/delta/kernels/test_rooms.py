@@ -1,0 +1,132 @@
+"""What checks and diffs by kernels use again and again is nobody else's meanwhile."""
+
+import gc
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from sparsecast.pipeline.delta import Patch, apply_checked, check, diff, digest
+from sparsecast.pipeline.delta.timing import Mark
+from states import bits
+from twins import DEVICE, by_kernels, by_torch, copied, model, require_same
+
+
+def rooms() -> dict[Any, list[Any]]:
+    """The rooms that nobody uses."""
+    from sparsecast.pipeline.delta import readied
+
+    return readied._rooms
+
+
+def test_a_checked_patch_keeps_its_room() -> None:
+    """Four patches are checked before the first is applied: each comes to its own tensors. Of the
+    rooms that are not needed any more two are kept, and used again."""
+    old = model(torch.bfloat16, w=(2_100,))
+    news = [copied(old) for _ in range(4)]
+    for at, new in enumerate(news):
+        bits(new["w"])[at::97] ^= 1 + at
+    with by_torch():
+        patches = [diff(old, new, base_version=0, version=1) for new in news]
+    mine = [copied(old) for _ in news]
+    gc.collect()
+    rooms().clear()
+    with by_kernels():
+        checked = [check(Patch.from_buffer(p.buffer), p.manifest) for p in patches]
+        assert not any(rooms().values())
+        for one, tensors in zip(checked, mine, strict=True):
+            apply_checked(one, tensors)
+        one = None
+        checked.clear()
+        gc.collect()
+        kept = [room for found in rooms().values() for room in found]
+        assert len(kept) == 2
+        again = check(Patch.from_buffer(patches[0].buffer), patches[0].manifest)
+        assert again.readied is not None
+        assert again.readied.checking.room in kept
+    for tensors, new in zip(mine, news, strict=True):
+        require_same(tensors, new)
+
+
+def test_models_come_and_go() -> None:
+    """Ten models are checked one after the other: the rooms of the last few are remembered."""
+    rooms().clear()
+    for size in range(10):
+        old = model(torch.uint8, w=(100 + size,))
+        new = copied(old)
+        bits(new["w"])[:9] ^= 1
+        with by_torch():
+            patch = diff(old, new, base_version=0, version=1)
+        with by_kernels():
+            check(patch, patch.manifest)
+    gc.collect()
+    assert len(rooms()) == 8
+
+
+class _Slow(Mark):
+    """A mark that is waited for until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.waited, self.let_go = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.waited.set()
+        assert self.let_go.wait(10)
+
+
+class _Work:
+    """Sums that are another diff's once they were taken."""
+
+    taken = 0
+
+    def sums(self) -> tuple[int, int]:
+        self.taken += 1
+        return self.taken, 0
+
+
+def test_two_threads_ask_for_the_same_sums() -> None:
+    """One has waited for the device and not read yet when the next diff asks: both get the same,
+    and the numbers are read once."""
+    from sparsecast.pipeline.delta.fused import Found
+
+    mark, work = _Slow(), _Work()
+    found = Found(8, mark, mark, mark, work, 0)  # type: ignore[arg-type]
+    told: list[tuple[int, int]] = []
+    threads = [threading.Thread(target=lambda: told.append(found.sums())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert mark.waited.wait(10)
+    mark.let_go.set()
+    for thread in threads:
+        thread.join(10)
+    assert told[0] == told[1]
+    assert told[0][0] == 1
+    assert work.taken == 1
+
+
+@pytest.mark.gpu(1)
+def test_a_room_is_read_before_it_is_used_again() -> None:
+    """Two patches are applied on two streams, the first behind long work: the check of the second
+    takes the room of the first, and waits for its way into the weights."""
+    old = model(torch.bfloat16, w=(1 << 20,))
+    news = [copied(old) for _ in range(2)]
+    bits(news[0]["w"])[::7] ^= 3
+    bits(news[1]["w"])[3::11] ^= 5
+    patches = [diff(old, new, base_version=0, version=1) for new in news]
+    mine = [copied(old) for _ in news]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(DEVICE) for _ in news]
+    long = torch.randn(4096, 4096, device=DEVICE)
+    torch.cuda.synchronize()
+    for patch, tensors, stream in zip(patches, mine, streams, strict=True):
+        with torch.cuda.stream(stream):
+            checked = check(Patch.from_buffer(patch.buffer), patch.manifest)
+            for _ in range(200 if stream is streams[0] else 0):
+                long = (long @ long).clamp_(-1, 1)
+            apply_checked(checked, tensors)
+            checked = None
+    torch.cuda.synchronize()
+    for tensors, new in zip(mine, news, strict=True):
+        assert digest(tensors) == digest(new)
