@@ -65,6 +65,8 @@ class Recall:
             raise CannotResume(self._run, reason)
         try:
             self._outgoing.manifest.require_same(state.claim.manifest)
+            if self._outgoing.manifest.hash != state.claim.manifest.hash:
+                raise ManifestMismatch("the same tensors in another order")
             return await self._make(state.head)
         except ManifestMismatch as exc:
             reason = f"its model was another one ({exc.difference})"
