@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .messages.errors import (
     BusError,
     BusUnavailable,
+    CannotResume,
     Closed,
     CorruptPatch,
     EngineError,
@@ -84,6 +85,7 @@ __all__ = [
     "Broker",
     "BusError",
     "BusUnavailable",
+    "CannotResume",
     "Closed",
     "CorruptPatch",
     "Engine",

@@ -46,8 +46,9 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Claim(Control, frozen=True, kw_only=True):
     """A trainer opens an epoch: from here on, only its word counts.
 
-    `version` is where the epoch starts, an anchor with this digest; versions of earlier epochs
-    above it are void. Absent: the run has no trainer yet.
+    `version` is where the epoch starts, above all that was announced before: with the contents of
+    this digest, which an earlier epoch may have called otherwise. Whoever holds those holds it; all
+    else that earlier epochs announced is void. Absent: the run has no trainer yet.
     """
 
     epoch: int

@@ -96,6 +96,18 @@ class Fenced(SparsecastError):
         self.reason = reason
 
 
+class CannotResume(SparsecastError):
+    """Publisher(resume="must") found no state of the run to go on from; nothing was claimed."""
+
+    def __init__(self, run: str, reason: str) -> None:
+        super().__init__(
+            f"run {run!r} cannot be resumed: {reason}; give the log and the model that it had, or "
+            'start it with resume="auto" (from your own weights: workers fetch a full copy of them)'
+        )
+        self.run = run
+        self.reason = reason
+
+
 class NameInUse(SparsecastError):
     """A live worker already has this name in this run."""
 

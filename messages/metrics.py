@@ -94,6 +94,8 @@ class WorkerMetrics(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
 
 EventKind = Literal[
     "claim",
+    "resume",
+    "rollback",
     "join",
     "leave",
     "evict",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sparsecast import AsyncPublisher, Policy, Replica
+from sparsecast import AsyncPublisher, Policy, Replica, digest
 from sparsecast.messages import codec
 from sparsecast.messages.metrics import Metric
 
@@ -93,15 +93,46 @@ class Site:
         options = {"run": self.run, "bus": self.url, "policy": QUICK, "name": name} | options
         return await self._enter(Replica(tensors, **options))
 
+    def ends(self, context: Any) -> None:
+        """What was entered elsewhere ends with the test too."""
+        self._stack.append(context)
+
     async def _enter(self, context: Any) -> Any:
         entered = await context.__aenter__()
-        self._stack.append(context)
+        self.ends(context)
         return entered
 
     async def close(self) -> None:
         """End all, the youngest first."""
         while self._stack:
             await self._stack.pop().__aexit__(None, None, None)
+
+
+async def hangs(*_: Any, **__: Any) -> Any:
+    """In place of what never comes to its end."""
+    await asyncio.sleep(3600)
+
+
+def checkpoint(version: int) -> Tensors:
+    """weights() after the steps 1 … version."""
+    tensors = weights()
+    for seed in range(1, version + 1):
+        step(tensors, seed)
+    return tensors
+
+
+async def published(site: Site, versions: int, **options: Any) -> list[int]:
+    """A run with so many versions in its log, left in order; the digest of each."""
+    trained, digests = weights(), []
+    publisher = await site.publisher(trained, **options)
+    digests.append(digest(trained))
+    for version in range(1, versions + 1):
+        step(trained, version)
+        await publisher.publish()
+        await until_stored(publisher, version)
+        digests.append(digest(trained))
+    await publisher.close()
+    return digests
 
 
 class Ear:

@@ -25,7 +25,8 @@ class Archive:
         self._outgoing = outgoing
         self._policy = policy
         self._tell = tell
-        self._last_anchor = 0
+        #: Below any version until there is one.
+        self._last_anchor = -policy.anchor_every
         self._on_their_way = 0
 
     async def store(self, versions: tuple[int, ...], epoch: int) -> ev.LogStored | ev.LogFailed:

@@ -50,6 +50,18 @@ class Published:
     encoding: str
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A state of the run, made again: what `version` was, in host memory as it was published.
+
+    `tensors` is empty where the digest alone has shown that nothing else is needed.
+    """
+
+    version: int
+    digest: int
+    tensors: Mapping[str, torch.Tensor]
+
+
 @dataclass(slots=True)
 class _Facts:
     """What is known of a patch once it is whole. `checksum` None: not computed yet."""
@@ -142,18 +154,38 @@ class Outgoing:
         self._numel = self.manifest.numel
         self.version = 0
 
-    def begin(self, version: int | None = None) -> tuple[int, int]:
+    def begin(self, version: int | None = None, past: Past | None = None) -> tuple[int, int]:
         """The run starts, or starts anew, with the shadow's weights as `version` (None: as named).
 
-        Returns the version and its digest. What was pending or kept is in the shadow already.
+        Returns the version and its digest. What was pending or kept is in the shadow already. With
+        `past` it starts from that state, and what the shadow's weights differ in is pending as the
+        version after it.
         """
+        now = self._clock()
         with self._diffing, self._lists:
             self.version = self.version if version is None else version
             self._pending.clear()
             self._kept.clear()
             self._lists.notify_all()
             self._until_whole()
-            return self.version, self._shadow.digest
+            start, digest = self.version, self._shadow.digest
+            if past is None or past.digest == digest:
+                return start, digest
+            patch = self._shadow.since(past.tensors, base_version=start, version=start + 1)
+            for device in self.devices:
+                finish(device)
+            diff_us = round((self._clock() - now) * 1e6)
+            facts = _Facts(digest, None, diff_us=diff_us, encode_us=0)
+            self._pending.append(_Kept(patch, now, None, None, _facts=facts))
+            self.version = start + 1
+            return start, past.digest
+
+    @property
+    def digest(self) -> int:
+        """The digest of what is published. On the torch thread."""
+        with self._diffing:
+            self._until_whole()
+            return self._shadow.digest
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The model's tensors as they are now, not cast."""
@@ -162,9 +194,14 @@ class Outgoing:
     # ---- the caller's thread
 
     def publish(
-        self, step: int | None, tags: Tags | None, begun: Callable[[], None] | None = None
+        self,
+        step: int | None,
+        tags: Tags | None,
+        begun: Callable[[], None] | None = None,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> Published:
-        """Find what changed since the last publish.
+        """Find what changed since the last publish, in the model or in `tensors` as published.
 
         `begun` is called once take() will wait for the patch. The weights may change again on
         return, in the order of the caller's current stream. UnsupportedTensor, ManifestMismatch:
@@ -175,7 +212,10 @@ class Outgoing:
             base = self.version
             # Of kernels all is queued when `begun` is called: it would hold up their launches.
             found = self._shadow.diff(
-                self._lookup.tensors(), base_version=base, version=base + 1, waiting=begun
+                self._lookup.tensors() if tensors is None else tensors,
+                base_version=base,
+                version=base + 1,
+                waiting=begun,
             )
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found

@@ -12,11 +12,11 @@ from ..messages.errors import Closed
 from ..pipeline.core.policy import Policy
 from .connect import LoopThread
 from .outgoing import Published, ShadowPlace, Source
-from .publishing import NOT_OPEN, AsyncPublisher, AsyncUpdate, OnBusy
+from .publishing import NOT_OPEN, AsyncPublisher, AsyncUpdate, OnBusy, Resume
 from .tiers import DEFAULT_LOG, LogSetting
 from .updates import AtLeast, Made, Report
 
-__all__ = ["AsyncPublisher", "AsyncUpdate", "OnBusy", "Publisher", "Report", "Update"]
+__all__ = ["AsyncPublisher", "AsyncUpdate", "OnBusy", "Publisher", "Report", "Resume", "Update"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ class Publisher:
         shadow: ShadowPlace = "device",
         policy: Policy | None = None,
         log: LogSetting = DEFAULT_LOG,
+        resume: Resume = "auto",
         linger_s: float = 10.0,
     ) -> None:
         self._inner = AsyncPublisher(
@@ -73,6 +74,7 @@ class Publisher:
             shadow=shadow,
             policy=policy,
             log=log,
+            resume=resume,
             linger_s=linger_s,
         )
         self._thread: LoopThread | None = None
@@ -85,7 +87,7 @@ class Publisher:
         self.close()
 
     def open(self) -> None:
-        """Claim the run: RunBusy, BusUnavailable. Entering the context does this."""
+        """Claim the run: RunBusy, BusUnavailable, CannotResume. Entering the context does this."""
         if self._thread is not None:
             return
         self._thread = LoopThread("sparsecast-publisher")
@@ -133,6 +135,18 @@ class Publisher:
         announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor.
         """
         return Update(self._inner._publish(step, tags), self)
+
+    def rollback(self, version: int, step: int | None = None, tags: Tags | None = None) -> Update:
+        """Publish the contents of an old version, from the log, under a new number.
+
+        Workers get what differs, as with publish(). The trainer's own weights are left alone: they
+        are the caller's to set back, and the next publish() brings what they differ in from what
+        was published here. Takes as long as reading the log, and one full copy in host memory.
+        LogHole if the log does not lead to exactly that version (any more, or yet), LogError,
+        BusError, Fenced, Closed, PublisherBusy: nothing was changed.
+        """
+        rolled = self._call(self._inner.rollback(version, step, tags))
+        return Update(rolled._made, self)
 
     def wait_members(self, n: int, timeout_s: float = 60.0) -> list[str]:
         """Wait until `n` workers are in and current; their names. WaitTimeout says who is not."""

@@ -13,6 +13,7 @@ import torch
 from ..messages import codec
 from ..messages.control import Prepare, Sender, Tags, WorkerMessage
 from ..messages.errors import (
+    CannotResume,
     Closed,
     LocalProtocolError,
     PublisherBusy,
@@ -21,6 +22,7 @@ from ..messages.errors import (
 )
 from ..messages.subjects import Subjects, sender
 from ..pipeline.bus.base import Message
+from ..pipeline.bus.journal import JournalState
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
@@ -29,7 +31,8 @@ from ..pipeline.delta import named_tensors
 from .archive import Archive
 from .connect import connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
-from .outgoing import Outgoing, Published, ShadowPlace, Source
+from .outgoing import Outgoing, Past, Published, ShadowPlace, Source
+from .recall import Recall
 from .rehearsal import rehearse
 from .streams import device_for
 from .telling import Telling
@@ -45,6 +48,7 @@ ALERT_S = 0.02
 ACKNOWLEDGED_S = 0.1
 
 OnBusy = Literal["coalesce", "wait", "error"]
+Resume = Literal["auto", "must", "never"]
 NOT_OPEN = "the publisher is not open: use it as a context manager"
 
 
@@ -69,12 +73,19 @@ class AsyncPublisher:
     `model` is a Module (its state_dict) or a mapping of names to tensors on any device; `dtype`
     publishes floating tensors as what inference runs. `bus` is a NATS URL, or None for an embedded
     broker that ends with this object. Use it as an async context manager: entering claims the run
-    (RunBusy, BusUnavailable), leaving waits up to `linger_s` until the log has what was published.
+    (RunBusy, BusUnavailable, CannotResume), leaving waits up to `linger_s` until the log has what
+    was published.
     It may be entered again after it was left, or after entering has failed.
 
     `on_busy`: what publish() does while a patch still waits for the round in flight: "coalesce"
     merges with it, "wait" waits for as long as a round may take and merges then, "error" raises
     PublisherBusy.
+
+    `resume`: a run that has been there before goes on from the newest version that its log makes
+    again: that is claimed under the next number, so that workers that hold it need nothing, and
+    what these weights differ in is published as the version after it before entering returns.
+    "auto": else these weights are claimed themselves, and workers that hold anything else fetch a
+    full copy; "must": else CannotResume; "never": they are claimed in any case.
 
     On CUDA publish() works in the order of the caller's current stream, and the weights may change
     again in that order. `device` is where windows take payloads from: None means the weights' CUDA
@@ -99,11 +110,13 @@ class AsyncPublisher:
         shadow: ShadowPlace = "device",
         policy: Policy | None = None,
         log: LogSetting = DEFAULT_LOG,
+        resume: Resume = "auto",
         linger_s: float = 10.0,
         ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
     ) -> None:
         _require_one_of("on_busy", on_busy, get_args(OnBusy))
         _require_one_of("shadow", shadow, get_args(ShadowPlace))
+        _require_one_of("resume", resume, get_args(Resume))
         self.run = run
         self.policy = policy or Policy()
         self._subjects = Subjects(run)
@@ -119,6 +132,7 @@ class AsyncPublisher:
         self._tiers = parse_log(log)
         self._device = device
         self._on_busy = on_busy
+        self._resume = resume
         self._linger_s = linger_s
         self._open_ports = ports
         self._error: Exception | None = None
@@ -179,13 +193,41 @@ class AsyncPublisher:
             self.policy,
             lambda reason: self._telling.event("log-failed", "trainer", reason),
         )
+        self._recall = Recall(
+            self.run,
+            ports,
+            self._outgoing,
+            self.policy,
+            lambda reason: self._telling.event("log-failed", "trainer", reason),
+        )
         await self._tenure.reserve()
         subscription = await ports.bus.subscribe(self._subjects.worker_control_all, self._heard)
         life.push_async_callback(subscription.unsubscribe)
-        claimed = await self._tenure.claim()
-        self._driver.spawn(self._archive.anchor(self._epoch))
+        claimed = await self._tenure.claim(self._past)
+        #: Our weights, under the number that they are first published by.
+        self._first: int = self._outgoing.version
+        if self._first == claimed.version:
+            self._driver.spawn(self._archive.anchor(self._epoch))
+        # Else behind the patch: whoever holds the claim's version would take the anchor instead.
         self._driver.spawn(self._tenure.keep(self._driver.post))
         self._driver.post(claimed)
+        self._driver.post(ev.Published(self._first))
+
+    async def _past(self, state: JournalState) -> Past | None:
+        """What the run goes on from, if not from our own weights. CannotResume."""
+        if self._resume == "never" or (self._resume == "auto" and state.claim is None):
+            return None
+        try:
+            past = await self._recall.head(state)
+        except CannotResume as exc:
+            if self._resume == "must":
+                raise
+            log.warning("%s", exc)
+            self._telling.event("resume", "trainer", f"not from the log: {exc.reason}")
+            return None
+        log.info("run %s goes on from version %d", self.run, past.version)
+        self._telling.event("resume", "trainer", f"goes on from version {past.version}")
+        return past
 
     def _epoch(self) -> int:
         return self._tenure.epoch
@@ -293,24 +335,53 @@ class AsyncPublisher:
         Never waits for workers or the bus (unless on_busy="wait"). `step` and `tags` travel in
         announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor.
         """
-        streams = [torch.cuda.current_stream(device) for device in self._devices]
-        made = await asyncio.to_thread(self._publish_on, streams, step, tags)
-        return AsyncUpdate(made, self)
+        return AsyncUpdate(await self._publish_aside(step, tags), self)
 
     @property
     def _devices(self) -> tuple[torch.device, ...]:
         return self._outgoing.devices if self._core is not None else ()
 
-    def _publish_on(
-        self, streams: Sequence[torch.cuda.Stream], step: int | None, tags: Tags | None
+    async def _publish_aside(
+        self,
+        step: int | None,
+        tags: Tags | None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> Published:
         """publish() on another thread, in the order of the caller's streams."""
-        with contextlib.ExitStack() as entered:
-            for stream in streams:
-                entered.enter_context(torch.cuda.stream(stream))
-            return self._publish(step, tags)
+        streams = [torch.cuda.current_stream(device) for device in self._devices]
 
-    def _publish(self, step: int | None, tags: Tags | None) -> Published:
+        def publish() -> Published:
+            with contextlib.ExitStack() as entered:
+                for stream in streams:
+                    entered.enter_context(torch.cuda.stream(stream))
+                return self._publish(step, tags, tensors)
+
+        return await asyncio.to_thread(publish)
+
+    async def rollback(
+        self, version: int, step: int | None = None, tags: Tags | None = None
+    ) -> AsyncUpdate:
+        """Publish the contents of an old version, from the log, under a new number.
+
+        Workers get what differs, as with publish(). The trainer's own weights are left alone: they
+        are the caller's to set back, and the next publish() brings what they differ in from what
+        was published here. Takes as long as reading the log, and one full copy in host memory.
+        LogHole if the log does not lead to exactly that version (any more, or yet), LogError,
+        BusError, Fenced, Closed, PublisherBusy: nothing was changed.
+        """
+        core = self._live_core()
+        past = await self._recall.version(version, core.head)
+        made = await self._publish_aside(step, tags, past.tensors)
+        reason = f"version {made.version} has the contents of version {version}"
+        self._telling.event("rollback", "trainer", reason)
+        return AsyncUpdate(made, self)
+
+    def _publish(
+        self,
+        step: int | None,
+        tags: Tags | None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> Published:
         self._check()
         if self._on_busy == "error" and not self._outgoing.wait_taken(0.0):
             raise PublisherBusy(
@@ -320,7 +391,9 @@ class AsyncPublisher:
         if self._on_busy == "wait":
             self._outgoing.wait_taken(self.policy.send_s * self.policy.attempts)
             self._check()
-        made = self._outgoing.publish(step, tags, begun=lambda: self._post(ev.Publishing()))
+        made = self._outgoing.publish(
+            step, tags, begun=lambda: self._post(ev.Publishing()), tensors=tensors
+        )
         if not self._outgoing.awaited:  # else Sealed will say so, and soon: spare the loop a turn
             self._post(ev.Published(made.version))
         return made
@@ -336,16 +409,20 @@ class AsyncPublisher:
         """Wait until `n` workers are in and current; their names. WaitTimeout says who is not."""
         core = self._live_core()
 
+        def current() -> int:
+            # A run that was resumed starts from old weights: whoever holds those has not ours yet.
+            return max(core.head, self._first)
+
         def present() -> list[str] | None:
             self._check()
-            members = core.membership.members.values()
+            members, least = core.membership.members.values(), current()
             names = sorted(
-                m.sender.name for m in members if m.version is not None and m.version >= core.head
+                m.sender.name for m in members if m.version is not None and m.version >= least
             )
             return names if len(names) >= n else None
 
         def why() -> str:
-            applied, missing = core.progress(core.head)
+            applied, missing = core.progress(current())
             return f"{len(applied)} of {n} are in" + "".join(
                 f"; {name}: {reason}" for name, reason in missing.items()
             )

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias, TypeVar
 
 from ..messages.control import Announce, Claim, Sender
 from ..messages.errors import (
@@ -17,15 +18,19 @@ from ..messages.errors import (
     SparsecastError,
     StreamMissing,
 )
-from ..pipeline.bus.journal import Journal
+from ..pipeline.bus.journal import Journal, JournalState
 from ..pipeline.bus.lease import Lease
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from .driver import Ports
-from .outgoing import Outgoing
+from .outgoing import Outgoing, Past
 
 log = logging.getLogger("sparsecast.publisher")
 
+T = TypeVar("T")
+
+#: What a run goes on from, as its journal stands; None: from the trainer's own weights.
+Recalling: TypeAlias = Callable[[JournalState], Coroutine[Any, Any, Past | None]]
 
 #: How often a claim is tried while the holder before, whose lease is over, goes on announcing.
 CLAIMS = 5
@@ -61,22 +66,20 @@ class Tenure:
         """Take the lease. RunBusy, BusUnavailable."""
         await self._lease.acquire(timeout_s=self._policy.bus_s)
 
-    async def claim(self) -> ev.Claimed:
+    async def claim(self, recall: Recalling) -> ev.Claimed:
         """Claim the reserved run, above whatever was announced on it before. RunBusy,
-        BusUnavailable.
+        BusUnavailable, and what `recall` raises.
 
-        A successor's weights are a version of their own: holders of anything else see by the digest
-        that they have to resync (rule 2).
+        The claim's version has the contents that `recall` gives, or None: those of our own weights.
+        Whoever holds them knows by the digest, whatever they were called; holders of anything else,
+        of a version that was announced and is void among it, see that they have to resync (rule 2).
         """
         for _ in range(CLAIMS):
             state = await self._journal.open(timeout_s=self._policy.bus_s)
             epoch, version = 1, 0
-            if state.claim is not None:
-                newest = state.claim.version
-                if state.announce is not None and state.announce.stamp.epoch == state.claim.epoch:
-                    newest = max(newest, state.announce.version)
-                epoch, version = state.claim.epoch + 1, newest + 1
-            _, digest = await self._ports.run(self._outgoing.begin, version)
+            if state.claim is not None and state.head is not None:
+                epoch, version = state.claim.epoch + 1, state.head + 1
+            digest = await self._held_over(self._begin(recall, state, version))
             try:
                 await self._append_claim(epoch, version, digest, state.last_sequence)
             except SequenceConflict:
@@ -145,6 +148,32 @@ class Tenure:
                 # It may run out meanwhile and a successor may take the run: the journal's
                 # compare-and-set decides.
                 log.warning("the lease was not renewed: %s", exc)
+
+    async def _begin(self, recall: Recalling, state: JournalState, version: int) -> int:
+        digest: int
+        _, digest = await self._ports.run(self._outgoing.begin, version, await recall(state))
+        return digest
+
+    async def _held_over(self, work: Coroutine[Any, Any, T]) -> T:
+        """Keep the lease while `work` lasts, which may be longer. RunBusy if it is another's."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait([task], timeout=self._policy.lease_s / 4))[0]:
+                await self._renewed()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+        return task.result()
+
+    async def _renewed(self) -> None:
+        try:
+            await self._lease.renew(timeout_s=self._policy.bus_s)
+        except Fenced as exc:
+            holder = f"that took it meanwhile ({exc.reason})"
+            raise RunBusy(self._run, holder, lease_s=self._policy.lease_s) from exc
+        except BusError as exc:
+            # The journal's compare-and-set decides whether anybody had the run meanwhile.
+            log.warning("the lease was not renewed: %s", exc)
 
     async def release(self) -> None:
         """Give the lease back, so that a successor need not wait for its end."""

@@ -46,6 +46,7 @@ class Made:
     """The facts of one publish()."""
 
     def __init__(self, made: Published) -> None:
+        self._made = made
         self.version = made.version
         self.base_version = made.base_version
         #: Elements whose bits changed, and bytes of the patch and of the same weights dense.

@@ -42,6 +42,15 @@ class JournalState:
     claim: Claim | None
     announce: Announce | None
 
+    @property
+    def head(self) -> int | None:
+        """The highest version that was claimed or announced; None before the first claim."""
+        if self.claim is None:
+            return None
+        if self.announce is None or self.announce.stamp.epoch != self.claim.epoch:
+            return self.claim.version
+        return max(self.claim.version, self.announce.version)
+
 
 class Journal:
     """The journal stream of one run."""
@@ -95,6 +104,20 @@ class Journal:
                 found = decode(record.data, subject, kind)
             except RemoteProtocolError:
                 continue
+        return found
+
+    async def claims(self, timeout_s: float) -> list[Claim]:
+        """Every claim that it holds, the oldest first. BusError."""
+        subject = self._subjects.announce_claim
+        found: list[Claim] = []
+        async for record in self._bus.read(self._stream, subject, timeout_s=timeout_s):
+            try:
+                claim = decode(record.data, subject, Claim)
+            except RemoteProtocolError as exc:
+                log.warning("journal %s, message %d: %s", self._stream, record.sequence, exc)
+                continue
+            if isinstance(claim, Claim):
+                found.append(claim)
         return found
 
     async def append(

@@ -44,6 +44,8 @@ class Lane:
         self._announced = announced
         #: A resync was called for while an apply or a proof ran: what it finds does not count.
         self._void = False
+        #: The digest of weights that are no version yet, until something is written to them.
+        self._unnamed: int | None = None
         self._apply_at = 0.0
 
     # ---- what comes next
@@ -64,6 +66,7 @@ class Lane:
         chain = self.staging.chain(self.version)
         if chain and now >= self._apply_at:
             self.applying = chain
+            self._unnamed = None
             out.append(cmd.Apply(chain))
         elif not chain and self._may_fetch(coming) and now >= self._catchup.due:
             self._catchup.under_way = True
@@ -111,6 +114,7 @@ class Lane:
         # Only the digest can tell.
         self.version = None
         self.verified = None
+        self._unnamed = None
         self.manifest_hash = ""
         self.to_prove = True
         self._catchup.claimed(now)
@@ -123,10 +127,18 @@ class Lane:
         if event.epoch != self._announced.epoch:
             return []
         self.manifest_hash = event.manifest_hash
-        shown = self._announced.shown_by(event.digest)
-        if shown is None or void:
+        if void:
+            return []
+        self._unnamed = event.digest
+        return self._name()
+
+    def _name(self) -> list[ReplicaCommand]:
+        """Weights that are no version yet may be one that was announced."""
+        shown = None if self._unnamed is None else self._announced.shown_by(self._unnamed)
+        if shown is None:
             return []
         self.version = self.verified = shown
+        self._unnamed = None
         return [cmd.Hold(shown)]
 
     def unfit(self) -> None:
@@ -179,9 +191,13 @@ class Lane:
         return [*out, Report(msg.Received(sender=self._me, stamp=stamp, error=why))]
 
     def announced(self, announce: msg.Announce) -> list[ReplicaCommand]:
-        """The journal has made this announcement: what came with another one is worth nothing."""
+        """The journal has made this announcement: what came with another one is worth nothing.
+
+        A trainer that resumes may announce what the one before had, and the log had not: who holds
+        that need not fetch it.
+        """
         if self.staging.confirm(announce):
-            return []
+            return self._name()
         version = announce.version
         return [self.refused(version, ANOTHER), self.staging.drop((version,))]
 
@@ -298,6 +314,7 @@ class Lane:
         """The weights are worth nothing: serve none of them, and start again from an anchor."""
         self.version = None
         self.verified = None
+        self._unnamed = None
         self._void = self.applying is not None or self.proving
         out = self._drop_all()
         self._catchup.set_back(now)

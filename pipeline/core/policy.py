@@ -69,6 +69,10 @@ class Policy:
     store_s: float = 60.0
     """The deadline of one entry's way into or out of the log."""
 
+    resume_s: float = 600.0
+    """How long a trainer may take to make an old state again from the log, when it resumes a run or
+    rolls it back."""
+
     join_lag: int = 1
     """A member at most so many versions behind the head may enter a window."""
 

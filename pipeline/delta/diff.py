@@ -84,6 +84,10 @@ def _part(held: Tensor, start: int, stop: int) -> Tensor:
     return held[start:stop]
 
 
+def _beside(source: Source, device: torch.device, start: int, stop: int) -> Tensor:
+    return source.piece(start, stop).to(device)
+
+
 def _sources(tensors: Mapping[str, Tensor], manifest: Manifest) -> list[Source]:
     return [Source(spec.name, tensors[spec.name], dtype_of(spec)) for spec in manifest.tensors]
 
@@ -185,7 +189,8 @@ def diff(
         olds, news = _sources(old, manifest), _sources(new, manifest)
         drafts = []
         for index, (one, other) in enumerate(zip(olds, news, strict=True)):
-            pieces = [change.piece for change in scan(one.piece, other, None)]
+            held = partial(_beside, one, other.device)
+            pieces = [change.piece for change in scan(held, other, None)]
             if pieces:
                 itemsize = manifest.tensors[index].itemsize
                 drafts.append(_draft(index, itemsize, other, pieces))
@@ -248,7 +253,7 @@ class Shadow:
 
     def _named(self) -> dict[str, Tensor]:
         return {
-            spec.name: held.view(dtype_of(spec))
+            spec.name: held.view(dtype_of(spec)).view(spec.shape)
             for spec, held in zip(self.manifest.tensors, self._held, strict=True)
         }
 
@@ -371,6 +376,17 @@ class Shadow:
             ]
         g_K = self._factors[index][piece.start >> 16 : (piece.start + piece.numel + 0xFFFF) >> 16]
         return sparse_sum(addends(change.new_N).sub_(addends(old_N)), change.idx_N, g_K)
+
+    def since(self, tensors: Mapping[str, Tensor], *, base_version: int, version: int) -> Patch:
+        """The patch from `tensors`, of the published dtypes and on any device, to what is held.
+
+        Whole on return in the order of the devices' current streams.
+        """
+        self._require_whole()
+        self._mark.precede()
+        patch = diff(tensors, self._named(), base_version=base_version, version=version)
+        self._mark = Mark(self._mark.device)
+        return patch
 
     def anchor(self, version: int, *, device: torch.device | None = None) -> Patch:
         """A full copy of the state that is held, as the anchor of `version`.

@@ -199,36 +199,37 @@ class JetStreamLog:
             raise LogError(f"the log of run {self._subjects.run!r} cannot be read: {exc}") from exc
         return oldest_first(list(found.values()))
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
+    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytearray:
         """The bytes of an entry, their size and number of chunks checked (LogError, LogHole).
 
         LogHole if the entry is not there (any more), whole: start again from the entries.
         """
-        chunks: list[bytes] = []
-        filled = 0
+        payload = bytearray(entry.nbytes)
+        chunks = filled = 0
         try:
             if entry.nbytes:
                 async for record in self._read(self._chunks(entry), timeout_s):
-                    chunks.append(record.data)
-                    filled += len(record.data)
+                    chunks += 1
+                    begin, filled = filled, filled + len(record.data)
                     if filled > entry.nbytes:
                         break
+                    payload[begin:filled] = record.data
         except StreamMissing as exc:
             raise LogHole(f"{exc}", version=entry.version) from exc
         except BusError as exc:
             raise LogError(f"log entry {entry.name!r} cannot be read: {exc}") from exc
-        found = f"{len(chunks)} chunk(s) and {filled} bytes"
+        found = f"{chunks} chunk(s) and {filled} bytes"
         if filled < entry.nbytes:
             raise LogHole(
                 f"entry {entry.name!r} has {found} of {entry.nbytes}: pruned, or lost",
                 version=entry.version,
             )
-        if filled > entry.nbytes or len(chunks) != (entry.chunks or len(chunks)):
+        if filled > entry.nbytes or chunks != (entry.chunks or chunks):
             raise LogError(
                 f"log entry {entry.name!r} has {found}; its index says {entry.chunks} and "
                 f"{entry.nbytes}"
             )
-        return b"".join(chunks)
+        return payload
 
     async def _read(self, subject: str, timeout_s: float) -> AsyncIterator[Record]:
         """Read a subject within `timeout_s` in all."""

@@ -4,12 +4,15 @@ They use the product as a user does; what they see is checked at every step.
 """
 
 import asyncio
+import copy
 import random
 from typing import TYPE_CHECKING, Any
 
 from sparsecast.messages.errors import (
     BusError,
+    CannotResume,
     Fenced,
+    LogError,
     ManifestMismatch,
     NameInUse,
     ReplicaTorn,
@@ -121,17 +124,26 @@ class TrainerLife(Life):
         super().__init__(world, f"trainer#{number}")
         plan = world.plan
         self.patience_s = patience_s
-        first = number == 1 or self.rng.random() < 0.3
-        self.weights = plan.weights(random.Random(f"{plan.seed} start") if first else self.rng)
-        self.initial = fingerprint(plan.published(self.weights))
+        lot = self.rng.random()
+        if number == 1 or lot < 0.2:
+            self.weights = plan.weights(random.Random(f"{plan.seed} start"))
+        elif lot < 0.8 and world.checkpoints:
+            self.weights = copy.deepcopy(self.rng.choice(world.checkpoints))
+        else:
+            self.weights = plan.weights(self.rng)
+        self.initial = world.know(self.weights)
         #: What each version is, by its bits.
         self.table: dict[int, str] = {}
+        #: Of what publishes: one at a time.
+        self.publishing = asyncio.Lock()
+        resume: Any = self.rng.choice(["auto", "auto", "auto", "must", "never"])
         self.publisher = AsyncPublisher(
             self.weights,
             run=RUN,
             bus=URL,
             dtype=plan.dtypes or None,
             policy=plan.policy,
+            resume="auto" if world.healed else resume,
             linger_s=20.0,
             ports=self.ports,
         )
@@ -141,8 +153,10 @@ class TrainerLife(Life):
         world, loop = self.world, self.world.loop
         try:
             await self.publisher.__aenter__()
-        except RunBusy as exc:
+        except (RunBusy, CannotResume) as exc:
             world.note(self.name, "refused", exc)
+            if isinstance(exc, CannotResume):
+                world.count("not resumed")
             return
         self.live = True
         world.note(self.name, "begins at version", self.publisher.version)
@@ -163,6 +177,8 @@ class TrainerLife(Life):
                 continue
             try:
                 await self.publish()
+                if self.rng.random() < 0.1:
+                    await self.rollback()
             except Fenced as exc:
                 world.note(self.name, "fenced", exc)
                 break
@@ -181,7 +197,32 @@ class TrainerLife(Life):
 
     async def publish(self) -> None:
         """Change something, and publish it: it must take no time."""
-        world, loop, plan = self.world, self.world.loop, self.world.plan
+        async with self.publishing:
+            await self._publish()
+
+    async def rollback(self) -> None:
+        """Publish an old version again, if the log has it: the trainer's weights stay."""
+        world, publisher = self.world, self.publisher
+        async with self.publishing:
+            version = publisher.version - self.rng.randint(0, 6)
+            before = publisher.version
+            try:
+                self.last = await publisher.rollback(version)
+            except (LogError, BusError) as exc:
+                world.note(self.name, "no way back", exc)
+                if publisher.version != before:
+                    world.violation(f"{self.name}: a rollback failed, and made a version")
+                return
+            made = self.last.version
+            was = world.bits_of(self, version)
+            self.table[made] = world.states[publisher._outgoing.digest]
+            if made != before + 1 or self.table[made] != was:
+                world.violation(f"{self.name} went back to {version}, which was {was}, by {made}")
+            world.note(self.name, "goes back to", version, "by", made)
+            world.count("rolled back")
+
+    async def _publish(self) -> None:
+        world, loop = self.world, self.world.loop
         if self.rng.random() < 0.1:
             await self._fail()
         density = self.rng.choice([0.0, 0.002, 0.01, 0.01, 0.1, 0.5, 1.0])
@@ -189,7 +230,9 @@ class TrainerLife(Life):
         began, stops = loop.time(), self.stops
         version = self.publisher.version + 1
         self.last = await self.publisher.publish(step=version)
-        self.table[version] = fingerprint(plan.published(self.weights))
+        self.table[version] = world.know(self.weights)
+        if self.rng.random() < 0.3:
+            world.checkpoints.append(copy.deepcopy(self.weights))
         if loop.time() != began and stops == self.stops:
             world.violation(f"{self.name}: publish() took {loop.time() - began} s")
         if self.last.version != version:

@@ -135,6 +135,21 @@ def fence_down() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def resumed_as_is() -> Iterator[None]:
+    """A trainer that resumes takes its own weights for those that the log had."""
+    begin = Outgoing.begin
+
+    def and_forget(self: Outgoing, *args: Any) -> Any:
+        start, found = begin(self, *args)
+        self._pending.clear()
+        self.version = start
+        return start, found
+
+    with mock.patch.object(Outgoing, "begin", and_forget):
+        yield
+
+
 #: Every one, with the words by which the simulation tells of it (one of them).
 PLANTED: dict[str, tuple[Plant, tuple[str, ...]]] = {
     "base unchecked": (base_unchecked, ("no trainer published", "not the announced")),
@@ -148,4 +163,5 @@ PLANTED: dict[str, tuple[Plant, tuple[str, ...]]] = {
     "readers ignored": (readers_ignored, ("changed under a reader",)),
     "unsafe forgotten": (unsafe_forgotten, ("not converged",)),
     "fence down": (fence_down, ("the journal took",)),
+    "resumed as is": (resumed_as_is, ("not the announced", "no trainer published")),
 }

@@ -26,11 +26,13 @@ from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.core.replica import ReplicaCore
 from sparsecast.pipeline.core.trainer import TrainerCore
+from sparsecast.pipeline.delta import digest
 from sparsecast.workers.publisher import Report
 
 from .broker import Broker
 from .course import Broken, Course
 from .describe import describe
+from .engine import fingerprint
 from .lives import Life, TrainerLife, WorkerLife
 from .loop import CURRENT, Hung, Process, Stuck, VirtualLoop
 from .plan import Plan
@@ -79,6 +81,11 @@ class World:
         self.fabric.faults = Faults(notices=self.rng.random())
         self.fabric.on_second = self._in_two_windows
         self.trainers: list[TrainerLife] = []
+        #: The bits of every state that was ever published, by its digest; weights that some trainer
+        #: has had, for others to begin with; the claims, in order.
+        self.states: dict[int, str] = {}
+        self.checkpoints: list[dict[str, torch.Tensor]] = []
+        self.claims: list[Claim] = []
         self.workers: list[WorkerLife] = []
         self.healed = False
         self.closing = False
@@ -220,7 +227,7 @@ class World:
             assert isinstance(claim, Claim)
             trainer = self.trainer_of(claim.sender.incarnation)
             assert trainer is not None
-            trainer.table.setdefault(claim.version, trainer.initial)
+            self._claimed(claim, trainer)
             self.result.epochs += 1
             self._claim = claim
             self.note("journal", claim)
@@ -234,6 +241,35 @@ class World:
                 holder.epoch,
             ):
                 self.violation(f"the journal took {describe(announce)} under {describe(holder)}")
+
+    def _claimed(self, claim: Claim, trainer: TrainerLife) -> None:
+        """What a claim calls its version is what some trainer has published, or begins with; what
+        a trainer begins with comes next."""
+        if claim.version not in trainer.table:
+            bits = trainer.table[claim.version] = self.states.get(claim.digest, "nobody's")
+            if bits != trainer.initial:
+                trainer.table[claim.version + 1] = trainer.initial
+            self.count("resumed" if self.claims and bits != trainer.initial else "claimed")
+        if self.states.get(claim.digest) != trainer.table[claim.version]:
+            self.violation(f"{trainer.name} claims what is not version {claim.version}")
+        self.claims.append(claim)
+
+    def know(self, weights: dict[str, torch.Tensor]) -> str:
+        """The bits of a trainer's weights, which are published from here on."""
+        published = self.plan.published(weights)
+        bits = fingerprint(published)
+        self.states[digest(published)] = bits
+        return bits
+
+    def bits_of(self, trainer: TrainerLife, version: int) -> str | None:
+        """What a version is to a trainer: its own, or that of the epoch it was announced in."""
+        if version in trainer.table:
+            return trainer.table[version]
+        for claim in reversed(self.claims):
+            earlier = self.trainer_of(claim.sender.incarnation)
+            if claim.version <= version and earlier is not None:
+                return earlier.table.get(version)
+        return None
 
     def _in_two_windows(self, window: SimWindow, other: SimWindow) -> None:
         self.violation(f"{window.process.name} opens {window} while it is in {other}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, weights
+from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, until_stored, weights
 from sparsecast import Policy, Publisher, Replica, digest
 from sparsecast.messages.metrics import WorkerMetrics
 from sparsecast.pipeline.bus.broker import Broker
@@ -68,6 +68,41 @@ async def test_rounds_from_gpu_to_gpu(site: Site, ear: Ear, window: Any, shadow:
         await eventually(lambda version=version: replica.verified == version, 30.0)
         assert (await ear.until(WorkerMetrics, version=version)).source == "window"
         assert same_bits(_on_host(trained), _on_host(mine))
+    assert replica.mismatches == 0
+
+
+@pytest.mark.parametrize("shadow", ["device", "host"])
+async def test_back_from_the_log(site: Site, shadow: Any) -> None:
+    """A trainer resumes a run from an older checkpoint, and rolls it back: old states are in host
+    memory, shadow and weights on the GPU, and patches of both kinds meet."""
+    policy = _policy()
+    trained, mine, checkpoints = _on_gpu(weights()), _on_gpu(weights()), [weights()]
+    first = await site.publisher(trained, policy=policy, shadow=shadow)
+    replica = await site.replica(mine, policy=policy)
+    await first.wait_members(1, timeout_s=60)
+    for version in range(1, 4):
+        step_cuda(trained, version)
+        await first.publish()
+        await until_stored(first, version)
+        checkpoints.append(_on_host(trained))
+    await replica.wait_version(3, timeout_s=30)
+    await first.close()
+    trained = _on_gpu(checkpoints[1])
+    second = await site.publisher(trained, policy=policy, shadow=shadow, resume="must")
+    assert second.version == 5
+    await second.wait_members(1, timeout_s=60)
+    assert same_bits(checkpoints[1], _on_host(mine))
+    await until_stored(second, 5)
+    back = await second.rollback(5)
+    assert back.changed == 0
+    step_cuda(trained, 7)
+    await second.publish()
+    back = await second.rollback(5)
+    step_cuda(trained, 8)
+    update = await second.publish()
+    assert (await update.wait_applied(timeout_s=30)).complete
+    await eventually(lambda: replica.verified == update.version == 9, 30.0)
+    assert same_bits(_on_host(trained), _on_host(mine))
     assert replica.mismatches == 0
 
 

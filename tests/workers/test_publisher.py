@@ -209,7 +209,7 @@ async def test_a_claim_is_tried_again_behind_a_last_announcement(
         return state
 
     monkeypatch.setattr(Journal, "open", look_and_be_overtaken)
-    new = await site.publisher(weights())
+    new = await site.publisher(weights(), resume="never")
     assert new.version == 2
     monkeypatch.undo()
     replica = await site.replica(weights(seed=4))

@@ -193,6 +193,26 @@ async def test_a_journal_that_is_gone_is_missing(bus: NatsBus, writer: Writer, r
     assert (after.last_sequence, after.claim) == (0, None)
 
 
+async def test_a_trainer_reads_all_claims(bus: NatsBus, writer: Writer, run: str) -> None:
+    """Three trainers had the run, and somebody wrote nonsense between: each claim, in order. The
+    head is what was claimed or announced last, whatever an older epoch announced."""
+    await writer.announce(1)
+    await bus.publish(Subjects(run).announce_claim, b"nonsense")
+    for epoch, who in ((2, "two"), (3, "three")):
+        other = Writer(bus, run, who)
+        await other.open()
+        await other.claim(epoch, 2 * epoch)
+        assert (await other.journal.open(S)).head == 2 * epoch
+    await other.announce(7, epoch=3)
+    assert (await other.journal.open(S)).head == 7
+    claims = await writer.journal.claims(S)
+    assert [(one.epoch, one.sender.incarnation) for one in claims] == [
+        (1, "one"),
+        (2, "two"),
+        (3, "three"),
+    ]
+
+
 async def test_garbage_in_the_journal_does_not_stop_a_trainer(
     bus: NatsBus, writer: Writer, run: str
 ) -> None:

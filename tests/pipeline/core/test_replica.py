@@ -1,5 +1,8 @@
 """The worker's side, one misfortune at a time."""
 
+import pytest
+from msgspec.structs import replace
+
 from sparsecast.messages import control as msg
 from sparsecast.messages.control import Sender, Stamp
 from sparsecast.messages.errors import NameInUse, ReplicaRefused
@@ -242,6 +245,41 @@ def test_a_claim_while_the_weights_are_busy() -> None:
     assert [(m.epoch, m.version) for m in talk.said(msg.Join)] == [(3, None)]
     assert talk.only(cmd.Fetch) == cmd.Fetch(3, None, 4)
     assert talk.hear(claim(2, 2, successor)) == [], "lower epochs are refused"
+
+
+def test_weights_that_are_announced_again() -> None:
+    """The worker holds what the trainer before had announced and not stored: the claim is of what
+    was before, and an update brings the same contents again. It holds that one at once."""
+    talk = Talk()
+    successor = Sender("trainer", "t2")
+    talk.hear(claim(2, 5, successor))
+    talk.feed(ev.Proved(2, MANIFEST.hash, 6))
+    assert talk.core.version is None
+    assert talk.only(cmd.Fetch) == cmd.Fetch(2, None, 5)
+    again = replace(announcement(Stamp(2, 0, 0, 6)), sender=successor)
+    assert talk.only(cmd.Hold, talk.hear(again)) == cmd.Hold(6)
+    assert (talk.core.version, talk.core.verified) == (6, 6)
+    talk.feed(ev.Fetched(2, (ev.LogItem(None, 5, 5, 10),)))
+    assert talk.only(cmd.Drop) == cmd.Drop((5,))
+    assert talk.only(cmd.Apply) is None
+
+
+@pytest.mark.parametrize("what", ["an anchor is applied", "a resync is called for"])
+def test_weights_that_were_written_to_are_no_version(what: str) -> None:
+    """What their digest was does not count any more: an announcement of that names nothing."""
+    talk = Talk()
+    successor = Sender("trainer", "t2")
+    talk.hear(claim(2, 5, successor))
+    talk.feed(ev.Proved(2, MANIFEST.hash, 6))
+    if what == "an anchor is applied":
+        talk.feed(ev.Fetched(2, (ev.LogItem(None, 5, 5, 10),)))
+        assert talk.only(cmd.Apply).versions == (5,)
+        talk.feed(ev.ApplyFailed("readers", torn=False, waiting=True))
+    else:
+        talk.core._lane.resync("a fault", talk.now)
+    again = replace(announcement(Stamp(2, 0, 0, 6)), sender=successor)
+    assert talk.only(cmd.Hold, talk.hear(again)) is None
+    assert talk.core.version is None
 
 
 def test_words_of_a_trainer_that_was_replaced_are_ignored() -> None:

@@ -234,6 +234,20 @@ def test_a_shadow_follows_many_updates(
         assert found.digest == digest(worker)
 
 
+@given(states(), densities, seeds)
+@settings(max_examples=50, deadline=None)
+def test_what_a_shadow_differs_in_from_an_old_state(
+    old: dict[str, Tensor], density: float, seed: int
+) -> None:
+    """The patch from a state that was made again to what the shadow holds: as diff() makes it."""
+    new = changed(old, density, seed)
+    shadow = Shadow(new)
+    patch = shadow.since(old, base_version=4, version=5)
+    assert patch.to_bytes() == diff(old, new, base_version=4, version=5).to_bytes()
+    assert shadow.digest == digest(new)
+    assert shadow.diff(new, base_version=5, version=6).patch.changed == 0
+
+
 def test_times_are_reported() -> None:
     """Metrics get the time of finding and of encoding, in µs."""
     old = {"w": torch.randn(1_000_000)}

@@ -1,0 +1,166 @@
+"""Old states of a run, made again from its log: the head to go on from, a version to go back to.
+
+A state is made in host memory, over the bytes of the anchor that it starts from: one full copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from ..messages.control import Claim, LogEntry
+from ..messages.errors import (
+    BusError,
+    CannotResume,
+    CorruptPatch,
+    LogError,
+    LogHole,
+    ManifestMismatch,
+    PatchError,
+)
+from ..messages.manifest import Manifest
+from ..pipeline.bus.journal import Journal, JournalState
+from ..pipeline.core.policy import Policy
+from ..pipeline.delta import Patch, apply_checked, check, checksum, digest
+from ..pipeline.delta.tensors import dtype_of
+from ..pipeline.log.lineage import Step, remakeable
+from .driver import Ports
+from .outgoing import Outgoing, Past
+
+State = dict[str, torch.Tensor]
+
+
+class _Spoilt(Exception):
+    """An entry that is not what it says: states are to be made without it."""
+
+    def __init__(self, entry: LogEntry, reason: str) -> None:
+        super().__init__(reason)
+        self.entry = entry
+
+
+class Recall:
+    """Makes states of one run again; `tell(reason)` hears of entries that it went around."""
+
+    def __init__(
+        self,
+        run: str,
+        ports: Ports,
+        outgoing: Outgoing,
+        policy: Policy,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._run = run
+        self._ports = ports
+        self._outgoing = outgoing
+        self._policy = policy
+        self._tell = tell
+        self._journal = Journal(ports.bus, run)
+
+    async def head(self, state: JournalState) -> Past:
+        """The newest announced version that the log makes again. CannotResume."""
+        if state.claim is None or state.head is None:
+            reason = "its journal has no claim: it never ran, or the broker has lost its store"
+            raise CannotResume(self._run, reason)
+        try:
+            self._outgoing.manifest.require_same(state.claim.manifest)
+            if self._outgoing.manifest.hash != state.claim.manifest.hash:
+                raise ManifestMismatch("the same tensors in another order")
+            return await self._make(state.head)
+        except ManifestMismatch as exc:
+            reason = f"its model was another one ({exc.difference})"
+            raise CannotResume(self._run, reason) from exc
+        except (LogError, BusError, RuntimeError, MemoryError) as exc:
+            raise CannotResume(self._run, str(exc) or type(exc).__name__) from exc
+
+    async def version(self, version: int, announced: int) -> Past:
+        """What `version` was. LogHole, LogError, BusError."""
+        return await self._make(announced, version)
+
+    async def _make(self, announced: int, version: int | None = None) -> Past:
+        """This version (None: the newest), around whatever is damaged."""
+        policy, log = self._policy, self._ports.log
+        try:
+            async with asyncio.timeout(policy.resume_s):
+                entries = await log.entries(timeout_s=policy.store_s)
+                claims = await self._journal.claims(timeout_s=policy.bus_s)
+                while True:
+                    step = self._step(entries, claims, announced, version)
+                    if version is None and step.digest == await self._published():
+                        return Past(step.version, step.digest, {})
+                    try:
+                        return Past(step.version, step.digest, await self._state(step))
+                    except _Spoilt as exc:
+                        self._tell(f"an old state is made without {exc.entry.name}: {exc}")
+                        entries = [one for one in entries if one.name != exc.entry.name]
+        except TimeoutError:
+            what = "a version" if version is None else f"version {version}"
+            raise LogError(
+                f"the log did not give {what} of run {self._run!r} within {policy.resume_s:g} s "
+                "(Policy.resume_s)"
+            ) from None
+
+    def _step(
+        self,
+        entries: list[LogEntry],
+        claims: list[Claim],
+        announced: int,
+        version: int | None,
+    ) -> Step:
+        manifest_hash = self._outgoing.manifest.hash
+        claims = [claim for claim in claims if claim.manifest.hash == manifest_hash]
+        made = remakeable(entries, claims, announced)
+        wanted = max(made, default=None) if version is None else version
+        if wanted is not None and wanted in made:
+            return made[wanted]
+        whole = f"whole ones lead to {sorted(made)}" if made else "none leads from an anchor on"
+        what = "any version" if version is None else f"version {version}"
+        raise LogHole(
+            f"to {what} of run {self._run!r}: of its {len(entries)} entries {whole}; see them "
+            "with: sparsecast log ls",
+            version=version,
+        )
+
+    async def _published(self) -> int:
+        found: int = await self._ports.run(lambda: self._outgoing.digest)
+        return found
+
+    async def _state(self, step: Step) -> State:
+        state: State = {}
+        for entry in step.way:
+            try:
+                data = await self._ports.log.load(entry, timeout_s=self._policy.store_s)
+                await self._ports.run(_put, data, entry, self._outgoing.manifest, state)
+            except (LogError, PatchError) as exc:
+                raise _Spoilt(entry, str(exc)) from exc
+        found = await self._ports.run(digest, state)
+        if found != step.digest:
+            reason = f"it leads to digest {found:016x}, {step.digest:016x} was published"
+            raise _Spoilt(step.entry, reason)
+        return state
+
+
+def _put(data: bytes | bytearray, entry: LogEntry, manifest: Manifest, state: State) -> None:
+    """Apply an entry to a state; an anchor's bytes become the state themselves (PatchError)."""
+    whole = data if isinstance(data, bytearray) else bytearray(data)
+    if not whole:
+        raise CorruptPatch("0 bytes")
+    buffer = torch.frombuffer(whole, dtype=torch.uint8)
+    found = checksum(buffer)
+    if found != entry.checksum:
+        raise CorruptPatch(f"its checksum is {found:016x}, not {entry.checksum:016x}")
+    patch = Patch.from_buffer(buffer)
+    if (patch.base_version, patch.version) != (entry.base_version, entry.version):
+        raise CorruptPatch(f"it holds {patch!r}")
+    checked = check(patch, manifest)
+    if patch.base_version is not None:
+        apply_checked(checked, state)
+        return
+    sections = {section.index: section for section in patch.sections_of(manifest)}
+    for index, spec in enumerate(manifest.tensors):
+        dtype, section = dtype_of(spec), sections.get(index)
+        values = torch.empty(0, dtype=dtype) if section is None else patch.values(section)
+        if values.numel() != spec.numel:
+            raise CorruptPatch("an anchor that is not whole", tensor=spec.name)
+        state[spec.name] = values.view(dtype).view(spec.shape)
