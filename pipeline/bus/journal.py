@@ -22,7 +22,9 @@ from .follow import Follower, GapHandler, JournalHandler, decode
 
 log = logging.getLogger("sparsecast.bus")
 
-MAX_MESSAGES = 65_536
+#: Claims, and announcements, that it keeps: a claim must outlast the announcements of its epoch,
+#: for without one a successor would begin at version 0 again.
+KEPT = 65_536
 #: How often a member looks for a journal that it does not know of yet, and at one that is silent.
 MISSING_POLL_S = 1.0
 SILENT_POLL_S = 5.0
@@ -68,7 +70,7 @@ class Journal:
             name=self._stream,
             subjects=(subjects.announce_all,),
             republish=(subjects.announce_all, subjects.announced_all),
-            max_messages=MAX_MESSAGES,
+            max_messages_per_subject=KEPT,
             description=f"sparsecast: claims and announcements of run {subjects.run}",
             metadata={"nonce": secrets.token_hex(8)},
         )

@@ -20,6 +20,7 @@ from sparsecast.messages.errors import (
 )
 from sparsecast.messages.manifest import Manifest, TensorSpec
 from sparsecast.messages.subjects import Subjects
+from sparsecast.pipeline.bus import journal
 from sparsecast.pipeline.bus.base import Handler, Message, Subscription
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.bus.journal import Journal
@@ -139,6 +140,26 @@ async def test_a_trainer_finds_what_its_predecessor_left(bus: NatsBus, run: str)
     assert second.nonce == first.nonce != ""
     assert second.last_sequence == 4
     assert (second.claim, second.announce) == (claim(1), announce(3))
+
+
+async def test_a_claim_outlasts_its_announcements(
+    bus: NatsBus, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long run: old announcements fall out of the journal. A successor and a new member find the
+    claim all the same, and the newest announcement."""
+    monkeypatch.setattr(journal, "KEPT", 4)
+    writer = Writer(bus, run)
+    await writer.open()
+    await writer.claim(1)
+    for version in range(1, 8):
+        await writer.announce(version)
+    state = await Journal(bus, run).open(S)
+    assert (state.claim, state.announce, state.last_sequence) == (claim(1), announce(7), 8)
+    assert await bus.get(Subjects(run).journal_stream, 2, timeout_s=S) is None
+    heard: Heard = []
+    following = await Journal(bus, run).follow(note(heard))
+    assert heard == [("Claim", 0, 1), ("Announce", 7, 8)]
+    await following.unsubscribe()
 
 
 async def test_a_stale_trainer_is_fenced_off(
