@@ -84,7 +84,7 @@ class _Graph:
         )
         driver.cuGraphDestroy(graph)
         _check("instantiation", made)
-        self._launch = driver.cuGraphLaunch
+        self._launch, self._destroy = driver.cuGraphLaunch, driver.cuGraphExecDestroy
 
     def launch(self, stream: torch.cuda.Stream) -> None:
         """Queue it on a stream of its device."""
@@ -93,7 +93,7 @@ class _Graph:
     def __del__(self) -> None:
         if self._ready.value:
             # What still runs of it, runs to its end.
-            _driver().cuGraphExecDestroy(self._ready)
+            self._destroy(self._ready)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
