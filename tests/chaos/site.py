@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,8 +30,8 @@ from sparsecast.pipeline.bus.base import Message
 from sparsecast.pipeline.bus.nats import connect
 
 from ..servers import Proxy
-from ..spawn import Processes
 from . import roles
+from .actors import Actor
 from .roles import Part
 from .servers import Server
 
@@ -60,115 +60,28 @@ SHORT = Policy(
 PUBLISH_S = SHORT.ready_s
 #: Until all is well again after the last fault.
 SETTLE_S = 20.0
-LIFE_S = 24 * 3600.0
 
 
 @dataclass(slots=True)
 class Truth:
-    """What may be read: the digests that trainers have said, by version."""
+    """What may be read, and what was."""
 
+    #: The digests that trainers have said before they published, by version.
     digests: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     #: Of weights with which a trainer has opened the run, at a version that it may have died before
     #: telling.
     openings: set[int] = field(default_factory=set)
 
-    def allows(self, version: int, digest: int) -> bool:
-        return digest in self.digests[version] or digest in self.openings
+    #: What was read: by whom, which version, which digest.
+    reads: set[tuple[str, int, int]] = field(default_factory=set)
 
-
-class Actor:
-    """One process of the run, its way to the broker, and what it has said."""
-
-    def __init__(self, site: "Site", name: str, role: Callable[..., None]) -> None:
-        self.site = site
-        self.name = name
-        self.role = role
-        #: Its way to the broker: `cut`, `stall`, `delay_s`.
-        self.way = Proxy("")
-        self.lives = 0
-        self.alive = False
-        self.stopped = False
-        #: The newest of each kind that this life has said.
-        self.said: dict[str, dict[str, Any]] = {}
-        #: When it could not do anything: stopped, or held at a breakpoint.
-        self.idle: list[list[float]] = []
-        self._processes: Processes | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._orders: list[str] = []
-
-    # ---- life and death
-
-    def start(self) -> None:
-        """A new life, under the same name."""
-        assert not self.alive, f"{self.name} lives"
-        self.lives += 1
-        self.said, self.idle, self._writer = {}, [], None
-        part = replace(self.site.part, name=self.name, bus=self.way.url, seed=self._seed())
-        self._processes = Processes(1, self.role, part, timeout_s=LIFE_S)
-        self.alive, self.stopped = True, False
-        self.site.note(f"{self.name}: start")
-
-    def _seed(self) -> int:
-        """Trainers that follow another have weights of their own; workers begin as version 0."""
-        if self.role is roles.worker:
-            return 0
-        return self.lives - 1 + 1000 * (self.name == "rival")
-
-    def kill(self) -> None:
-        """SIGKILL. Idempotent."""
-        if self._processes is not None:
-            self.site.note(f"{self.name}: SIGKILL")
-            self.alive = False
-            self._processes.kill(0)
-            self._processes.end()
-            self._processes = None
-
-    def stop(self) -> None:
-        """SIGSTOP."""
-        assert self._processes is not None
-        self.site.note(f"{self.name}: SIGSTOP")
-        self.idle.append([time.monotonic(), float("inf")])
-        self.stopped = True
-        self._processes.stop(0)
-
-    def go_on(self) -> None:
-        """SIGCONT, and on from a breakpoint. Idempotent."""
-        if self._processes is not None and self.alive:
-            if self.stopped:
-                self.site.note(f"{self.name}: SIGCONT")
-                self._processes.resume(0)
-                self.stopped = False
-            self.tell("go on")
-            self.said.pop("at", None)
-            for spell in self.idle:
-                spell[1] = min(spell[1], time.monotonic())
-
-    # ---- words
-
-    def tell(self, do: str, **fields: Any) -> None:
-        order = json.dumps({"do": do, **fields}) + "\n"
-        if self._writer is None:
-            self._orders.append(order)  # it has not called yet
-        else:
-            self._writer.write(order.encode())
-
-    async def arrive(self, stage: str, timeout_s: float = 10.0) -> None:
-        """Set a breakpoint at this stage, and wait until it stands there."""
-        self.tell("arm", stage=stage)
-        await self.site.until(lambda: "at" in self.said, timeout_s, f"{self.name} is at {stage}")
-        self.site.note(f"{self.name}: at {stage}")
-
-    def called(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
-        for order in self._orders:
-            writer.write(order.encode())
-        self._orders.clear()
-
-    def heard(self, words: dict[str, Any]) -> None:
-        kind = words.pop("kind")
-        if kind == "at":
-            self.idle.append([time.monotonic(), float("inf")])
-        self.said[kind] = words
+    def lies(self) -> list[str]:
+        """Reads of what no trainer has said. Words come in any order: ask when all have come."""
+        return [
+            f"{name} read {digest:016x} as version {version}"
+            for name, version, digest in sorted(self.reads)
+            if digest not in self.digests[version] and digest not in self.openings
+        ]
 
 
 class Site:
@@ -313,6 +226,10 @@ class Site:
         self.settled_s = time.monotonic() - began
         version = self.trainer.said["paused"]["version"]
         self.note(f"settled at version {version}, {self.settled_s:.2f} s")
+        made = self.trainer.said.get("making") or self.trainer.said["opening"]
+        for worker in self.workers:
+            if worker.said["read"]["digest"] != made["digest"]:
+                self.wrong.append(f"{worker.name} is not what the trainer is, at version {version}")
 
     def _settled(self) -> bool:
         paused = self.trainer.said.get("paused")
@@ -324,6 +241,7 @@ class Site:
 
     def check(self) -> None:
         """Nobody was ever wrong, and no publish() was held up."""
+        self.wrong += self.truth.lies()
         assert not self.wrong, "\n".join(self.wrong)
         assert self.longest_publish_s < PUBLISH_S, (
             f"a publish() took {self.longest_publish_s:.3f} s"
@@ -366,6 +284,7 @@ class Site:
                     actor, life = self.actors[words["name"]], self.actors[words["name"]].lives
                     actor.called(writer)
                     self.note(f"{actor.name}: pid {words['pid']}")
+                self._learn(actor, words)
                 if life == actor.lives:
                     self._heard(actor, words)
                 self._news.set()
@@ -374,24 +293,27 @@ class Site:
             self.wrong.append(f"{actor.name} died by itself")
             self._news.set()
 
-    def _heard(self, actor: Actor, words: dict[str, Any]) -> None:
+    def _learn(self, actor: Actor, words: dict[str, Any]) -> None:
+        """What counts even if its speaker is dead by now."""
         match words:
             case {"kind": "opening", "digest": digest}:
                 self.truth.openings.add(digest)
             case {"kind": "making", "version": version, "digest": digest}:
                 self.truth.digests[version].add(digest)
-            case {"kind": "made", "began": began, "ended": ended}:
-                idle = sum(max(0.0, min(e, ended) - max(b, began)) for b, e in actor.idle)
-                self.longest_publish_s = max(self.longest_publish_s, ended - began - idle)
             case {"kind": "read", "version": version, "digest": digest, "mismatches": mismatches}:
-                if not self.truth.allows(version, digest):
-                    self.wrong.append(f"{actor.name} read {digest:016x} as version {version}")
+                self.truth.reads.add((actor.name, version, digest))
                 if mismatches:
                     self.wrong.append(f"{actor.name} has {mismatches} mismatches")
-            case {"kind": "kept out", "text": text}:
-                self.note(f"{actor.name}: {text}")
             case {"kind": "fenced", "text": text} if actor is self.rival:
                 self.note(f"{actor.name}: {text}")
             case {"kind": "error" | "fenced", "text": text}:
                 self.wrong.append(f"{actor.name}: {text}")
+
+    def _heard(self, actor: Actor, words: dict[str, Any]) -> None:
+        match words:
+            case {"kind": "made", "began": began, "ended": ended}:
+                idle = sum(max(0.0, min(e, ended) - max(b, began)) for b, e in actor.idle)
+                self.longest_publish_s = max(self.longest_publish_s, ended - began - idle)
+            case {"kind": "kept out", "text": text}:
+                self.note(f"{actor.name}: {text}")
         actor.heard(words)

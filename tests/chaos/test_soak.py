@@ -47,7 +47,7 @@ def soak(*arguments: str) -> "subprocess.Popen[str]":
 
 def test_a_short_one_tells_how_it_ended() -> None:
     """A few faults by lot: what was done, how all were at the end, exit status 0."""
-    process = soak("--minutes", "0.1", "--seed", "3")
+    process = soak("--minutes", "0.05", "--seed", "3")
     said = process.communicate()[0]
     assert process.returncode == 0, said
     assert re.search(r"settled at version \d+", said)
