@@ -44,7 +44,7 @@ from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.incoming import Incoming
 from sparsecast.workers.publishing import AsyncPublisher
 
-#: How long a breakpoint holds at most: who set it is dead or stuck.
+#: How long a breakpoint holds, and a pause waits for the workers, at most.
 HELD_S = 20.0
 
 
@@ -58,8 +58,9 @@ class Part:
     socket: str
     seed: int
     policy: Policy
-    #: Between two publishes of a trainer.
+    #: Between two publishes of a trainer; and how many workers it should have.
     pace_s: float = 0.1
+    workers: int = 0
 
 
 class Link:
@@ -246,7 +247,7 @@ def trainer(context: Any, part: Part) -> None:
                     return
         link.say("open", version=publisher.version)
         try:
-            lead(link, publisher, mine, random, part.pace_s)
+            lead(link, publisher, mine, random, part)
         except Fenced as exc:
             link.say("fenced", text=str(exc))
         finally:
@@ -259,12 +260,13 @@ def lead(
     publisher: Publisher,
     mine: dict[str, torch.Tensor],
     random: torch.Generator,
-    pace_s: float,
+    part: Part,
 ) -> None:
     while not link.ended.is_set():
         if not link.running.wait(0.02):
             if link.pausing.is_set():
                 link.pausing.clear()
+                publisher.wait_members(part.workers, timeout_s=HELD_S)
                 link.say("paused", version=publisher.version)
             continue
         train(mine, random)
@@ -272,7 +274,7 @@ def lead(
         began = time.monotonic()
         update = publisher.publish()
         link.say("made", version=update.version, began=began, ended=time.monotonic())
-        link.ended.wait(pace_s)
+        link.ended.wait(part.pace_s)
 
 
 def worker(context: Any, part: Part) -> None:

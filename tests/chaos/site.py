@@ -143,6 +143,7 @@ class Site:
                 seed=0,
                 policy=self._policy,
                 pace_s=self._pace_s,
+                workers=len(self.workers),
             )
         except BaseException:
             await self._stack.aclose()
@@ -216,7 +217,8 @@ class Site:
             self.broker.signal(signal.SIGCONT)
 
     async def settle(self, *, heal: bool = True, timeout_s: float = SETTLE_S) -> None:
-        """Pause the trainer, and wait until every worker has its head and has proven it."""
+        """Pause the trainer, and wait until every worker is a member, has its head and has proven
+        it."""
         began = time.monotonic()
         if heal:
             self.heal()

@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="session")
 @pytest.mark.parametrize("stage", WORKER_STAGES)
 async def test_a_worker_at(site: Site, stage: str) -> None:
     """It is killed there, and one of its name starts; that one is stopped there until it is put
-    out. Both times it comes back to the head, and the other worker is never held up for good."""
+    out, and longer. Both times it comes back to the head and into the run, and the other worker is
+    never held up for good."""
     victim = site.workers[1]
     await victim.arrive(stage)
     victim.kill()
@@ -24,6 +25,7 @@ async def test_a_worker_at(site: Site, stage: str) -> None:
     await victim.arrive(stage)
     victim.stop()
     await site.event("evict", victim.name)
+    await asyncio.sleep(SHORT.silence_s)
     await site.settle()
 
 
