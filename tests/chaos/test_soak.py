@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ..areas import ROOT
+from .__main__ import soak
 from .site import Site
 
 pytestmark = pytest.mark.timeout(60)
@@ -34,22 +35,11 @@ def gone(pids: list[int]) -> None:
         time.sleep(0.02)
 
 
-def soak(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def test_a_short_one_tells_how_it_ended() -> None:
+async def test_a_short_one_tells_how_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
     """A few faults by lot: what was done, how all were at the end, exit status 0."""
-    process = soak("--minutes", "0.05", "--seed", "3")
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    status = await soak(0.05, seed=3, pace_s=None, window=None)
+    said = capsys.readouterr().out
+    assert status == 0, said
     assert re.search(r"settled at version \d+", said)
     assert re.search(r"\d+ faults in \d+ episodes, seed 3", said)
     assert said.endswith("nobody was ever wrong, and all was well after each\n")
@@ -57,7 +47,14 @@ def test_a_short_one_tells_how_it_ended() -> None:
 
 def test_nothing_outlives_it() -> None:
     """SIGKILL to the soak while one of its workers is stopped: all of them go with it."""
-    with soak("--minutes", "1") as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.chaos", "--minutes", "1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
         try:
             assert process.stdout is not None
             pids: dict[str, int] = {}

@@ -20,6 +20,7 @@ async def test_a_worker_at(site: Site, stage: str) -> None:
     await victim.arrive(stage)
     victim.kill()
     victim.start()
+    await site.event("join", victim.name)  # else it is the dead one that is put out
     await site.settle()
     site.run()
     await victim.arrive(stage)
