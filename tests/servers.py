@@ -53,12 +53,13 @@ class Proxy:
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._target = (parts.hostname, parts.port)
+        self.lead_to(url)
         self.from_server: Callable[[bytes], bytes] = bytes
         self.from_client: Callable[[bytes], bytes] = bytes
-        self._down = asyncio.Event()
-        self._down.set()
+        #: Each piece that passes waits so long.
+        self.delay_s = 0.0
+        self._down, self._up = asyncio.Event(), asyncio.Event()
+        self.flow()
         self._refusing = False
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -86,13 +87,21 @@ class Proxy:
         """Take new connections again."""
         self._refusing = False
 
-    def stall(self) -> None:
-        """Hold back what the server says; what the client says goes on."""
+    def stall(self, *, both: bool = False) -> None:
+        """Hold back what the server says; what the client says goes on, unless `both`."""
         self._down.clear()
+        if both:
+            self._up.clear()
 
     def flow(self) -> None:
         """Let it pass again."""
         self._down.set()
+        self._up.set()
+
+    def lead_to(self, url: str) -> None:
+        """Connect who comes from now on to this server."""
+        parts = urlsplit(url)
+        self._target = (parts.hostname, parts.port)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._refusing:
@@ -119,7 +128,8 @@ class Proxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 16):
-                if not up:
-                    await self._down.wait()
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                await (self._up if up else self._down).wait()
                 writer.write(self.from_client(data) if up else self.from_server(data))
                 await writer.drain()

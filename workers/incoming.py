@@ -148,7 +148,7 @@ class Incoming:
     def prove(self, claim: Claim) -> ev.Proved | ev.Unfit:
         """Compare the engine's tensors with the claim's manifest, and digest them as a reader."""
         try:
-            claim.manifest.require_same(manifest_of(self._engine.tensors()))
+            manifest_of(self._engine.tensors()).require_same(claim.manifest)
             self._manifest = claim.manifest
             with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first payload tries again
                 ready(claim.manifest, self._device)

@@ -117,15 +117,19 @@ class Lease:
             log.debug("the lease of run %s went with its stream", self._run)
 
     async def _extend(self, sequence: int, deadline: float) -> int:
+        lapsed = False
         while True:
             try:
-                return await self._put(sequence, deadline)
+                taken = await self._put(sequence, deadline)
             except SequenceConflict:
                 newest = await self._newest(deadline)
+            else:
+                if lapsed:
+                    log.warning("the lease of run %s had run out; taken again", self._run)
+                    self.lapses += 1
+                return taken
             if newest is None:
-                log.warning("the lease of run %s had run out; taken again", self._run)
-                self.lapses += 1
-                sequence = 0
+                lapsed, sequence = True, 0
                 continue
             found = codec.decode_lease(newest.data, subject=self._subject)
             if found.holder != self._message.holder:

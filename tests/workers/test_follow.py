@@ -253,10 +253,10 @@ async def test_an_ousted_trainer_is_fenced(site: Site, broker: object) -> None:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (lambda t: t.pop("layer.bias"), "'layer.bias' is missing"),
-        (lambda t: t.update(extra=torch.zeros(2)), "'extra' is only"),
-        (lambda t: t.update(embed=torch.zeros(300, 40, dtype=torch.bfloat16)), r"\[300, 41\]"),
-        (lambda t: t.update(embed=torch.zeros(300, 41, dtype=torch.float16)), "bfloat16"),
+        (lambda t: t.pop("layer.bias"), "'layer.bias' is only on the other side"),
+        (lambda t: t.update(extra=torch.zeros(2)), "'extra' is missing on the other side"),
+        (lambda t: t.update(embed=torch.zeros(300, 40, dtype=torch.bfloat16)), r"\[300, 40\] here"),
+        (lambda t: t.update(embed=torch.zeros(300, 41, dtype=torch.float16)), "float16 here"),
     ],
     ids=["missing", "extra", "shape", "dtype"],
 )

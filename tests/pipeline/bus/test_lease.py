@@ -115,6 +115,32 @@ async def test_a_lapse_that_nobody_used_is_mended(bus: NatsBus, run: str) -> Non
         await lease(bus, run, "two").acquire(S)
 
 
+async def test_a_lapse_is_not_called_mended_before_it_is(
+    bus: NatsBus, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lease ran out and the server has no room for another: nobody is told that it was taken
+    again, until it is."""
+    holder = lease(bus, run, "one", 1.0)
+    await holder.acquire(S)
+    await asyncio.sleep(1.4)
+    append = bus.append
+
+    async def full(*args: object, expected_subject_sequence: int, **options: object) -> int:
+        if expected_subject_sequence == 0:
+            raise BusUnavailable(bus.url, "insufficient resources")
+        return await append(*args, expected_subject_sequence=expected_subject_sequence, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bus, "append", full)
+        for _ in range(2):
+            with pytest.raises(BusUnavailable):
+                await holder.renew(S)
+    assert (holder.lapses, caplog.text) == (0, "")
+    await holder.renew(S)
+    assert holder.lapses == 1
+    assert "had run out; taken again" in caplog.text
+
+
 async def test_acquiring_what_is_held_already_renews_it(bus: NatsBus, run: str) -> None:
     """The same life of the same trainer acquires twice (its first answer was lost): success."""
     holder = lease(bus, run, "one")
