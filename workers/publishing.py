@@ -540,15 +540,19 @@ class AsyncPublisher:
         return stored
 
     async def _until_acknowledged(self, version: int) -> None:
-        """Give the members a moment to say that they have applied it.
+        """Give the members that a window has brought it to a moment to say that they have applied
+        it.
 
-        Storing takes this loop's time: begun at once, it would hold their words up.
+        Storing takes this loop's time: begun at once, it would hold their words up. The others wait
+        for the log.
         """
         core = self._begun()
+        record = core.record(version)
+        by_window = {member.name for member in record.received} if record is not None else set()
 
         def done() -> bool | None:
             _, missing = core.progress(version)
-            return None if missing else True
+            return None if by_window & missing.keys() else True
 
         with contextlib.suppress(TimeoutError):
             await self._changes.until(done, ACKNOWLEDGED_S, what="applied", why=str)

@@ -23,6 +23,7 @@ from sparsecast import (
 from sparsecast.messages.metrics import TrainerMetrics
 from sparsecast.pipeline.bus.journal import Journal, JournalState
 from sparsecast.pipeline.delta import Shadow
+from sparsecast.workers import publishing
 
 
 def _threads(part: str) -> list[str]:
@@ -169,6 +170,26 @@ async def test_a_round_goes_as_soon_as_its_patch_is_there(
         told = await ear.until(TrainerMetrics, version=version)
         assert (told.ready_us, told.attempt, told.verified) == (0, 1, 2)
         assert told.announce_us > told.seal_us
+
+
+async def test_the_log_does_not_wait_for_whom_it_is_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is in the window, another takes every version from the log: what is stored waits
+    for the word of the first alone."""
+    monkeypatch.setattr(publishing, "ACKNOWLEDGED_S", 60.0)
+    trained, mine, theirs = weights(), weights(), weights()
+    publisher = await site.publisher(trained)
+    await site.replica(mine, "w0")
+    await site.replica(theirs, "w1", windows=())
+    await publisher.wait_members(2, timeout_s=10)
+    await eventually(lambda: publisher.window is not None)
+    for version in (1, 2):
+        step(trained, version)
+        update = await publisher.publish()
+        assert (await update.wait_applied(timeout_s=20)).complete
+        assert same_bits(trained, mine)
+        assert same_bits(trained, theirs)
 
 
 def test_a_synchronous_replica_is_awaited_on_any_loop(broker: Broker, run: str) -> None:
