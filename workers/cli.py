@@ -1,4 +1,4 @@
-"""The command line: demo, worker, ask, broker, top, log (in logs.py), doctor.
+"""The command line: demo, worker, ask, broker, top, log (logs.py), runs (runs.py), doctor.
 
 Nothing heavy is imported before a command needs it: `--help` and usage errors come at once.
 """
@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from ..messages import errors
-from . import logs
+from . import logs, runs
 from .devices import count, index_of, resolve
 from .options import (
     Bus,
@@ -329,6 +329,7 @@ def top(
 
 
 app.add_typer(logs.app)
+app.add_typer(runs.app)
 
 
 @app.command()

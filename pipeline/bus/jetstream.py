@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -30,8 +31,8 @@ OTHERS_METADATA = "_nats."
 
 
 def api(operation: str, stream: str) -> str:
-    """The subject of an API operation on a stream."""
-    return f"$JS.API.{operation}.{stream}"
+    """The subject of an API operation on a stream; "": on all of them."""
+    return f"$JS.API.{operation}.{stream}".rstrip(".")
 
 
 def encode_config(config: StreamConfig) -> bytes:
@@ -84,6 +85,26 @@ def decode_state(reply: dict[str, Any], *, created: bool, subject: str) -> Strea
         )
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise RemoteProtocolError(f"not a stream's information: {exc!r}", subject=subject) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """A page of the list of streams: their bytes by their names, and how many there are in all."""
+
+    nbytes: dict[str, int]
+    total: int
+
+
+def decode_streams(reply: dict[str, Any]) -> Streams:
+    """What a list of streams says."""
+    try:
+        listed = reply.get("streams") or []
+        nbytes = {str(one["config"]["name"]): int(one["state"]["bytes"]) for one in listed}
+        return Streams(nbytes, int(reply["total"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise RemoteProtocolError(
+            f"not a list of streams: {exc!r}", subject=api("STREAM.LIST", "")
+        ) from exc
 
 
 def error_of(

@@ -27,6 +27,20 @@ CONFIG = StreamConfig(
 )
 
 
+async def holder_of(bus: Bus, run: str, *, timeout_s: float) -> LeaseMessage | None:
+    """Who holds a run now; None: nobody."""
+    subject = Subjects(run).lease
+    try:
+        newest = await bus.last(LEASE_STREAM, subject, timeout_s=timeout_s)
+    except StreamMissing:
+        return None
+    return (
+        None
+        if newest is None or not newest.data
+        else codec.decode_lease(newest.data, subject=subject)
+    )
+
+
 class Lease:
     """One holder's lease of a run: acquire it, renew it well before `lease_s` is over, release it.
 

@@ -80,6 +80,17 @@ class NatsBus(Conversation):
             reply, created=False, subject=jetstream.api("STREAM.INFO", stream)
         )
 
+    async def streams(self, *, timeout_s: float) -> dict[str, int]:
+        """The names of all streams that this client may see, and how many bytes each holds."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        found: dict[str, int] = {}
+        while True:
+            body = msgspec.json.encode({"offset": len(found)})
+            page = jetstream.decode_streams(await self._api("STREAM.LIST", "", body, deadline))
+            found |= page.nbytes
+            if not page.nbytes or len(found) >= page.total:
+                return found
+
     async def ensure_stream(self, config: StreamConfig, *, timeout_s: float) -> StreamState:
         """Make the stream, or find it there: `created` tells. An existing one is left as it is."""
         deadline = asyncio.get_running_loop().time() + timeout_s

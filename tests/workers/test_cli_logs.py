@@ -1,11 +1,8 @@
 """`sparsecast log` on the logs of real runs: what it prints, what it exits with, what it leaves."""
 
-import asyncio
-import contextlib
-import io
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,8 @@ import pytest
 import safetensors.torch
 from typer.testing import CliRunner
 
+import commands
+from commands import Done
 from runs import QUICK, Site, same_bits, step, until_stored, weights
 from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.bus.broker import Broker
@@ -21,44 +20,22 @@ from sparsecast.pipeline.log import files
 from sparsecast.pipeline.log.directory import DirectoryLog
 from sparsecast.workers.anchors import PatchPayloads
 from sparsecast.workers.audit import Checked, Made, Verdict
-from sparsecast.workers.cli import app, main
+from sparsecast.workers.cli import app
 from sparsecast.workers.logview import EntryView, Listing, Pruned
 
 #: An anchor every two versions, and nothing pruned by the trainer.
 POLICY = replace(QUICK, anchor_every=2, keep_versions=1000)
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a command came to."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 async def sparsecast(*arguments: str) -> Done:
-    """Run a command to its end, in a thread of its own: a process would wait for torch."""
-
-    def work() -> Done:
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main(["log", *arguments])
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-        return Done(code, out.getvalue(), err.getvalue())
-
-    return await asyncio.to_thread(work)
+    """Run a command of `sparsecast log`."""
+    return await commands.sparsecast("log", *arguments)
 
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings from outside, no live broker, and lines that are not wrapped."""
-    for key in [key for key in os.environ if key.startswith("SPARSECAST")]:
-        monkeypatch.delenv(key)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "200")
+    commands.no_settings(tmp_path, monkeypatch)
 
 
 class Past:
