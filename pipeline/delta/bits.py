@@ -34,6 +34,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The same memory, of which a copy has the same bits: one of bools makes their bytes 0 or 1."""
+    return bits(tensor) if tensor.dtype == torch.bool else tensor
+
+
 def unsigned(bits_N: Tensor) -> Tensor:
     """The same bits as unsigned integers (8 bytes stay int64: sums wrap mod 2⁶⁴ either way)."""
     view = _UNSIGNED.get(bits_N.dtype)
@@ -89,7 +94,7 @@ class Source:
     def piece(self, start: int, stop: int) -> Tensor:
         """The bits of elements start … stop - 1 in C order: 1-D, contiguous, to be read only."""
         if self._flat is None:
-            flat = self._tensor.reshape(-1)
+            flat = plain(self._tensor).reshape(-1)
             self._flat = flat if self._dtype is not None else bits(flat)
         part = self._flat if stop - start == self.numel else self._flat[start:stop]
         return part if self._dtype is None else bits(part.to(self._dtype))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...messages.manifest import Manifest
 from .addresses import seeds_of, table_of
+from .bits import plain
 from .digest import LENGTH_FACTOR
 from .kernels import frame as fact
 from .kernels.find import SUMS
@@ -297,7 +298,9 @@ class _Pointers:
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+    if tensor.is_contiguous():
+        return tensor
+    return plain(tensor.detach()).contiguous().view(tensor.dtype)
 
 
 def _buffer(nbytes: int, device: torch.device) -> Tensor:

@@ -171,3 +171,14 @@ def test_digest_over_several_chunks() -> None:
     cut = 1_234_567
     assert (partial(tensor[:cut], "w") + partial(tensor[cut:], "w", cut)) & M == whole
     assert digest(changed({"w": tensor}, 1e-6, 3)) != whole
+
+
+def test_a_bool_is_its_byte() -> None:
+    """A byte of a bool that is neither 0 nor 1 counts as it is, strided or not: a flipped bit must
+    not hide behind a copy."""
+    straight = torch.tensor([[1, 0, 129], [1, 1, 0]], dtype=torch.uint8)
+    strided = straight.t().contiguous().t()
+    assert not strided.is_contiguous()
+    found = digest({"w": strided.view(torch.bool)})
+    assert found == digest({"w": straight.view(torch.bool)})
+    assert found == slow("w", straight.flatten().tolist(), itemsize=1)
