@@ -43,6 +43,7 @@ from sparsecast.workers.archive import Archive
 from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.incoming import Incoming
 from sparsecast.workers.publishing import AsyncPublisher
+from sparsecast.workers.tenure import Tenure
 
 #: How long a breakpoint holds, and a pause waits for the workers, at most.
 HELD_S = 20.0
@@ -229,12 +230,25 @@ def telling(part: Part) -> Iterator[Link]:
         raise
 
 
+def claims(link: Link) -> None:
+    """Say what the run goes on from, before it is claimed: the contents may be of an old version,
+    which the log has made again."""
+    append = Tenure._append_claim
+
+    async def said(self: Tenure, epoch: int, version: int, digest: int, sequence: int) -> None:
+        link.say("claiming", version=version, digest=digest)
+        await append(self, epoch, version, digest, sequence)
+
+    Tenure._append_claim = said  # type: ignore[method-assign]
+
+
 def trainer(context: Any, part: Part) -> None:
     """Hold the run, train and publish while told to; say what every version is before it is one."""
     random = torch.Generator().manual_seed(part.seed)
     mine = weights(part.seed)
     with telling(part) as link:
         trainer_stages(link)
+        claims(link)
         link.say("opening", digest=digest(mine))
         publisher = Publisher(mine, run=part.run, bus=part.bus, policy=part.policy, linger_s=2.0)
         while True:

@@ -71,16 +71,22 @@ class Truth:
     #: Of weights with which a trainer has opened the run, at a version that it may have died before
     #: telling.
     openings: set[int] = field(default_factory=set)
+    #: With what a trainer has claimed the run: a version, and contents that it had before.
+    claims: set[tuple[int, int]] = field(default_factory=set)
 
     #: What was read: by whom, which version, which digest.
     reads: set[tuple[str, int, int]] = field(default_factory=set)
 
     def lies(self) -> list[str]:
         """Reads of what no trainer has said. Words come in any order: ask when all have come."""
+        made = self.openings.union(*self.digests.values())
+        claimed = {(version, digest) for version, digest in self.claims if digest in made}
         return [
             f"{name} read {digest:016x} as version {version}"
             for name, version, digest in sorted(self.reads)
-            if digest not in self.digests[version] and digest not in self.openings
+            if digest not in self.digests[version]
+            and digest not in self.openings
+            and (version, digest) not in claimed
         ]
 
 
@@ -300,6 +306,8 @@ class Site:
         match words:
             case {"kind": "opening", "digest": digest}:
                 self.truth.openings.add(digest)
+            case {"kind": "claiming", "version": version, "digest": digest}:
+                self.truth.claims.add((version, digest))
             case {"kind": "making", "version": version, "digest": digest}:
                 self.truth.digests[version].add(digest)
             case {"kind": "read", "version": version, "digest": digest, "mismatches": mismatches}:
