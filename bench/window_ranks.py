@@ -119,7 +119,11 @@ class _Rank:
         )
         window = open_window(spec, self._bus)
         meet(self._control, self._config.ranks)
-        return window, self._clocked(window.open(PATIENCE_S))
+        took_ms = self._clocked(window.open(PATIENCE_S))
+        # As a trainer waits for everyone's word: rank 0, which keeps the rendezvous, must not leave
+        # before the others have done with it.
+        meet(self._control, self._config.ranks)
+        return window, took_ms
 
     def _size(self, window: Window, nbytes: int, plain: _Plain | None) -> dict[str, Any]:
         memory = self._memory[:nbytes]
