@@ -120,9 +120,9 @@ class _Rank:
         window = open_window(spec, self._bus)
         meet(self._control, self._config.ranks)
         took_ms = self._clocked(window.open(PATIENCE_S))
-        # As a trainer waits for everyone's word: rank 0, which keeps the rendezvous, must not leave
-        # before the others have done with it.
-        meet(self._control, self._config.ranks)
+        # As a trainer waits for everyone's word: rank 0 answers the others from its loop, and one
+        # that stood still or left would keep them in open() until their deadline.
+        self._do(asyncio.to_thread(meet, self._control, self._config.ranks))
         return window, took_ms
 
     def _size(self, window: Window, nbytes: int, plain: _Plain | None) -> dict[str, Any]:
