@@ -62,26 +62,21 @@ def _with_bus(
     return asyncio_run(look())
 
 
-async def _holder(bus: NatsBus, run: str, timeout_s: float) -> str | None:
-    from ..pipeline.bus.lease import holder_of
-
-    lease = await holder_of(bus, run, timeout_s=timeout_s)
-    return None if lease is None else f"{lease.host}, process {lease.pid}"
-
-
 async def _view(bus: NatsBus, run: str, nbytes: Mapping[str, int], timeout_s: float) -> RunView:
     from ..pipeline.bus.journal import Journal
+    from ..pipeline.bus.lease import holder_of
 
     subjects = Subjects(run)
     epoch = version = None
     if subjects.journal_stream in nbytes:
         state = await Journal(bus, run).open(timeout_s)
         epoch, version = state.claim.epoch if state.claim else None, state.head
+    lease = await holder_of(bus, run, timeout_s=timeout_s)
     return RunView(
         run=run,
         epoch=epoch,
         version=version,
-        trainer=await _holder(bus, run, timeout_s),
+        trainer=None if lease is None else f"{lease.host}, process {lease.pid}",
         journal_nbytes=nbytes.get(subjects.journal_stream, 0),
         log_nbytes=nbytes.get(subjects.log_stream, 0),
     )

@@ -29,7 +29,7 @@ from .kernels.sections import sections
 from .layout import ENTRY, HEADER, Column, Encoding
 from .patch import Patch
 from .slices import total
-from .timing import Mark
+from .timing import Mark, host_numbers
 
 
 class _Room:
@@ -53,8 +53,8 @@ class _Room:
         self._numbers = numbers[: SUMS + fact.FACTS]
         self.spot, self.counts, self.ends = empty(2), empty(plan.blocks), empty(plan.blocks)
         pinned = device.type == "cuda"
-        self._place = torch.empty(2, dtype=torch.int64, pin_memory=pinned)
-        self.told = torch.empty(SUMS + fact.FACTS, dtype=torch.int64, pin_memory=pinned)
+        self._place = host_numbers(2, device)
+        self.told = host_numbers(SUMS + fact.FACTS, device)
         size = HEADER.size + ENTRY.itemsize * plan.tensors
         self.start = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         self._checking = Repeated(device, self._check)
