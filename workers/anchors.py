@@ -1,4 +1,4 @@
-"""What the log's tiers ask about payloads: the checksum, and where an anchor holds its tensors."""
+"""What a log's payloads are made of: their checksum, where an anchor holds its tensors, a state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from ..messages.control import LogEntry
 from ..messages.errors import CorruptPatch, LocalProtocolError
 from ..messages.manifest import Manifest
-from ..pipeline.delta import Encoding, Patch
+from ..pipeline.delta import Encoding, Patch, apply_checked, check
 from ..pipeline.delta import checksum as checksum_of
 from ..pipeline.delta.layout import ENTRY, HEADER
 from ..pipeline.delta.patch import START_NBYTES
+from ..pipeline.delta.tensors import dtype_of
 from ..pipeline.log.base import Anatomy
 
 
@@ -52,3 +54,28 @@ class PatchPayloads:
                 raise CorruptPatch("a tensor that is not whole in an anchor")
             offsets[section.index] = section.values_offset
         return Anatomy(manifest, tuple(offsets))
+
+
+def remake(
+    data: bytearray, entry: LogEntry, manifest: Manifest, state: dict[str, torch.Tensor]
+) -> None:
+    """Apply an entry's bytes to a state in host memory; an anchor's become the state themselves.
+
+    Their checksum is the caller's to check. PatchError.
+    """
+    if not data:
+        raise CorruptPatch("0 bytes")
+    patch = Patch.from_buffer(torch.frombuffer(data, dtype=torch.uint8))
+    if (patch.base_version, patch.version) != (entry.base_version, entry.version):
+        raise CorruptPatch(f"it holds {patch!r}")
+    checked = check(patch, manifest)
+    if patch.base_version is not None:
+        apply_checked(checked, state)
+        return
+    sections = {section.index: section for section in patch.sections_of(manifest)}
+    for index, spec in enumerate(manifest.tensors):
+        dtype, section = dtype_of(spec), sections.get(index)
+        values = torch.empty(0, dtype=dtype) if section is None else patch.values(section)
+        if values.numel() != spec.numel:
+            raise CorruptPatch("an anchor that is not whole", tensor=spec.name)
+        state[spec.name] = values.view(dtype).view(spec.shape)

@@ -15,7 +15,7 @@ from ..messages.control import LogEntry
 from ..messages.errors import BusError, LogError, LogHole
 from ..pipeline.delta import digest
 from ..pipeline.log.base import way
-from .logbook import Logbook, blank
+from .logbook import Logbook, State
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +114,7 @@ async def _replay(book: Logbook, entries: list[LogEntry]) -> list[Made]:
         return []
     if manifest is None:
         return []
-    state = blank(manifest)
+    state: State = {}
     for entry in entries:
         base, expected = entry.base_version, f"{entry.digest:016x}"
         if base is not None and (held is None or not base <= held < entry.version):
@@ -160,7 +160,7 @@ async def export(book: Logbook, version: int | None, to: Path) -> Exported:
     found = book.way_to(version)
     last = found[-1]
     manifest = await book.manifest(last.manifest_hash)
-    state = blank(manifest)
+    state: State = {}
     for entry in found:
         await book.apply(entry, manifest, state)
     metadata = {"format": "pt", "sparsecast.run": book.run, "sparsecast.version": str(last.version)}

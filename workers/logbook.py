@@ -23,11 +23,9 @@ from ..messages.manifest import Manifest
 from ..messages.subjects import Subjects
 from ..pipeline.bus.base import Bus
 from ..pipeline.bus.nats import connect
-from ..pipeline.delta import Patch, apply_checked, check
-from ..pipeline.delta.tensors import dtype_of
 from ..pipeline.log.base import Log, oldest_first, way
 from ..pipeline.log.tiered import TieredLog
-from .anchors import PatchPayloads
+from .anchors import PatchPayloads, remake
 from .tiers import JETSTREAM, open_tiers
 
 State = dict[str, torch.Tensor]
@@ -129,14 +127,9 @@ class Logbook:
         """Apply an entry to a state in host memory (LogError)."""
         data = await self.load(entry)
 
-        def work() -> None:
-            patch = Patch.from_bytes(data)
-            if (patch.base_version, patch.version) != (entry.base_version, entry.version):
-                raise LogError(f"log entry {entry.name!r} holds {patch!r}")
-            apply_checked(check(patch, manifest), state)
-
+        whole = data if isinstance(data, bytearray) else bytearray(data)
         try:
-            await asyncio.to_thread(work)
+            await asyncio.to_thread(remake, whole, entry, manifest, state)
         except PatchError as exc:
             raise LogError(f"log entry {entry.name!r}: {exc}") from exc
 
@@ -155,11 +148,6 @@ class Logbook:
             self.problems.append(f"the journal: {exc}")
             return None
         return said if isinstance(said, Claim) else None
-
-
-def blank(manifest: Manifest) -> State:
-    """Zeros of every tensor."""
-    return {spec.name: torch.zeros(spec.shape, dtype=dtype_of(spec)) for spec in manifest.tensors}
 
 
 @contextlib.asynccontextmanager

@@ -23,9 +23,9 @@ from ..messages.errors import (
 from ..messages.manifest import Manifest
 from ..pipeline.bus.journal import Journal, JournalState
 from ..pipeline.core.policy import Policy
-from ..pipeline.delta import Patch, apply_checked, check, checksum, digest
-from ..pipeline.delta.tensors import dtype_of
+from ..pipeline.delta import digest
 from ..pipeline.log.lineage import Step, remakeable
+from .anchors import PatchPayloads, remake
 from .driver import Ports
 from .outgoing import Outgoing, Past
 
@@ -142,25 +142,9 @@ class Recall:
 
 
 def _put(data: bytes | bytearray, entry: LogEntry, manifest: Manifest, state: State) -> None:
-    """Apply an entry to a state; an anchor's bytes become the state themselves (PatchError)."""
+    """Apply an entry to a state, if its bytes are those that it names (PatchError)."""
     whole = data if isinstance(data, bytearray) else bytearray(data)
-    if not whole:
-        raise CorruptPatch("0 bytes")
-    buffer = torch.frombuffer(whole, dtype=torch.uint8)
-    found = checksum(buffer)
+    found = PatchPayloads().checksum(whole)
     if found != entry.checksum:
         raise CorruptPatch(f"its checksum is {found:016x}, not {entry.checksum:016x}")
-    patch = Patch.from_buffer(buffer)
-    if (patch.base_version, patch.version) != (entry.base_version, entry.version):
-        raise CorruptPatch(f"it holds {patch!r}")
-    checked = check(patch, manifest)
-    if patch.base_version is not None:
-        apply_checked(checked, state)
-        return
-    sections = {section.index: section for section in patch.sections_of(manifest)}
-    for index, spec in enumerate(manifest.tensors):
-        dtype, section = dtype_of(spec), sections.get(index)
-        values = torch.empty(0, dtype=dtype) if section is None else patch.values(section)
-        if values.numel() != spec.numel:
-            raise CorruptPatch("an anchor that is not whole", tensor=spec.name)
-        state[spec.name] = values.view(dtype).view(spec.shape)
+    remake(whole, entry, manifest, state)
