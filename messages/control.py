@@ -12,6 +12,8 @@ import msgspec
 from .manifest import Manifest
 
 WindowKind = Literal["nccl", "gloo", "bus"]
+#: What a worker is for: rollouts, which updates wait for, or evaluation, which nobody waits for.
+Role = Literal["rollout", "evaluation"]
 Tags = dict[str, str | int | float | bool]
 
 
@@ -200,7 +202,8 @@ class Join(Control, frozen=True, kw_only=True):
     `version` is None until the digest has shown which version the weights are. `trainer` is the
     incarnation whose claim the member follows: another of the same epoch is not meant. `gpu` names
     the GPU that its weights are on (by UUID), "" if they are on none or it cannot be told: an nccl
-    window takes one rank a GPU.
+    window takes one rank a GPU. Who evaluates takes versions from the log alone, and only those
+    that it follows (`follow`: "latest", "every:K" or "version:N").
     """
 
     epoch: int
@@ -212,6 +215,8 @@ class Join(Control, frozen=True, kw_only=True):
     version: int | None = None
     trainer: str = ""
     gpu: str = ""
+    role: Role = "rollout"
+    follow: str = "latest"
 
 
 class Ready(Control, frozen=True, kw_only=True):
@@ -273,13 +278,15 @@ class Refused(Control, frozen=True, kw_only=True):
 class Heartbeat(Control, frozen=True, kw_only=True):
     """Alive, and at these versions: counts as acknowledgement of both.
 
-    Absent for silence_s: the member is put out of the membership.
+    `follow`: which versions it follows, if it evaluates. Absent for silence_s: the member is put
+    out of the membership.
     """
 
     epoch: int
     version: int | None
     verified: int | None
     lagging: str | None = None
+    follow: str | None = None
 
 
 class Leave(Control, frozen=True, kw_only=True):

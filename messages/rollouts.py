@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from .control import Tags
+from .control import Role, Tags
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -104,14 +104,16 @@ class Seek(msgspec.Struct, frozen=True, kw_only=True, tag="seek"):
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     """A worker's answer to Seek: it generates, or says why not now (`refusal`).
 
-    `version` is what its weights hold (None: not known), `requests` how many it has. Absent for a
-    few periods: the client takes it for gone.
+    `version` is what its weights hold (None: not known), `requests` how many it has. Who evaluates
+    is asked only by name, or by who asks for evaluation. Absent for a few periods: the client takes
+    it for gone.
     """
 
     worker: str
     version: int | None
     requests: int
     refusal: str | None = None
+    role: Role = "rollout"
 
 
 RolloutMessage = Generate | Generating | Generated | GenerateFailed | Seek | Offer

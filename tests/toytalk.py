@@ -7,6 +7,7 @@ from sparsecast.messages import control as msg
 from sparsecast.messages.control import Sender, Stamp
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
+from sparsecast.pipeline.core.follow import Follow
 from sparsecast.pipeline.core.policy import Policy
 from sparsecast.pipeline.core.replica import ReplicaCore
 from sparsecast.pipeline.core.trainer import State, TrainerCore
@@ -56,10 +57,16 @@ class TrainerTalk:
         self.out = said
         return said
 
-    def join(self, member: Sender, version: int | None = 0, epoch: int = 1) -> msg.Join:
+    def join(
+        self,
+        member: Sender,
+        version: int | None = 0,
+        epoch: int = 1,
+        role: msg.Role = "rollout",
+    ) -> msg.Join:
         return msg.Join(
             sender=member, epoch=epoch, manifest_hash=MANIFEST.hash, offers=("gloo", "bus"),
-            device="cpu", host="h", pid=1, version=version,
+            device="cpu", host="h", pid=1, version=version, role=role,
         )  # fmt: skip
 
     def open_window(self) -> None:
@@ -141,13 +148,16 @@ def announcement(
 
 
 class ReplicaTalk:
-    """A worker that has proven version 0 in epoch 1 and joined, unless told otherwise."""
+    """A worker that has proven version 0 in epoch 1 and joined, unless told otherwise. `follow`:
+    it evaluates, and follows that."""
 
-    def __init__(self, digest: int = 0, *, window: bool = False) -> None:
+    def __init__(self, digest: int = 0, *, window: bool = False, follow: str | None = None) -> None:
         self.now = 100.0
         self.core = ReplicaCore(
             run="r", me=A, kinds=("gloo", "bus"), device="cpu", host="h", pid=1, policy=POLICY,
             started=self.now, gpu="GPU-1",
+            role="rollout" if follow is None else "evaluation",
+            follow=Follow.parse(follow or "latest"),
         )  # fmt: skip
         self.out: list[Any] = []
         self.hear(claim())

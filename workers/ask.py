@@ -6,6 +6,7 @@ import sys
 
 import msgspec
 
+from ..messages.control import Role
 from ..messages.rollouts import Sample, Span
 from .rollouts import Rollouts
 
@@ -28,13 +29,14 @@ def ask_once(
     run: str,
     bus: str,
     worker: str | None,
+    role: Role,
     max_tokens: int,
     temperature: float,
     timeout_s: float,
     as_json: bool,
 ) -> None:
     """Print the answer on stdout, and who gave it on stderr. GenerationFailed if none came."""
-    with Rollouts(run=run, bus=bus) as rollouts:
+    with Rollouts(run=run, bus=bus, role=role) as rollouts:
         (sample,) = rollouts.generate(
             [prompt],
             worker=worker,

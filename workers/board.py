@@ -63,7 +63,7 @@ class MemberRow(msgspec.Struct, frozen=True, kw_only=True):
     `round_ms`: from the start of receiving until the weights held the version, as the member
     measured it. `density` is that of the version that it verified last, `nbytes` the bytes which
     that took; `rounds` and `mismatches` count since the member started or the board began to
-    listen.
+    listen. `follow`: which versions it follows, if it evaluates.
     """
 
     name: str
@@ -80,6 +80,7 @@ class MemberRow(msgspec.Struct, frozen=True, kw_only=True):
     density: float | None
     mismatches: int
     source: str | None
+    follow: str | None
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +110,7 @@ class _Member:
     mismatches: int = 0
     nbytes: int | None = None
     source: str | None = None
+    follow: str | None = None
     rounds: int = 0
     round_ms: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS))
 
@@ -230,6 +232,7 @@ class Board:
                 return
             case msg.Heartbeat():
                 member.version, member.verified = message.version, message.verified
+                member.follow = message.follow
                 if message.lagging:
                     member.state, member.note = "lagging", message.lagging
                     return
@@ -337,6 +340,7 @@ class Board:
             density=density,
             mismatches=member.mismatches,
             source=member.source,
+            follow=member.follow,
         )
 
 

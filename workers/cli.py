@@ -27,6 +27,7 @@ from .options import (
     DemoDevice,
     Exit,
     LogTiers,
+    RoleChoice,
     Run,
     WindowChoice,
     asyncio_run,
@@ -152,6 +153,19 @@ def worker(
         WindowChoice,
         typer.Option(envvar="SPARSECAST_WINDOW", help="The road that this worker offers."),
     ] = WindowChoice.AUTO,
+    role: Annotated[
+        RoleChoice,
+        typer.Option(
+            envvar="SPARSECAST_ROLE", help="evaluation: takes versions from the log, delays nobody."
+        ),
+    ] = RoleChoice.ROLLOUT,
+    follow: Annotated[
+        str,
+        typer.Option(
+            envvar="SPARSECAST_FOLLOW",
+            help="Which versions: latest, or with --role evaluation every:K or version:N.",
+        ),
+    ] = "latest",
     max_lag: Annotated[
         int | None,
         typer.Option(
@@ -185,7 +199,7 @@ def worker(
 
     options = WorkerOptions(
         run=run, bus=url, name=name, model=model, device=device, window=window.value,
-        max_lag=max_lag, offline_s=offline_s, log=log,
+        role=role.value, follow=follow, max_lag=max_lag, offline_s=offline_s, log=log,
     )  # fmt: skip
     if until_stdin_closes:
         _end_with_stdin()
@@ -216,6 +230,10 @@ def ask(
             envvar="SPARSECAST_WORKER", callback=check_name("worker"), help="Ask this one, not any."
         ),
     ] = None,
+    role: Annotated[
+        RoleChoice,
+        typer.Option(envvar="SPARSECAST_ROLE", help="Ask one of these, if not one by its name."),
+    ] = RoleChoice.ROLLOUT,
     max_tokens: Annotated[int, typer.Option(envvar="SPARSECAST_MAX_TOKENS", min=1)] = 64,
     temperature: Annotated[
         float, typer.Option(envvar="SPARSECAST_TEMPERATURE", min=0.0, help="0: the likeliest.")
@@ -234,7 +252,7 @@ def ask(
 
     choice = bus_of(bus)
     ask_once(
-        prompt, run=run, bus=choice.url, worker=worker, max_tokens=max_tokens,
+        prompt, run=run, bus=choice.url, worker=worker, role=role.value, max_tokens=max_tokens,
         temperature=temperature, timeout_s=timeout_s, as_json=json,
     )  # fmt: skip
 
@@ -316,7 +334,8 @@ def top(
     epoch, version, step, heard_s, rounds, round_p50_ms, round_p99_ms, nbytes, dense_nbytes,
     density, encoding, transport, window, members}, members [{name, state, note, version,
     verified, lag, heard_s, rounds, round_p50_ms, round_p99_ms, nbytes, density, mismatches,
-    source}], events [...]. Times of rounds are known from the rounds heard while it listens.
+    source, follow}], events [...]. Times of rounds are known from the rounds heard while it
+    listens.
     """
     from .top import show
 

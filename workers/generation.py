@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..messages import codec
-from ..messages.control import Tags
+from ..messages.control import Role, Tags
 from ..messages.errors import (
     BusError,
     BusUnavailable,
@@ -63,7 +63,8 @@ class GenerationService:
     `version()` is what the weights hold, `wait_version(version, timeout_s)` returns once they hold
     that or newer (else WaitTimeout), `refuse()` is why this worker must not generate now, or None,
     `origin(version)` is the trainer's step and tags of a version, for the samples. At most
-    `max_requests` are taken at a time. A request for a newer version waits `patience_s` here, then
+    `max_requests` are taken at a time. Who is there for `role` "evaluation" answers by its name
+    only. A request for a newer version waits `patience_s` here, then
     goes back to the client, who may find a worker that has it. For one event loop.
     """
 
@@ -78,6 +79,7 @@ class GenerationService:
         wait_version: Callable[[int, float], Awaitable[object]],
         refuse: Callable[[], str | None] = lambda: None,
         origin: Callable[[int], tuple[int | None, Tags | None]] = lambda version: (None, None),
+        role: Role = "rollout",
         max_requests: int = 64,
         progress_s: float = 0.5,
         patience_s: float = 2.0,
@@ -92,6 +94,7 @@ class GenerationService:
         self._wait_version = wait_version
         self._refuse = refuse
         self._origin = origin
+        self._role: Role = role
         self._max_requests = max_requests
         self._progress_s = progress_s
         self._patience_s = patience_s
@@ -107,11 +110,13 @@ class GenerationService:
     async def start(self) -> None:
         """Subscribe and begin to answer."""
         subjects = self._subjects
-        for subject, handler, group in (
+        wanted = [
             (subjects.generate(self.name), self._on_request, ""),
-            (subjects.generate_any, self._on_request, "workers"),
             (subjects.offers, self._on_seek, ""),
-        ):
+        ]
+        if self._role == "rollout":
+            wanted.append((subjects.generate_any, self._on_request, "workers"))
+        for subject, handler, group in wanted:
             self._subscriptions[subject] = await self._bus.subscribe(subject, handler, queue=group)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -168,6 +173,7 @@ class GenerationService:
                 version=self._version(),
                 requests=len(self._jobs),
                 refusal=self._refusal(),
+                role=self._role,
             )
             self._spawn(self._send(message.reply, codec.encode(offer), self._progress_s))
 

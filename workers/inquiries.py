@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass
 
 from ..messages import codec
+from ..messages.control import Role
 from ..messages.errors import BusError, RemoteProtocolError
 from ..messages.rollouts import Generate, Generated, GenerateFailed, Generating, Offer, Seek
 from ..messages.subjects import Subjects
@@ -84,13 +85,16 @@ class Inquiry:
 class Inquiries:
     """The client's inbox: keeps the table of workers, and hands each request its outcomes."""
 
-    def __init__(self, bus: Bus, run: str, client: str, policy: RolloutPolicy) -> None:
+    def __init__(
+        self, bus: Bus, run: str, client: str, policy: RolloutPolicy, role: Role = "rollout"
+    ) -> None:
         self.run = run
         self.policy = policy
         self.closed = False
         self._bus = bus
         self._subjects = Subjects(run)
         self._client = client
+        self._role = role
         self._inbox = self._subjects.answers(client)
         self._peers: dict[str, Peer] = {}
         self._inquiries: dict[str, Inquiry] = {}
@@ -129,9 +133,12 @@ class Inquiries:
                 await asyncio.wait_for(self._first.wait(), timeout_s)
                 await asyncio.sleep(min(self.policy.gather_s, timeout_s))
 
-    def peers(self) -> list[Peer]:
-        """The workers that are there, refusing or not."""
-        return list(self._peers.values())
+    def peers(self, only: str | None = None) -> list[Peer]:
+        """The workers that are there, refusing or not: those of the role that is asked for, or the
+        one of this name, whatever its role."""
+        if only is not None:
+            return [self._peers[only]] if only in self._peers else []
+        return [peer for peer in self._peers.values() if peer.offer.role == self._role]
 
     async def ask(
         self, worker: str, request: Generate, outcomes: asyncio.Queue[tuple[Inquiry, Outcome]]

@@ -65,6 +65,13 @@ class WindowChoice(enum.StrEnum):
     BUS = "bus"
 
 
+class RoleChoice(enum.StrEnum):
+    """What --role takes."""
+
+    ROLLOUT = "rollout"
+    EVALUATION = "evaluation"
+
+
 class DemoDevice(enum.StrEnum):
     """What the demo's --device takes."""
 

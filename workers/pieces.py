@@ -121,8 +121,7 @@ class Piece:
 
     def _there(self) -> list[Peer]:
         """The workers that may be asked, refusing or not."""
-        only = self._order.worker
-        return [peer for peer in self._inquiries.peers() if only is None or peer.name == only]
+        return self._inquiries.peers(self._order.worker)
 
     def _pick(self, now: float) -> Peer | None:
         """The worker to ask: fresh ones before those that failed us, the least loaded first."""

@@ -28,8 +28,10 @@ class Update(Made):
         super().__init__(made)
         self._publisher = publisher
 
-    def wait_applied(self, timeout_s: float = 30.0, at_least: AtLeast = "all") -> Report:
+    def wait_applied(self, timeout_s: float = 30.0, at_least: AtLeast | None = None) -> Report:
         """Wait until all members, or `at_least` n, hold this version; at the timeout too, return.
+
+        `at_least` None: as Policy.quorum says, which is "all" unless it is set.
 
         Raises only if the publisher was fenced, closed or broken.
         """

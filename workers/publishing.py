@@ -59,9 +59,12 @@ class AsyncUpdate(Made):
         super().__init__(made)
         self._publisher = publisher
 
-    async def wait_applied(self, timeout_s: float = 30.0, at_least: AtLeast = "all") -> Report:
+    async def wait_applied(
+        self, timeout_s: float = 30.0, at_least: AtLeast | None = None
+    ) -> Report:
         """Wait until all members, or `at_least` n, hold this version; at the timeout too, return.
 
+        `at_least` None: as Policy.quorum says, which is "all" unless it is set.
         Raises only if the publisher was fenced, closed or broken.
         """
         return await self._publisher._wait_applied(self.version, timeout_s, at_least)
@@ -406,7 +409,8 @@ class AsyncPublisher:
             raise Closed("the publisher was closed") from exc
 
     async def wait_members(self, n: int, timeout_s: float = 60.0) -> list[str]:
-        """Wait until `n` workers are in and current; their names. WaitTimeout says who is not."""
+        """Wait until `n` workers for rollouts are in and current; their names. WaitTimeout says
+        who is not."""
         core = self._live_core()
 
         def current() -> int:
@@ -415,7 +419,7 @@ class AsyncPublisher:
 
         def present() -> list[str] | None:
             self._check()
-            members, least = core.membership.members.values(), current()
+            members, least = core.membership.awaited, current()
             names = sorted(
                 m.sender.name for m in members if m.version is not None and m.version >= least
             )
@@ -429,15 +433,18 @@ class AsyncPublisher:
 
         return await self._changes.until(present, timeout_s, what=f"{n} members", why=why)
 
-    async def _wait_applied(self, version: int, timeout_s: float, at_least: AtLeast) -> Report:
+    async def _wait_applied(
+        self, version: int, timeout_s: float, at_least: AtLeast | None
+    ) -> Report:
         core = self._live_core()
+        enough = self.policy.quorum if at_least is None else at_least
 
         def done() -> bool | None:
             self._check()
             applied, missing = core.progress(version)
-            if at_least == "all":
+            if enough == "all":
                 return True if applied and not missing else None
-            return True if len(applied) >= at_least else None
+            return True if len(applied) >= enough else None
 
         with contextlib.suppress(TimeoutError):
             await self._changes.until(done, timeout_s, what="applied", why=str)

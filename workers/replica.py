@@ -18,8 +18,8 @@ from ..messages import codec
 from ..messages.control import (
     Announce,
     Claim,
-    LogEntry,
     Ready,
+    Role,
     Sender,
     Stamp,
     Tags,
@@ -34,6 +34,7 @@ from ..messages.errors import (
     LogHole,
     PatchError,
     ReplicaLagging,
+    SettingsError,
     SparsecastError,
     WindowError,
 )
@@ -42,12 +43,13 @@ from ..pipeline.bus.base import Message
 from ..pipeline.bus.journal import Journal
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
+from ..pipeline.core.follow import Follow
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.replica import ReplicaCore
-from ..pipeline.log.base import way
 from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .engine import Engine, ModuleEngine
+from .fetching import chosen
 from .incoming import Incoming
 from .streams import device_for
 from .telling import Telling
@@ -74,6 +76,11 @@ class Replica:
     `device` is where windows carry payloads to: None means the weights' CUDA device, else the host.
     `windows` narrows the kinds of window that this worker offers. `max_lag` versions, or a trainer
     unheard for `offline_s`, make `refusal()` say so. `log` is the trainer's.
+
+    `role`: updates are for workers of role "rollout", and wait for them. One of role "evaluation"
+    delays nobody: it is in no window, and takes from the log the versions that it follows:
+    "latest", "every:K" (each that K divides, or the first one behind it that the log leads to), or
+    "version:N" (that one alone, once it is there; of an earlier epoch too).
     """
 
     def __init__(
@@ -88,6 +95,8 @@ class Replica:
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
         windows: Sequence[WindowKind] | None = None,
+        role: Role = "rollout",
+        follow: str = "latest",
         max_lag: int | None = None,
         offline_s: float | None = None,
         log: LogSetting = DEFAULT_LOG,
@@ -102,6 +111,8 @@ class Replica:
         self._device = device
         self._tiers = parse_log(log)
         self._offers = tuple(windows) if windows is not None else None
+        self.role: Role = role
+        self.follow = _follow(role, follow)
         self._max_lag = max_lag
         self._offline_s = offline_s
         self._open_ports = ports
@@ -189,6 +200,8 @@ class Replica:
             host=socket.gethostname(),
             pid=os.getpid(),
             gpu=ports.gpu,
+            role=self.role,
+            follow=self.follow,
             policy=self.policy,
             started=ports.clock(),
         )
@@ -213,9 +226,8 @@ class Replica:
         # subscription would be lost.
         subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
         life.push_async_callback(subscription.unsubscribe)
-        follower = await Journal(ports.bus, self.run).follow(
-            self._announced, timeout_s=self.policy.bus_s
-        )
+        self._journal = Journal(ports.bus, self.run)
+        follower = await self._journal.follow(self._announced, timeout_s=self.policy.bus_s)
         life.push_async_callback(follower.unsubscribe)
         self._driver.post(ev.Tick())
 
@@ -304,10 +316,14 @@ class Replica:
             away = core.trainer_away_s(self._ports.clock())
             if away is not None and away > self._offline_s:
                 return f"the trainer is unheard for {away:.1f} s (offline_s is {self._offline_s:g})"
-        if self._max_lag is not None and core.head is not None:
-            lag = core.head - (self.version if self.version is not None else -1)
+        pinned = self.follow.pinned
+        if pinned is not None and self.version != pinned:
+            return f"version {pinned} is followed, the weights are at {self.version}"
+        if self._max_lag is not None and core.goal is not None:
+            lag = core.goal - (self.version if self.version is not None else -1)
             if lag > self._max_lag:
-                return f"{lag} versions behind the trainer (max_lag is {self._max_lag})"
+                what = "the trainer" if self.follow.latest else f"version {core.goal}"
+                return f"{lag} versions behind {what} (max_lag is {self._max_lag})"
         return None
 
     def require_current(self) -> None:
@@ -468,11 +484,12 @@ class Replica:
         items: list[ev.LogItem] = []
         try:
             entries = await self._ports.log.entries(timeout_s=timeout_s)
-            # An entry of the same epoch may be of another trainer, whose journal was forgotten.
-            mine = [entry for entry in entries if entry.writer in ("", claim.sender.incarnation)]
-            found = _furthest(mine, command)
+            earlier = []
+            if command.reach == "exact" and command.target < claim.version:
+                earlier = await self._journal.claims(timeout_s=self.policy.bus_s)
+                earlier = [one for one in earlier if one.epoch < claim.epoch]
             nbytes = 0
-            for entry in found:
+            for entry in chosen(entries, [*earlier, claim], command):
                 nbytes += entry.nbytes
                 if items and nbytes > self.policy.staging_nbytes:
                     break
@@ -512,15 +529,17 @@ def _brief(exc: Exception) -> str:
     return f"{type(exc).__name__}: {exc}".split("\n", 1)[0]
 
 
-def _furthest(entries: list[LogEntry], command: cmd.Fetch) -> list[LogEntry]:
-    """The way to the newest version that is stored, or where a hole is before it, to the target."""
-    newest = max((e.version for e in entries if e.epoch == command.epoch), default=0)
+def _follow(role: str, text: str) -> Follow:
+    """What a worker of this role follows. SettingsError."""
+    if role not in get_args(Role):
+        raise SettingsError(f"role is one of {', '.join(get_args(Role))}, not {role!r}")
     try:
-        return way(
-            entries,
-            epoch=command.epoch,
-            held=command.held,
-            target=max(newest, command.target),
+        follow = Follow.parse(text)
+    except ValueError as exc:
+        raise SettingsError(f"follow: {exc}") from exc
+    if role == "rollout" and not follow.latest:
+        raise SettingsError(
+            f"follow {text!r} is for workers of role 'evaluation': updates wait for a rollout "
+            "worker, which follows the latest"
         )
-    except LogHole:
-        return way(entries, epoch=command.epoch, held=command.held, target=command.target)
+    return follow

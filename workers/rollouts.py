@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import Future
 from typing import Self
 
+from ..messages.control import Role
 from ..messages.errors import Closed, EngineError, GenerationFailed, WaitTimeout
 from ..messages.rollouts import Generate, Sample
 from ..messages.subjects import check_token
@@ -33,7 +34,8 @@ class AsyncRollouts:
     """Samples from the workers of a run, for code on an event loop.
 
     `bus` is a URL, None (the live broker of this user) or a Bus that stays the caller's.
-    `async with` connects (BusUnavailable) and begins to look for workers.
+    `async with` connects (BusUnavailable) and begins to look for workers. `role`: which of them are
+    asked; one that evaluates serves the version that it follows.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class AsyncRollouts:
         run: str,
         bus: str | Bus | None = None,
         *,
+        role: Role = "rollout",
         policy: RolloutPolicy | None = None,
     ) -> None:
         self.run = check_token("run", run)
+        self.role: Role = role
         self._given = bus
         self._policy = policy or RolloutPolicy()
         self._bus: Bus | None = None
@@ -60,7 +64,7 @@ class AsyncRollouts:
             )
         else:
             self._bus = self._given
-        self._inquiries = Inquiries(self._bus, self.run, client, self._policy)
+        self._inquiries = Inquiries(self._bus, self.run, client, self._policy, self.role)
         try:
             await self._inquiries.open()
         except BaseException:
@@ -183,10 +187,15 @@ class Rollouts:
     """
 
     def __init__(
-        self, run: str, bus: str | None = None, *, policy: RolloutPolicy | None = None
+        self,
+        run: str,
+        bus: str | None = None,
+        *,
+        role: Role = "rollout",
+        policy: RolloutPolicy | None = None,
     ) -> None:
         self.run = run
-        self._core = AsyncRollouts(run, bus, policy=policy)
+        self._core = AsyncRollouts(run, bus, role=role, policy=policy)
         self._pumps: set[Future[None]] = set()
         self._thread = LoopThread(f"sparsecast-rollouts-{run}")
         try:

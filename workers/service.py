@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..messages.control import WindowKind
+from ..messages.control import Role, WindowKind
 from ..pipeline.core.policy import Policy
 from .generation import GenerationService
 from .huggingface import HuggingFaceEngine
@@ -43,6 +43,9 @@ class WorkerOptions:
     window: str = "auto"
     #: The tiers of the run's log, as the trainer has them.
     log: str = DEFAULT_LOG
+    #: Whether updates wait for it, and which versions it follows: see Replica.
+    role: Role = "rollout"
+    follow: str = "latest"
     #: Refuse to generate when further behind, or when the trainer is unheard for longer.
     max_lag: int | None = None
     offline_s: float | None = None
@@ -79,6 +82,8 @@ async def serve(options: WorkerOptions) -> int:
         name=options.name,
         device=options.device,
         windows=windows,
+        role=options.role,
+        follow=options.follow,
         max_lag=options.max_lag,
         offline_s=options.offline_s,
         log=options.log,
@@ -96,6 +101,7 @@ async def serve(options: WorkerOptions) -> int:
                 wait_version=replica.wait_version,
                 refuse=replica.refusal,
                 origin=replica.origin,
+                role=options.role,
             )
             try:
                 await _answer(replica, generation, stop, options)
@@ -116,6 +122,7 @@ async def _answer(
         metadata={
             "run": options.run,
             "worker": options.name,
+            "role": options.role,
             "device": options.device,
             "model": options.model,
         },
@@ -153,7 +160,8 @@ async def _narrate(replica: Replica) -> None:
         elif refusal is not None:
             state, text = "refusing", f"refusing to generate: {refusal}"
         else:
-            state = f"following run {replica.run}"
+            what = "" if replica.follow.latest else f", {replica.follow}"
+            state = f"following run {replica.run}{what}"
             text = f"{state}, at version {replica.version}"
         waiting = replica.verified is None or refusal is not None
         if state != last or (waiting and now - said_at >= 5.0):

@@ -161,6 +161,11 @@ def render(snapshot: Snapshot, *, bus: str, note: str = "") -> RenderableType:
         for row in snapshot.members
         if row.note and row.state != "left"
     )
+    parts.extend(
+        Text(f"{row.name}: evaluates {row.follow}", style="dim", no_wrap=True)
+        for row in snapshot.members
+        if row.follow is not None and row.state != "left"
+    )
     if not snapshot.members:
         parts.append(Text("no worker heard yet", style="dim"))
     parts.extend(

@@ -63,9 +63,9 @@ class Announced:
         """The announcement that made this version, while remembered."""
         return self._announces.get(version)
 
-    def shown_by(self, digest: int) -> int | None:
-        """The newest version that weights of this digest are."""
-        return max((v for v, known in self.digests.items() if known == digest), default=None)
+    def shown_by(self, digest: int) -> tuple[int, ...]:
+        """The versions that weights of this digest are, in order."""
+        return tuple(sorted(v for v, known in self.digests.items() if known == digest))
 
     def _forget(self) -> None:
         while len(self._announces) > HISTORY:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...messages.control import Join, Sender, TrainerMessage, WindowKind
+from ...messages.control import Join, Role, Sender, TrainerMessage, WindowKind
 from .announced import Announced
 from .commands import Report
 from .policy import Policy
@@ -23,6 +23,8 @@ class Belonging:
         policy: Policy,
         announced: Announced,
         started: float,
+        role: Role,
+        follow: str,
     ) -> None:
         self.joined = False
         #: When the trainer of the claim was last heard.
@@ -35,6 +37,8 @@ class Belonging:
         self._host = host
         self._pid = pid
         self._gpu = gpu
+        self._role = role
+        self._follow = follow
         self._policy = policy
         self._announced = announced
 
@@ -73,5 +77,7 @@ class Belonging:
                 version=version,
                 trainer=claim.sender.incarnation if claim is not None else "",
                 gpu=self._gpu,
+                role=self._role,
+                follow=self._follow,
             )
         )

@@ -14,6 +14,7 @@ from ...messages.control import (
 )
 from ...messages.errors import SparsecastError
 from ...messages.metrics import EventKind
+from .follow import Reach
 from .ledger import RoundRecord
 
 # ---- both sides
@@ -175,11 +176,13 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Stage what the log has from `held` (None: from an anchor) on. Ends in Fetched/FetchFailed."""
+    """Stage what the log has from `held` (None: from an anchor) on, towards `target` and as far as
+    `reach` says. Ends in Fetched/FetchFailed."""
 
     epoch: int
     held: int | None
     target: int
+    reach: Reach = "newest"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ enter; each reports how it went. The machine decides and says why; it sends noth
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -33,6 +34,9 @@ class Exchange:
     work_s: float
     #: What it brings; None: the window itself.
     announce: Announce | None = None
+    #: Once so many have committed the others have `straggler_s` left; None: all of `ready_s`.
+    quorum: int | None = None
+    straggler_s: float = 0.0
     phase: Phase = Phase.GATHERING
     #: Why it is where it is, in words.
     reason: str = "nobody has answered yet"
@@ -43,17 +47,26 @@ class Exchange:
     went: float | None = None
     ended: float | None = None
     _ready: set[Sender] = field(default_factory=set)
+    #: When the quorum had committed.
+    _quorum_at: float | None = None
     _local: bool = False
 
     @property
     def deadline(self) -> float | None:
         """When `tick` has something to decide, or None once the exchange is over."""
         if self.phase is Phase.GATHERING:
-            return self.began + self.ready_s
+            return min(self.began + self.ready_s, self._impatient_at)
         if self.phase is Phase.WORKING:
             assert self.went is not None
             return self.went + self.work_s
         return None
+
+    @property
+    def _impatient_at(self) -> float:
+        """When whoever has not committed although the quorum has is left out."""
+        if self._quorum_at is None:
+            return math.inf
+        return max(self._quorum_at, self.began) + self.straggler_s
 
     @property
     def opening(self) -> bool:
@@ -75,6 +88,8 @@ class Exchange:
             self.went = now
             self.reason = f"all {len(self.members)} are ready"
             return True
+        if self.quorum is not None and self._quorum_at is None and len(self._ready) >= self.quorum:
+            self._quorum_at = now
         self._explain(self._ready, "ready")
         return False
 
@@ -115,7 +130,10 @@ class Exchange:
             return
         if self.phase is Phase.GATHERING:
             missing = tuple(m for m in self.members if m not in self._ready)
-            self._fail(f"{_names(missing)} not ready within {self.ready_s:g} s", missing, now)
+            when = f"within {self.ready_s:g} s"
+            if now >= self._impatient_at:
+                when = f"{self.straggler_s:g} s after {self.quorum} others were"
+            self._fail(f"{_names(missing)} not ready {when}", missing, now)
             return
         missing = tuple(m for m in self.members if m not in self.reports)
         # Where our own side is stuck too, a dead peer may be holding up sound ones.

@@ -7,12 +7,13 @@ the log alike; digest each state before the next apply; fetch what is missing.
 from __future__ import annotations
 
 from ...messages import control as msg
-from ...messages.control import Sender, Stamp
+from ...messages.control import Role, Sender, Stamp
 from . import commands as cmd
 from . import events as ev
 from .announced import Announced
 from .catchup import CatchUp
 from .commands import ReplicaCommand, Report
+from .follow import Follow
 from .policy import Policy
 from .staging import Patch, Staging
 
@@ -22,7 +23,9 @@ ANOTHER = "the journal has announced another patch"
 class Lane:
     """What the weights are, and what happens to them next. Methods return what is to be done."""
 
-    def __init__(self, me: Sender, policy: Policy, announced: Announced) -> None:
+    def __init__(
+        self, me: Sender, policy: Policy, announced: Announced, role: Role, follow: Follow
+    ) -> None:
         #: What the weights are proven or applied to be in this epoch; None: not known, or wrong.
         self.version: int | None = None
         self.verified: int | None = None
@@ -42,6 +45,11 @@ class Lane:
         self._me = me
         self._policy = policy
         self._announced = announced
+        self._role = role
+        self._follow = follow
+        #: The digest of the one version that is followed, once it was here: no epoch changes what
+        #: a version is.
+        self._pinned: int | None = None
         #: A resync was called for while an apply or a proof ran: what it finds does not count.
         self._void = False
         #: The digest of weights that are no version yet, until something is written to them.
@@ -70,9 +78,11 @@ class Lane:
             out.append(cmd.Apply(chain))
         elif not chain and self._may_fetch(coming) and now >= self._catchup.due:
             self._catchup.under_way = True
-            # At least one step: the driver goes as far as the log does.
-            target = claim.version if self.version is None else self.version + 1
-            out.append(cmd.Fetch(claim.epoch, self.version, target))
+            target, goal = claim.version if self.version is None else self.version + 1, self.goal
+            if not self._follow.latest and goal is not None:
+                target = goal
+            # Of the latest at least one step: the driver goes as far as the log does.
+            out.append(cmd.Fetch(claim.epoch, self.version, target, self._follow.reach))
         return out
 
     def next_change(self, coming: Stamp | None, now: float) -> float | None:
@@ -86,11 +96,17 @@ class Lane:
 
     @property
     def behind(self) -> bool:
-        """Whether there is more than the weights hold."""
-        head = self._announced.head
-        return self._announced.claim is not None and (
-            self.version is None or (head is not None and self.version < head)
-        )
+        """Whether there is more to be had than the weights hold."""
+        goal = self.goal
+        return goal is not None and (self.version is None or self.version < goal)
+
+    @property
+    def goal(self) -> int | None:
+        """The version that the weights should hold as things are; None: none is there yet."""
+        claim, head = self._announced.claim, self._announced.head
+        if claim is None or head is None:
+            return None
+        return self._follow.goal(claim.version, head)
 
     @property
     def _free(self) -> bool:
@@ -113,6 +129,8 @@ class Lane:
         out = self._drop_all()
         # Only the digest can tell.
         self.version = None
+        if self._pinned is not None and self._follow.pinned is not None:
+            self._announced.digests[self._follow.pinned] = self._pinned
         self.verified = None
         self._unnamed = None
         self.manifest_hash = ""
@@ -134,12 +152,20 @@ class Lane:
 
     def _name(self) -> list[ReplicaCommand]:
         """Weights that are no version yet may be one that was announced."""
-        shown = None if self._unnamed is None else self._announced.shown_by(self._unnamed)
-        if shown is None:
+        if self._unnamed is None:
             return []
-        self.version = self.verified = shown
+        shown = [v for v in self._announced.shown_by(self._unnamed) if self._follow.admits(v)]
+        if not shown:
+            return []
+        self._proven(shown[-1], self._unnamed)
         self._unnamed = None
-        return [cmd.Hold(shown)]
+        return [cmd.Hold(shown[-1])]
+
+    def _proven(self, version: int, digest: int) -> None:
+        """The weights are this version."""
+        self.version = self.verified = version
+        if version == self._follow.pinned:
+            self._pinned = digest
 
     def unfit(self) -> None:
         """Our model is not the claim's."""
@@ -284,7 +310,7 @@ class Lane:
         expected = self._announced.digests.get(version)
         ok = expected == event.digest
         if ok:
-            self.verified = version
+            self._proven(version, event.digest)
             self._catchup.proven()
         else:
             self.mismatches += 1
@@ -331,6 +357,7 @@ class Lane:
                 version=self.version,
                 verified=self.verified,
                 lagging=self.lagging,
+                follow=str(self._follow) if self._role == "evaluation" else None,
             )
         )
 

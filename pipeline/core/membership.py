@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...messages.control import Heartbeat, Join, Sender, WindowKind
+from ...messages.control import Heartbeat, Join, Role, Sender, WindowKind
 from .policy import Policy
 
 #: The kinds of window, best first.
@@ -21,6 +21,7 @@ class Member:
     host: str
     gpu: str
     heard: float
+    role: Role = "rollout"
     version: int | None = None
     verified: int | None = None
     lagging: str | None = None
@@ -47,6 +48,11 @@ class Membership:
         member = self.members.get(sender.name)
         return member if member is not None and member.sender == sender else None
 
+    @property
+    def awaited(self) -> list[Member]:
+        """The members that updates are for and wait for: all but those that evaluate."""
+        return [member for member in self.members.values() if member.role == "rollout"]
+
     def admit(self, join: Join, now: float) -> Member:
         """Take a member in, in place of an earlier life of its name."""
         member = Member(
@@ -56,6 +62,7 @@ class Membership:
             host=join.host,
             gpu=join.gpu,
             heard=now,
+            role=join.role,
             version=join.version,
         )
         self.members[join.sender.name] = member
@@ -139,11 +146,11 @@ class Membership:
 
         `inside` are the members of the present window: they stay whatever their lag, since
         patches wait in their staging; others enter only when they hold the head, or nearly, so
-        that a joiner never delays a round.
+        that a joiner never delays a round. Who evaluates never enters.
         """
         ready = [
             m
-            for m in sorted(self.members.values(), key=lambda m: m.sender.name)
+            for m in sorted(self.awaited, key=lambda m: m.sender.name)
             if m.back_at <= now
             and m.version is not None
             and (m.sender in inside or self._may_enter(m, head))
@@ -166,9 +173,11 @@ class Membership:
         that is known, and nobody else's.
         """
         member = self.get(sender)
-        if member is None or [kind for kind in self._wanted() if kind in member.offers] != ["nccl"]:
+        if member is None or member not in self.awaited:
             return None
-        others = (m for m in self.members.values() if m is not member and "nccl" in m.offers)
+        if [kind for kind in self._wanted() if kind in member.offers] != ["nccl"]:
+            return None
+        others = (m for m in self.awaited if m is not member and "nccl" in m.offers)
         shared = next((m.sender.name for m in others if m.gpu == member.gpu), None)
         if not self.gpu:
             why = "it is not known which GPU the trainer's weights are on"

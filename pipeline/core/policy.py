@@ -25,6 +25,15 @@ class Policy:
     ready_s: float = 2.0
     """From asking for commitments until whoever has not committed is left out."""
 
+    quorum: int | Literal["all"] = "all"
+    """How many members have to hold an update for it to count as done: wait_applied() waits for so
+    many unless told otherwise."""
+
+    straggler_s: float | None = None
+    """Once a quorum has committed to a round, how long the others are waited for before they are
+    put out of the window; 0: not at all. None: until ready_s is over. The window that follows is
+    opened without them: give a few milliseconds more than the slowest sound member takes."""
+
     commit_s: float = 5.0
     """How long a member keeps a commitment open. More than ready_s: by as much as a publish() may
     take for its round to go at once."""
@@ -96,12 +105,19 @@ class Policy:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and value <= 0 and field.name != "join_lag":
-                raise ValueError(f"Policy.{field.name} must be above 0, not {value}")
+            least = 0 if field.name in ("join_lag", "straggler_s") else None
+            if isinstance(value, int | float) and (value < 0 if least == 0 else value <= 0):
+                bound = "at least 0" if least == 0 else "above 0"
+                raise ValueError(f"Policy.{field.name} must be {bound}, not {value}")
         if self.commit_s <= self.ready_s:
             raise ValueError(
                 f"Policy.commit_s ({self.commit_s}) must be above ready_s ({self.ready_s}): "
                 "a commitment has to outlive the wait for the others"
+            )
+        if self.straggler_s is not None and self.quorum == "all":
+            raise ValueError(
+                f"Policy.straggler_s ({self.straggler_s}) needs a quorum: of all members nobody is "
+                "left to be put out"
             )
         if self.silence_s <= 2 * self.heartbeat_s:
             raise ValueError(

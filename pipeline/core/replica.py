@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import assert_never
 
 from ...messages import control as msg
-from ...messages.control import Sender, Stamp, WindowKind
+from ...messages.control import Role, Sender, Stamp, WindowKind
 from ...messages.errors import NameInUse, ReplicaRefused, SparsecastError
 from . import commands as cmd
 from . import events as ev
 from .announced import Announced
 from .belonging import Belonging
 from .commands import ReplicaCommand
+from .follow import Follow
 from .lane import Lane
 from .policy import Policy
 from .seat import Seat
@@ -25,7 +26,8 @@ from .seat import Seat
 
 class ReplicaCore:
     """Events in, commands out. `me` is this worker; `kinds` the windows that it can open, `gpu`
-    where its weights are ("": on none)."""
+    where its weights are ("": on none). `role`: whether updates wait for it; `follow`: which
+    versions it wants, of which a rollout worker wants all."""
 
     def __init__(
         self,
@@ -39,11 +41,14 @@ class ReplicaCore:
         policy: Policy,
         started: float,
         gpu: str = "",
+        role: Role = "rollout",
+        follow: Follow = Follow(),  # noqa: B008 - frozen
     ) -> None:
         self.run = run
         self.me = me
         self.policy = policy
         self.started = started
+        self.follow = follow
         self.error: SparsecastError | None = None
 
         self._announced = Announced()
@@ -57,9 +62,11 @@ class ReplicaCore:
             policy=policy,
             announced=self._announced,
             started=started,
+            role=role,
+            follow=str(follow),
         )
         self._seat = Seat(me, policy, self._announced)
-        self._lane = Lane(me, policy, self._announced)
+        self._lane = Lane(me, policy, self._announced, role, follow)
         self._closed = False
         self._now = started
         self._out: list[ReplicaCommand] = []
@@ -103,6 +110,11 @@ class ReplicaCore:
         return self._announced.head
 
     @property
+    def goal(self) -> int | None:
+        """The version that the weights should hold as things are; None: there is none yet."""
+        return self._lane.goal
+
+    @property
     def version(self) -> int | None:
         """What the weights are proven or applied to be in this epoch; None: not known, or wrong."""
         return self._lane.version
@@ -133,7 +145,7 @@ class ReplicaCore:
         return None if heard is None else now - heard
 
     def why(self) -> str:
-        """Why the weights are not at the head, in words."""
+        """Why the weights are not where they should be, in words."""
         lane, head = self._lane, self._announced.head
         if self.error is not None:
             return str(self.error)
@@ -144,11 +156,15 @@ class ReplicaCore:
         if lane.proving or lane.to_prove:
             return "comparing the weights with the trainer's"
         trouble = f"; the log: {lane.trouble}" if lane.trouble else ""
+        if lane.goal is None:
+            return f"waiting for version {self.follow.pinned}, {head} is the newest"
         if lane.version is None:
             return f"waiting for an anchor from the log{trouble}"
-        if head is not None and lane.version < head:
-            return f"at version {lane.version} of {head}{trouble}"
-        return f"at version {lane.version}, the newest that was announced"
+        if lane.behind:
+            return f"at version {lane.version} of {lane.goal}{trouble}"
+        if self.follow.latest:
+            return f"at version {lane.version}, the newest that was announced"
+        return f"at version {lane.version}: follows {self.follow}, {head} is the newest"
 
     # ---- events
 

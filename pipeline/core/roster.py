@@ -49,7 +49,9 @@ class Roster:
         known = self._membership.members.get(join.sender.name)
         if known is None:
             self._membership.admit(join, now)
-            out.append(cmd.Tell("join", join.sender.name, f"on {join.host}, {join.device}"))
+            what = f", evaluates {join.follow}" if join.role == "evaluation" else ""
+            told = f"on {join.host}, {join.device}{what}"
+            out.append(cmd.Tell("join", join.sender.name, told))
             reason = self._membership.unseated(join.sender)
             if reason is not None:
                 out.append(cmd.Tell("log-only", join.sender.name, reason))
@@ -104,10 +106,11 @@ class Roster:
                 assert_never(message)
 
     def have(self, version: int) -> bool:
-        """Whether every member, and at least one, has it in staging or already in its weights."""
+        """Whether every member that is waited for, and at least one, has it in staging or already
+        in its weights."""
         record = self._ledger.at(version)
         received = record.received if record is not None else ()
-        members = self._membership.members.values()
+        members = self._membership.awaited
         return bool(members) and all(
             member.sender in received or (member.version is not None and member.version >= version)
             for member in members
@@ -145,6 +148,8 @@ class Roster:
     def _advanced(self, member: Member, version: int, verified: int | None, now: float) -> None:
         member.version = version
         member.verified = verified
+        if member.role == "evaluation":
+            return
         self._ledger.advanced(member.sender.name, version, verified, now)
 
     # ---- words
@@ -152,7 +157,8 @@ class Roster:
     def progress(
         self, version: int, missing_as: str | None, now: float
     ) -> tuple[dict[str, float], dict[str, str]]:
-        """Who has applied `version`, in seconds after publish(), and who has not, and why.
+        """Who has applied `version`, in seconds after publish(), and who has not, and why, of
+        those that are waited for.
 
         `missing_as` says why nobody can have it yet. A member that applied it and left since
         counts as one that has.
@@ -162,7 +168,8 @@ class Roster:
         if record is not None:
             applied = {name: at - record.published_at for name, at in record.applied.items()}
         missing: dict[str, str] = {}
-        for name, member in self._membership.members.items():
+        for member in self._membership.awaited:
+            name = member.sender.name
             if member.version is not None and member.version >= version:
                 applied.setdefault(name, 0.0)
             else:

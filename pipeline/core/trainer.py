@@ -149,7 +149,8 @@ class TrainerCore:
     def progress(self, version: int) -> tuple[dict[str, float], dict[str, str]]:
         """Who has applied `version`, in seconds after publish(), and who has not, and why.
 
-        A member that applied it and left since counts as one that has.
+        Of those that are waited for: who evaluates is in neither. A member that applied it and
+        left since counts as one that has.
         """
         nobody_yet = None
         if version > self.head:
@@ -421,7 +422,7 @@ class TrainerCore:
 
     def _finish(self, round_: Round, window: Window | None) -> None:
         """The round is over: everyone staged it, or whoever did not takes it from the log."""
-        members = tuple(member.sender for member in self.membership.members.values())
+        members = tuple(member.sender for member in self.membership.awaited)
         if window is not None:
             members = window.members
         elif members:

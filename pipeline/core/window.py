@@ -124,8 +124,17 @@ class Windows:
         """Begin an attempt to bring a version through the open window."""
         window = self.open
         assert window is not None
-        ready_s, work_s = self._policy.ready_s, self._policy.send_deadline_s(announce.nbytes)
-        exchange = self.exchange = Exchange(stamp, window.members, now, ready_s, work_s, announce)
+        policy = self._policy
+        exchange = self.exchange = Exchange(
+            stamp,
+            window.members,
+            now,
+            policy.ready_s,
+            policy.send_deadline_s(announce.nbytes),
+            announce,
+        )
+        if policy.straggler_s is not None and policy.quorum != "all":
+            exchange.quorum, exchange.straggler_s = policy.quorum, policy.straggler_s
         for member in window.members:
             if self._membership.get(member) is None:
                 exchange.refuse(member, "it has left", now)

@@ -27,7 +27,7 @@ TRAINER_KEYS = {
 }  # fmt: skip
 MEMBER_KEYS = {
     "name", "state", "note", "version", "verified", "lag", "heard_s", "rounds", "round_p50_ms",
-    "round_p99_ms", "nbytes", "density", "mismatches", "source",
+    "round_p99_ms", "nbytes", "density", "mismatches", "source", "follow",
 }  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def snapshot() -> Snapshot:
         name="a-worker-with-a-rather-long-name", state="following", note="", version=1_234_567,
         verified=1_234_567, lag=0, heard_s=0.2, rounds=200, round_p50_ms=1234.5,
         round_p99_ms=98765.4, nbytes=123_456_789, density=0.0123, mismatches=12, source="gloo",
+        follow=None,
     )  # fmt: skip
     event = Event(time_s=0.0, run="r", kind="evict", member="w", reason="silent for 4.1 s " * 9)
     return Snapshot(

@@ -63,12 +63,12 @@ def test_the_announced_digest_counts_before_the_logs() -> None:
     assert announced.announce(7) is None
 
 
-def test_a_digest_shows_the_newest_version_that_has_it() -> None:
-    """Nothing changed from 5 to 6: the weights are at 6. An unknown digest shows nothing."""
+def test_a_digest_shows_the_versions_that_have_it() -> None:
+    """Nothing changed from 5 to 6: the weights are either. An unknown digest shows nothing."""
     announced = following()
     announced.announced(announce(6, digest=50))
     announced.announced(announce(7, digest=70))
-    assert [announced.shown_by(digest) for digest in (50, 70, 99)] == [6, 7, None]
+    assert [announced.shown_by(digest) for digest in (50, 70, 99)] == [(5, 6), (7,), ()]
 
 
 def test_a_new_epoch_forgets_what_the_old_one_announced() -> None:

@@ -52,6 +52,55 @@ def test_silence_while_gathering_leaves_the_silent_out() -> None:
     assert exchange.deadline is None
 
 
+def impatient(straggler_s: float) -> Exchange:
+    """An exchange of a, b and c that two are enough for."""
+    exchange = gathering()
+    exchange.quorum, exchange.straggler_s = 2, straggler_s
+    return exchange
+
+
+def test_once_the_quorum_has_committed_the_others_have_little_time_left() -> None:
+    """Two of three are enough: the third has half a second from then on, not all of ready_s."""
+    exchange = impatient(0.5)
+    exchange.ready(A, 10.1)
+    assert exchange.deadline == 12.0, "one is no quorum"
+    exchange.ready(C, 10.4)
+    assert exchange.deadline == 10.9
+    exchange.tick(10.89)
+    assert exchange.phase is Phase.GATHERING
+    exchange.tick(10.9)
+    assert (exchange.phase, exchange.left_out) == (Phase.FAILED, (B,))
+    assert exchange.reason == "b not ready 0.5 s after 2 others were"
+
+
+def test_who_commits_in_that_time_is_in() -> None:
+    """The third one's commitment comes just in time: all are ready."""
+    exchange = impatient(0.5)
+    assert [exchange.ready(m, at) for m, at in ((A, 10.0), (B, 10.2), (C, 10.6))] == [
+        False, False, True,
+    ]  # fmt: skip
+
+
+def test_stragglers_are_given_no_more_than_ready_s() -> None:
+    """The quorum commits late, and the patience with the rest is long: ready_s ends it."""
+    exchange = impatient(5.0)
+    exchange.ready(A, 11.8)
+    exchange.ready(B, 11.9)
+    assert exchange.deadline == 12.0
+    exchange.tick(12.0)
+    assert (exchange.left_out, exchange.reason) == ((C,), "c not ready within 2 s")
+
+
+def test_time_that_does_not_count_yet_is_not_taken_from_stragglers() -> None:
+    """All but one commit before the journal has the announcement: from there on counts the time of
+    the last one, with no patience at all too."""
+    exchange = impatient(0.0)
+    exchange.ready(A, 10.0)
+    exchange.ready(B, 10.0)
+    exchange.began = 10.7
+    assert exchange.deadline == 10.7
+
+
 def test_a_refusal_while_gathering_is_blamed_and_one_in_the_collective_is_not() -> None:
     """NotReady leaves its sender out; a failed receive may be the fault of a dead peer."""
     refused = gathering()
