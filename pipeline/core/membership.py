@@ -9,6 +9,8 @@ from .policy import Policy
 
 #: The kinds of window, best first.
 PREFERENCE: tuple[WindowKind, ...] = ("nccl", "gloo", "bus")
+#: How many versions beyond join_lag a member may be behind that the log alone does not bring near.
+FURTHER = 8
 
 
 @dataclass(slots=True)
@@ -28,6 +30,8 @@ class Member:
     mismatches: int = 0
     #: How often in a row it was put out of a window, and until when it stays out.
     strikes: int = 0
+    #: How often the log has brought it on since it last came through a round.
+    steps: int = 0
     back_at: float = 0.0
     #: A newcomer that wants this name, until when the holder may answer the probe.
     challenger: Join | None = None
@@ -134,6 +138,13 @@ class Membership:
         member = self.get(sender)
         if member is not None:
             member.strikes = 0
+            member.steps = 0
+
+    def stepped(self, sender: Sender) -> None:
+        """The log has brought a member on."""
+        member = self.get(sender)
+        if member is not None:
+            member.steps += 1
 
     def fit(
         self,
@@ -145,8 +156,9 @@ class Membership:
         """The kind of the next window and its members, in the order of their names.
 
         `inside` are the members of the present window: they stay whatever their lag, since
-        patches wait in their staging; others enter only when they hold the head, or nearly, so
-        that a joiner never delays a round. Who evaluates never enters.
+        patches wait in their staging; others enter only when they hold the head, or nearly (a
+        version less near with each step that the log has brought them), so that a joiner never
+        delays a round. Who evaluates never enters.
         """
         ready = [
             m
@@ -213,7 +225,12 @@ class Membership:
         # A name in question stays where it is: anyone could break a window by asking for it.
         if member.challenger is not None or member.lagging is not None:
             return False
-        return member.version is not None and member.version >= head - self.policy.join_lag
+        if member.version is None:
+            return False
+        # Whom the log brings on, and who does not come near for all that, would stay behind as long
+        # as updates follow each other faster: inside, they wait in its staging for what is missing.
+        lag = self.policy.join_lag + min(member.steps, FURTHER)
+        return member.version >= head - lag
 
     def next_change(self, now: float) -> float | None:
         """When time alone will change something here."""

@@ -83,7 +83,8 @@ class Policy:
     rolls it back."""
 
     join_lag: int = 1
-    """A member at most so many versions behind the head may enter a window."""
+    """A member at most so many versions behind the head may enter a window; a little further behind
+    if the log does not bring it nearer, since updates follow each other faster."""
 
     anchor_every: int = 100
     """Versions between two anchors in the log."""

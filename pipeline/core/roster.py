@@ -92,8 +92,10 @@ class Roster:
         if not current:
             return []
         match message:
-            case msg.Applied(version=version):
+            case msg.Applied(version=version, source=source):
                 member.lagging = None
+                if source == "log":
+                    self._membership.stepped(member.sender)
                 self._advanced(member, version, member.verified, now)
                 return []
             case msg.Verified():

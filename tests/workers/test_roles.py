@@ -19,9 +19,11 @@ from runs import (
     weights,
 )
 from sparsecast import AsyncRollouts, GenerationFailed, Replica, SettingsError
+from sparsecast.messages.control import LogEntry
 from sparsecast.messages.metrics import Event, TrainerMetrics
 from sparsecast.messages.rollouts import Generate, Sample, Span
 from sparsecast.pipeline.bus.nats import NatsBus
+from sparsecast.pipeline.log.memory import MemoryLog
 from sparsecast.workers.generation import GenerationService
 
 
@@ -198,3 +200,43 @@ async def test_a_quorum_and_no_patience_with_the_rest(site: Site, ear: Ear) -> N
             for e in ear.heard[-20:]
         )
     )
+
+
+class Slow(MemoryLog):
+    """A log that takes its time to say what it has."""
+
+    async def entries(self, *, timeout_s: float) -> list[LogEntry]:
+        found = await super().entries(timeout_s=timeout_s)
+        await asyncio.sleep(0.3)
+        return found
+
+
+async def test_a_joiner_gets_in_though_updates_outpace_the_log(site: Site) -> None:
+    """An update every 50 ms, and a log that is asked for 300 ms: a late worker is several
+    versions behind whatever it fetches, and enters the window all the same."""
+    log, trained, late = Slow(), weights(), weights(9)
+    publisher = await site.publisher(trained, log=log)
+    await site.replica(weights(), "w0", log=log)
+    await publisher.wait_members(1, timeout_s=10)
+    received: list[int] = []
+
+    async def train() -> None:
+        for version in range(1, 200):
+            step(trained, version)
+            update = await publisher.publish()
+            await asyncio.sleep(0.05)
+            core = publisher._core
+            assert core is not None
+            record = core.record(update.version)
+            if record is not None and "w1" in {member.name for member in record.received}:
+                received.append(version)
+            if len(received) >= 3:
+                return
+
+    training = asyncio.create_task(train())
+    await asyncio.sleep(0.3)
+    replica = await site.replica(late, "w1", log=log)
+    await training
+    assert len(received) >= 3, "it never came into the window"
+    await eventually(lambda: at(replica, publisher.version))
+    assert same_bits(trained, late)

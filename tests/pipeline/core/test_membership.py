@@ -92,6 +92,19 @@ def test_who_is_fit_for_a_window() -> None:
     assert names(membership.fit(BOTH, inside, 10, 1.0)) == ("gloo", ["here", "near", "struck"])
 
 
+def test_who_cannot_catch_up_may_enter_further_behind() -> None:
+    """The log brings a member on, and updates are faster: with each step it may be one version
+    further behind, but not for ever; a round that it comes through sets it back."""
+    membership, who = crew(join("slow", version=6)), Sender("slow", "1")
+    for steps, lag in ((0, 1), (1, 2), (2, 3), (52, 9)):
+        assert names(membership.fit(BOTH, frozenset(), 6 + lag, 0.0))[1] == ["slow"]
+        assert names(membership.fit(BOTH, frozenset(), 6 + lag + 1, 0.0))[1] == []
+        for _ in range(50 if steps == 2 else 1):
+            membership.stepped(who)
+    membership.pardon(who)
+    assert names(membership.fit(BOTH, frozenset(), 8, 0.0))[1] == []
+
+
 def test_asking_for_a_name_does_not_break_the_holders_window() -> None:
     """A second worker of the same name turns up: the first stays in its window meanwhile, but
     would not enter one."""
