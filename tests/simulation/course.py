@@ -40,6 +40,8 @@ class Course:
         world.start_trainer(delay_s=world.rng.uniform(0, 2))
         for slot in range(plan.workers):
             world.start_worker(f"w{slot}", slot, delay_s=world.rng.uniform(0, 3))
+        for slot, name in enumerate(plan.evaluators):
+            world.start_worker(name, slot, delay_s=world.rng.uniform(0, 6))
         world.spawn(self._bring_faults())
         await self._until(lambda: world.loop.time() >= world.began + plan.fault_s, None)
         await self._heal()
@@ -76,7 +78,8 @@ class Course:
             trainer.patience_s = 0.0
         if not any(trainer.present for trainer in world.trainers):
             world.start_trainer(delay_s=0.0)
-        if not any(worker.present and not worker.leaving.is_set() for worker in world.workers):
+        staying = (life for life in world.workers if life.present and not life.leaving.is_set())
+        if all(life.follow is not None for life in staying):
             world.start_worker("w0", 0, delay_s=0.0)
 
     async def _converge(self) -> None:
@@ -105,7 +108,7 @@ class Course:
         world.note("converged", f"after {world.result.converged_s:.1f} s")
         report = await trainer.process.ask(trainer.last.wait_applied(10.0))
         world.check_report(trainer, report)
-        names = sorted({worker.worker for worker in world.live_workers()})
+        names = sorted({life.worker for life in world.live_workers() if life.follow is None})
         if not report.complete or sorted(report.applied) != names:
             world.violation(f"wait_applied() reports {report}, there are {names}")
         for worker in world.live_workers():
@@ -157,17 +160,12 @@ class Course:
         core = trainer.publisher._core
         if core is None or not core.quiet:
             return False
-        newest = trainer.publisher.version
+        members, newest = core.membership.members, trainer.publisher.version
         present = [worker for worker in self.world.workers if worker.present]
         return bool(present) and all(
-            worker.live
-            and worker.replica.verified == worker.replica.version == newest
-            and worker.replica.refusal() is None
-            and worker.served[1] == trainer.table[newest]
-            and worker.replica._core is not None
-            and worker.replica._core._lane.applying is None
-            and core.membership.members.get(worker.worker) is not None
-            and core.membership.members[worker.worker].verified == newest
+            worker.settled(trainer)
+            and worker.worker in members
+            and (worker.follow is not None or members[worker.worker].verified == newest)
             for worker in present
         )
 

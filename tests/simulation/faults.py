@@ -97,5 +97,8 @@ async def happen(world: "World", fault: Fault) -> None:
         case "storage moves":
             if isinstance(worker, WorkerLife) and worker.engine is not None:
                 worker.engine.move()
+        case "clock jumps":
+            if anyone is not None:
+                anyone.process.clock_offset_s += 10.0**fault.where * fault.for_s
         case _:
             raise AssertionError(fault.kind)

@@ -265,6 +265,8 @@ class WorkerLife(Life):
         plan = world.plan
         self.worker = name
         self.slot = slot
+        #: What it follows, if it evaluates.
+        self.follow = plan.evaluators.get(name)
         start = random.Random(f"{plan.seed} start") if plan.same_start else self.rng
         weights = plan.published(plan.weights(start))
         self.engine = SimEngine(self.process, weights, self.on_version)
@@ -279,6 +281,8 @@ class WorkerLife(Life):
             run=RUN,
             bus=URL,
             name=name,
+            role="rollout" if self.follow is None else "evaluation",
+            follow=self.follow or "latest",
             policy=plan.policy,
             ports=self.ports,
         )
@@ -315,12 +319,38 @@ class WorkerLife(Life):
                 self.held[incarnation] = max(self.held.get(incarnation, -1), version)
         core = self.replica._core
         claim = core.claim if core is not None else None
+        if core is not None and core._lane.to_prove:
+            claim = None  # it was begun under the claim before
         under = f"{claim.epoch} of {claim.sender.incarnation}" if claim is not None else ""
         if under == self.floor[0] and version < self.floor[1]:
             world.violation(
                 f"{self.name} went from version {self.floor[1]} back to {version} in epoch {under}"
             )
         self.floor = (under, version)
+
+    def _meant(self, trainer: TrainerLife, version: int) -> str | None:
+        """What this version has to be to it: one that is followed may be of an earlier epoch."""
+        if version == self.replica.follow.pinned:
+            return self.world.bits_of(trainer, version)
+        return trainer.table.get(version)
+
+    def settled(self, trainer: TrainerLife) -> bool:
+        """Whether it holds what it should, once nothing more is published."""
+        replica, core = self.replica, self.replica._core
+        if not self.live or core is None or core._lane.applying is not None:
+            return False
+        wanted = core.goal
+        if replica.follow.pinned is not None and (wanted is None or replica.version != wanted):
+            # Not announced yet, or not in the log any more: it says so.
+            return replica.refusal() is not None
+        return (
+            wanted is not None
+            and (self.follow is not None or wanted == trainer.publisher.version)
+            and replica.verified == replica.version
+            and replica.version >= wanted
+            and replica.refusal() is None
+            and self.served[1] == self._meant(trainer, replica.version)
+        )
 
     def on_resync(self) -> None:
         """The replica says that it starts again."""
@@ -346,7 +376,7 @@ class WorkerLife(Life):
         self.held[incarnation] = max(self.held.get(incarnation, -1), core.version)
         trainer = world.trainer_of(incarnation)
         bits = fingerprint(engine.weights)
-        if trainer is not None and trainer.table.get(core.version) != bits:
+        if trainer is not None and self._meant(trainer, core.version) != bits:
             world.violation(
                 f"{self.name} believes that it holds version {core.version} of {trainer.name}, "
                 "and holds other bits"

@@ -30,6 +30,7 @@ KINDS = {
     "long reader": 2,
     "engine fails": 2,
     "storage moves": 2,
+    "clock jumps": 2,
 }
 
 ODD = [torch.int64, torch.float64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.int16]
@@ -51,6 +52,8 @@ class Plan:
 
     seed: int
     workers: int
+    #: What each worker follows that evaluates, by its name; the others are for rollouts.
+    evaluators: Mapping[str, str]
     updates: int
     policy: Policy
     #: Publish fp32 masters as bf16.
@@ -90,10 +93,13 @@ class Plan:
             anchor_every=rng.choice([2, 5, 100]),
             staging_nbytes=rng.choice([2000, 6000, 1 << 30, 1 << 30]),
         )
+        follows = ["latest", "every:2", "every:5", f"version:{rng.randint(0, updates)}"]
+        evaluators = {f"e{n}": rng.choice(follows) for n in range(rng.choice([0, 0, 1, 2]))}
         every: tuple[WindowKind, ...] = ("gloo", "bus")
         return cls(
             seed=seed,
             workers=workers,
+            evaluators=evaluators,
             updates=updates,
             policy=policy,
             masters=rng.random() < 0.3,

@@ -10,6 +10,7 @@ from sparsecast.messages import codec
 from sparsecast.messages.control import Claim
 from sparsecast.pipeline.bus.journal import Journal
 from sparsecast.pipeline.core.lane import Lane
+from sparsecast.pipeline.core.membership import Membership
 from sparsecast.pipeline.core.safekeeping import Safekeeping
 from sparsecast.pipeline.core.seat import Seat
 from sparsecast.pipeline.core.staging import Patch, Staging
@@ -150,6 +151,14 @@ def resumed_as_is() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def evaluators_awaited() -> Iterator[None]:
+    """Who evaluates is waited for like anyone else."""
+    everyone = property(lambda membership: list(membership.members.values()))
+    with mock.patch.object(Membership, "awaited", everyone):
+        yield
+
+
 #: Every one, with the words by which the simulation tells of it (one of them).
 PLANTED: dict[str, tuple[Plant, tuple[str, ...]]] = {
     "base unchecked": (base_unchecked, ("no trainer published", "not the announced")),
@@ -163,5 +172,6 @@ PLANTED: dict[str, tuple[Plant, tuple[str, ...]]] = {
     "readers ignored": (readers_ignored, ("changed under a reader",)),
     "unsafe forgotten": (unsafe_forgotten, ("not converged",)),
     "fence down": (fence_down, ("the journal took",)),
+    "evaluators awaited": (evaluators_awaited, ("who evaluate",)),
     "resumed as is": (resumed_as_is, ("not the announced", "no trainer published")),
 }

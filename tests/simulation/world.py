@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from sparsecast.messages import codec
-from sparsecast.messages.control import Announce, Claim
+from sparsecast.messages.control import Announce, Claim, Opening
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.core.replica import ReplicaCore
@@ -300,6 +300,10 @@ class World:
                     self.result.rounds[kind] = self.result.rounds.get(kind, 0) + 1
                     early = record.window > 0 and record.went_at < record.announced_at
                     self.result.early += early
+                case cmd.Say(Opening(members=members)):
+                    among = sorted(m.name for m in members if m.name in self.plan.evaluators)
+                    if among:
+                        self.violation(f"a window is to be opened with {among}, who evaluate")
                 case cmd.Append(announce):
                     self.largest = max(self.largest, announce.nbytes)
                 case cmd.Quarantine() if isinstance(life, WorkerLife):
