@@ -47,9 +47,9 @@ class Lane:
         self._announced = announced
         self._role = role
         self._follow = follow
-        #: The digest of the one version that is followed, once it was here: no epoch changes what
-        #: a version is.
-        self._pinned: int | None = None
+        #: The digest of the one version that is followed, once it was here, and the newest claim
+        #: under which that is so.
+        self._pinned: tuple[int, msg.Claim] | None = None
         #: A resync was called for while an apply or a proof ran: what it finds does not count.
         self._void = False
         #: The digest of weights that are no version yet, until something is written to them.
@@ -129,14 +129,25 @@ class Lane:
         out = self._drop_all()
         # Only the digest can tell.
         self.version = None
-        if self._pinned is not None and self._follow.pinned is not None:
-            self._announced.digests[self._follow.pinned] = self._pinned
+        self._keep_pinned()
         self.verified = None
         self._unnamed = None
         self.manifest_hash = ""
         self.to_prove = True
         self._catchup.claimed(now)
         return out
+
+    def _keep_pinned(self) -> None:
+        """No later epoch changes what a version is; but a journal that was made anew by another
+        trainer counts its own versions from 0."""
+        claim, pinned = self._announced.claim, self._follow.pinned
+        if self._pinned is None or claim is None or pinned is None:
+            return
+        digest, before = self._pinned
+        self._pinned = None
+        if claim.nonce == before.nonce or claim.sender == before.sender:
+            self._pinned = digest, claim
+            self._announced.digests[pinned] = digest
 
     def proved(self, event: ev.Proved) -> list[ReplicaCommand]:
         """Our model is the claim's, and the weights have this digest."""
@@ -164,8 +175,9 @@ class Lane:
     def _proven(self, version: int, digest: int) -> None:
         """The weights are this version."""
         self.version = self.verified = version
-        if version == self._follow.pinned:
-            self._pinned = digest
+        claim = self._announced.claim
+        if version == self._follow.pinned and claim is not None:
+            self._pinned = digest, claim
 
     def unfit(self) -> None:
         """Our model is not the claim's."""

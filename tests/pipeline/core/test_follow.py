@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +107,22 @@ def test_one_version_is_waited_for_and_kept() -> None:
     assert talk.only(cmd.Hold) == cmd.Hold(2)
     assert [(m.epoch, m.version) for m in talk.said(msg.Join)] == [(2, 2)]
     assert talk.only(cmd.Fetch, talk.wait(2.0)) is None
+
+
+def test_a_run_that_begins_anew_has_versions_of_its_own() -> None:
+    """Version 2 is held when the broker forgets; another trainer begins the run anew, at version 0:
+    its version 2 is still to come, and is not what the weights are."""
+    talk = ReplicaTalk(digest=0, follow="version:2")
+    talk.announce(2, window=0, base=0)
+    talk.wait(2.0)
+    talk.fetched((0, 2))
+    apply(talk, 2)
+    anew = msgspec.structs.replace(claim(1, 0, Sender("trainer", "t2")), nonce="another")
+    talk.hear(anew)
+    talk.feed(ev.Proved(1, MANIFEST.hash, 2))
+    assert talk.only(cmd.Hold) is None
+    assert talk.core.version is None
+    assert talk.core.why() == "waiting for version 2, 0 is the newest"
 
 
 def test_newer_weights_are_not_the_version_that_is_followed() -> None:
