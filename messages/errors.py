@@ -172,6 +172,15 @@ class StreamMissing(BusError):
         self.stream = stream
 
 
+class StreamFull(BusError):
+    """The stream holds as many bytes as it may: nothing more is stored until something goes."""
+
+    def __init__(self, stream: str, reason: str) -> None:
+        super().__init__(f"stream {stream!r} is full: {reason}")
+        self.stream = stream
+        self.reason = reason
+
+
 # ---- patches and tensors
 
 
@@ -259,6 +268,10 @@ class LogHole(LogError):
         super().__init__(f"the log has no unbroken way: {reason}")
         self.reason = reason
         self.version = version
+
+
+class LogFull(LogError):
+    """An entry has no room in the log: a bound of its size is reached, and nothing was stored."""
 
 
 # ---- waiting, reading, generating

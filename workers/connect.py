@@ -40,14 +40,15 @@ async def connect(
     tiers: Sequence[str | Log] = (DEFAULT_LOG,),
     manifest: Callable[[], Manifest | None] = lambda: None,
     tell: Tell = log.warning,
+    quota_nbytes: int | None = None,
     timeout_s: float = 5.0,
 ) -> Ports:
     """Connect to the broker, twice: control, and bulk for the log. BusUnavailable at the deadline.
 
     A second connection keeps an anchor's chunks from delaying a round's messages. `device` is where
     windows carry payloads to or from; a function finds it out on the torch thread. `tiers` are the
-    log's (see tiers.py); `manifest` is known to who stores anchors; `tell` hears of a tier that
-    fails, on any thread.
+    log's (see tiers.py), of which the broker takes no more than `quota_nbytes`; `manifest` is known
+    to who stores anchors; `tell` hears of a tier that fails, on any thread.
     """
     async with contextlib.AsyncExitStack() as opened:
         bus = await connect_nats(url, name=name, timeout_s=timeout_s)
@@ -73,7 +74,9 @@ async def connect(
 
     return Ports(
         bus=bus,
-        log=open_log(tiers, bulk, run, PatchPayloads(manifest), tell=tell),
+        log=open_log(
+            tiers, bulk, run, PatchPayloads(manifest), tell=tell, quota_nbytes=quota_nbytes
+        ),
         windows=open_window,
         kinds=kinds,
         clock=time.monotonic,

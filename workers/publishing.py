@@ -259,6 +259,7 @@ class AsyncPublisher:
             tiers=self._tiers,
             manifest=lambda: self._outgoing.manifest,
             tell=self._log_failed,
+            quota_nbytes=self.policy.quota_nbytes,
             timeout_s=self.policy.bus_s,
         )
 

@@ -14,6 +14,7 @@ from ..messages.subjects import Subjects
 from .options import Bus, Config, Exit, asyncio_run, bus_of, check_name
 
 if TYPE_CHECKING:
+    from ..pipeline.bus.base import StreamSize
     from ..pipeline.bus.nats import NatsBus
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ TimeoutS = Annotated[
 
 
 class RunView(msgspec.Struct, frozen=True, kw_only=True):
-    """A run: `version` is the newest that was announced, `trainer` who holds the lease, if any."""
+    """A run: `version` is the newest that was announced, `trainer` who holds the lease, if any;
+    `quota_nbytes` is what its log may take of the broker."""
 
     run: str
     epoch: int | None
@@ -43,6 +45,7 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     trainer: str | None
     journal_nbytes: int
     log_nbytes: int
+    quota_nbytes: int | None
 
 
 def _with_bus(
@@ -62,23 +65,27 @@ def _with_bus(
     return asyncio_run(look())
 
 
-async def _view(bus: NatsBus, run: str, nbytes: Mapping[str, int], timeout_s: float) -> RunView:
+async def _view(
+    bus: NatsBus, run: str, sizes: Mapping[str, StreamSize], timeout_s: float
+) -> RunView:
     from ..pipeline.bus.journal import Journal
     from ..pipeline.bus.lease import holder_of
 
     subjects = Subjects(run)
     epoch = version = None
-    if subjects.journal_stream in nbytes:
+    if subjects.journal_stream in sizes:
         state = await Journal(bus, run).open(timeout_s)
         epoch, version = state.claim.epoch if state.claim else None, state.head
     lease = await holder_of(bus, run, timeout_s=timeout_s)
+    journal, log = sizes.get(subjects.journal_stream), sizes.get(subjects.log_stream)
     return RunView(
         run=run,
         epoch=epoch,
         version=version,
         trainer=None if lease is None else f"{lease.host}, process {lease.pid}",
-        journal_nbytes=nbytes.get(subjects.journal_stream, 0),
-        log_nbytes=nbytes.get(subjects.log_stream, 0),
+        journal_nbytes=0 if journal is None else journal.nbytes,
+        log_nbytes=0 if log is None else log.nbytes,
+        quota_nbytes=None if log is None else log.max_nbytes,
     )
 
 
@@ -89,13 +96,14 @@ def ls(
     """List the runs that the broker keeps a journal of.
 
     Keys of the JSON, one object a run: run, epoch (null: never claimed), version (the newest that
-    was announced), trainer (who holds the run now; null: nobody), journal_nbytes, log_nbytes.
+    was announced), trainer (who holds the run now; null: nobody), journal_nbytes, log_nbytes,
+    quota_nbytes (what the log may take; null: as much as there is room).
     """
 
     async def work(found: NatsBus) -> list[RunView]:
-        nbytes = await found.streams(timeout_s=timeout_s)
-        names = sorted(match[1] for name in nbytes if (match := _JOURNAL.fullmatch(name)))
-        return [await _view(found, name, nbytes, timeout_s) for name in names]
+        sizes = await found.streams(timeout_s=timeout_s)
+        names = sorted(match[1] for name in sizes if (match := _JOURNAL.fullmatch(name)))
+        return [await _view(found, name, sizes, timeout_s) for name in names]
 
     views = _with_bus(bus, timeout_s, work)
     if json:
@@ -104,9 +112,12 @@ def ls(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "epoch", "version", "held by", "journal", "log", box=None)
+    table = Table("run", "epoch", "version", "held by", "journal", "log", "quota", box=None)
     for view in views:
-        sizes = (f"{nbytes / 1e6:,.1f} MB" for nbytes in (view.journal_nbytes, view.log_nbytes))
+        sizes = (
+            "–" if nbytes is None else f"{nbytes / 1e6:,.1f} MB"
+            for nbytes in (view.journal_nbytes, view.log_nbytes, view.quota_nbytes)
+        )
         known = ("–" if number is None else str(number) for number in (view.epoch, view.version))
         table.add_row(view.run, *known, view.trainer or "nobody", *sizes)
     Console().print(table)
@@ -129,10 +140,11 @@ def rm(
     streams = (subjects.log_stream, subjects.journal_stream)
 
     async def work(found: NatsBus) -> bool:
-        nbytes = await found.streams(timeout_s=timeout_s)
-        if not any(stream in nbytes for stream in streams):
+        sizes = await found.streams(timeout_s=timeout_s)
+        there = [sizes[stream].nbytes for stream in streams if stream in sizes]
+        if not there:
             return False
-        size = sum(nbytes.get(stream, 0) for stream in streams) / 1e6
+        size = sum(there) / 1e6
         await _require_free(found, run, timeout_s)
         if not yes:
             typer.confirm(f"Drop run {run!r}, {size:,.1f} MB?", abort=True)

@@ -44,9 +44,11 @@ def open_log(
     payloads: Payloads,
     *,
     tell: Tell,
+    quota_nbytes: int | None = None,
 ) -> Log:
-    """These tiers as one log. `streams` is the bus, for jetstream."""
-    opened = open_tiers(tiers, streams, run, payloads, tell=tell)
+    """These tiers as one log. `streams` is the bus, for jetstream, where it takes no more than
+    `quota_nbytes`."""
+    opened = open_tiers(tiers, streams, run, payloads, tell=tell, quota_nbytes=quota_nbytes)
     return next(iter(opened.values())) if len(opened) == 1 else TieredLog(opened, tell=tell)
 
 
@@ -57,6 +59,7 @@ def open_tiers(
     payloads: Payloads,
     *,
     tell: Tell,
+    quota_nbytes: int | None = None,
 ) -> dict[str, Log]:
     """These tiers by their names."""
     found: dict[str, Log] = {}
@@ -65,7 +68,7 @@ def open_tiers(
             found[_name(tier)] = tier
         elif tier == JETSTREAM:
             assert streams is not None
-            found[tier] = JetStreamLog(streams, run)
+            found[tier] = JetStreamLog(streams, run, quota_nbytes=quota_nbytes)
         else:
             found[tier] = DirectoryLog(tier.removeprefix(DIRECTORY), run, payloads, tell=tell)
     return found

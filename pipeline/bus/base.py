@@ -63,6 +63,14 @@ class StreamState:
     metadata: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class StreamSize:
+    """How many bytes a stream holds, and how many it may hold (None: as many as there is room)."""
+
+    nbytes: int
+    max_nbytes: int | None
+
+
 Handler = Callable[[Message], None]
 #: (event, detail): "connected", "disconnected", "reconnected", "slow-consumer", "denied", "error",
 #: "closed".
@@ -121,6 +129,10 @@ class Bus(Protocol):
 
     async def ensure_stream(self, config: StreamConfig, *, timeout_s: float) -> StreamState:
         """Make the stream, or find it there: `created` tells. An existing one is left as it is."""
+
+    async def limit_stream(self, stream: str, max_nbytes: int, *, timeout_s: float) -> None:
+        """Let a stream hold no more than that: what would be more is refused (StreamFull), and
+        nothing that is there is dropped. StreamMissing."""
 
     async def append(
         self,

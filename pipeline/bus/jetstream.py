@@ -14,9 +14,10 @@ from ...messages.errors import (
     RemoteProtocolError,
     SequenceConflict,
     SparsecastError,
+    StreamFull,
     StreamMissing,
 )
-from .base import Record, StreamConfig, StreamState
+from .base import Record, StreamConfig, StreamSize, StreamState
 
 #: Error codes of the server (nats-server's errors.json).
 NOT_ENABLED = frozenset({10039, 10076})
@@ -25,7 +26,10 @@ STREAM_NAME_IN_USE = 10058
 WRONG_STREAM = 10060
 #: Another last sequence, of the stream or of the subject, or another last message id.
 WRONG_LAST = frozenset({10070, 10071, 10164})
-TEMPORARY = frozenset({10008, 10077})
+STORE_FAILED = 10077
+#: What the server says of STORE_FAILED when the stream's own bound is the reason.
+FULL = "maximum bytes exceeded"
+TEMPORARY = frozenset({10008, STORE_FAILED})
 
 OTHERS_METADATA = "_nats."
 
@@ -89,9 +93,9 @@ def decode_state(reply: dict[str, Any], *, created: bool, subject: str) -> Strea
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """A page of the list of streams: their bytes by their names, and how many there are in all."""
+    """A page of the list of streams: their sizes by their names, and how many there are in all."""
 
-    nbytes: dict[str, int]
+    sizes: dict[str, StreamSize]
     total: int
 
 
@@ -99,12 +103,26 @@ def decode_streams(reply: dict[str, Any]) -> Streams:
     """What a list of streams says."""
     try:
         listed = reply.get("streams") or []
-        nbytes = {str(one["config"]["name"]): int(one["state"]["bytes"]) for one in listed}
-        return Streams(nbytes, int(reply["total"]))
+        sizes = {
+            str(one["config"]["name"]): StreamSize(
+                int(one["state"]["bytes"]), _bound(one["config"].get("max_bytes", -1))
+            )
+            for one in listed
+        }
+        return Streams(sizes, int(reply["total"]))
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise RemoteProtocolError(
             f"not a list of streams: {exc!r}", subject=api("STREAM.LIST", "")
         ) from exc
+
+
+def encode_limit(config: dict[str, Any], max_nbytes: int) -> bytes:
+    """The request that bounds the stream of this configuration, as the server told it."""
+    return msgspec.json.encode(config | {"max_bytes": max_nbytes, "discard": "new"})
+
+
+def _bound(max_bytes: Any) -> int | None:
+    return int(max_bytes) if int(max_bytes) > 0 else None
 
 
 def error_of(
@@ -118,6 +136,8 @@ def error_of(
         return SequenceConflict(subject, expected, int(last[1]) if last else None)
     if code in (STREAM_NOT_FOUND, WRONG_STREAM):
         return StreamMissing(stream)
+    if code == STORE_FAILED and FULL in description:
+        return StreamFull(stream, description)
     if code in NOT_ENABLED:
         return BusUnavailable(url, "JetStream is not enabled there: start nats-server with -js")
     if code in TEMPORARY or fields.get("code") == 503:

@@ -19,7 +19,7 @@ from ...messages.errors import (
     StreamMissing,
 )
 from . import jetstream
-from .base import Record, StateHandler, StreamConfig, StreamState
+from .base import Record, StateHandler, StreamConfig, StreamSize, StreamState
 from .client import Credentials
 from .conversation import NO_RESPONDERS, Conversation, Lost, status_of
 
@@ -80,15 +80,15 @@ class NatsBus(Conversation):
             reply, created=False, subject=jetstream.api("STREAM.INFO", stream)
         )
 
-    async def streams(self, *, timeout_s: float) -> dict[str, int]:
-        """The names of all streams that this client may see, and how many bytes each holds."""
+    async def streams(self, *, timeout_s: float) -> dict[str, StreamSize]:
+        """The names of all streams that this client may see, and the size of each."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        found: dict[str, int] = {}
+        found: dict[str, StreamSize] = {}
         while True:
             body = msgspec.json.encode({"offset": len(found)})
             page = jetstream.decode_streams(await self._api("STREAM.LIST", "", body, deadline))
-            found |= page.nbytes
-            if not page.nbytes or len(found) >= page.total:
+            found |= page.sizes
+            if not page.sizes or len(found) >= page.total:
                 return found
 
     async def ensure_stream(self, config: StreamConfig, *, timeout_s: float) -> StreamState:
@@ -111,6 +111,15 @@ class NatsBus(Conversation):
                 )
             if error.get("err_code") != jetstream.STREAM_NAME_IN_USE:
                 raise self._error(reply, config.name)
+
+    async def limit_stream(self, stream: str, max_nbytes: int, *, timeout_s: float) -> None:
+        """Let a stream hold no more than that: what would be more is refused (StreamFull), and
+        nothing that is there is dropped. StreamMissing."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        config = (await self._api("STREAM.INFO", stream, b"", deadline))["config"]
+        if (config.get("max_bytes"), config.get("discard")) != (max_nbytes, "new"):
+            body = jetstream.encode_limit(config, max_nbytes)
+            await self._api("STREAM.UPDATE", stream, body, deadline)
 
     async def append(
         self,

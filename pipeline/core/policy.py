@@ -97,6 +97,11 @@ class Policy:
     """The log drops more than that, down to its newest anchor and what follows it, while it holds
     more bytes than this."""
 
+    quota_nbytes: int | None = None
+    """How many bytes the run's log may take of the broker: the server refuses more. The log then
+    keeps less, down to one anchor and what follows it, and takes anchors in time. At least a little
+    more than twice the published weights: an anchor is replaced by the next one."""
+
     staging_nbytes: int = 1 << 30
     """How many bytes of patches a member holds before it leaves rounds to the log."""
 

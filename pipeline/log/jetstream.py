@@ -21,9 +21,11 @@ from ...messages.errors import (
     BusError,
     BusUnavailable,
     LogError,
+    LogFull,
     LogHole,
     RemoteProtocolError,
     SparsecastError,
+    StreamFull,
     StreamMissing,
 )
 from ...messages.manifest import Manifest
@@ -61,14 +63,19 @@ class _StreamConfig:
 class JetStreamLog:
     """The log of one run on JetStream: implements `Log`.
 
-    Give it a connection of its own: the chunks of an anchor would delay a round's messages.
+    Give it a connection of its own: the chunks of an anchor would delay a round's messages. What
+    would be more than `quota_nbytes` in all is refused by the server (LogFull); None leaves the
+    stream's bound as it is.
     """
 
     #: It survives the death of any process; power loss as the server is configured.
     durable = True
 
-    def __init__(self, streams: Streams, run: str) -> None:
+    def __init__(self, streams: Streams, run: str, *, quota_nbytes: int | None = None) -> None:
         self._streams = streams
+        self._quota_nbytes = quota_nbytes
+        #: Whether the stream has its bound.
+        self._limited = quota_nbytes is None
         self._subjects = Subjects(run)
         self._stream = self._subjects.log_stream
         self._storing = asyncio.Lock()
@@ -99,6 +106,11 @@ class JetStreamLog:
                 f"log entry {entry.name!r} ({entry.nbytes} bytes) was not stored within "
                 f"{timeout_s:g} s"
             ) from None
+        except StreamFull as exc:
+            raise LogFull(
+                f"log entry {entry.name!r} ({entry.nbytes} bytes) was not stored: {exc}; give the "
+                "run a larger quota (Policy.quota_nbytes), or keep less (keep_nbytes)"
+            ) from exc
         except BusError as exc:
             raise LogError(f"log entry {entry.name!r} was not stored: {exc}") from exc
 
@@ -106,7 +118,11 @@ class JetStreamLog:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         timeout_s = min(timeout_s, ANSWER_S)
-        await self._streams.ensure_stream(self._config(), timeout_s=timeout_s)
+        state = await self._streams.ensure_stream(self._config(), timeout_s=timeout_s)
+        if self._quota_nbytes is not None and (state.created or not self._limited):
+            quota = self._quota_nbytes
+            await self._streams.limit_stream(self._stream, quota, timeout_s=timeout_s)
+            self._limited = True
         chunks, index = self._chunks(entry), self._subjects.log_entry(entry.name)
         async for _ in self._streams.read(self._stream, index, timeout_s=timeout_s):
             return

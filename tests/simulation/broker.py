@@ -6,10 +6,10 @@ messages are delivered at most once, streams answer or do not. `bus.SimBus` is o
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sparsecast.messages.errors import SequenceConflict, StreamMissing
+from sparsecast.messages.errors import SequenceConflict, StreamFull, StreamMissing
 from sparsecast.pipeline.bus.base import Message, Record, StreamConfig, StreamState
 
 from .loop import VirtualLoop
@@ -176,6 +176,11 @@ class Broker:
             metadata=dict(stream.config.metadata),
         )
 
+    def limit(self, name: str, max_nbytes: int) -> None:
+        """Bound what it may hold."""
+        stream = self.stream(name)
+        stream.config = replace(stream.config, max_nbytes=max_nbytes)
+
     def store(
         self,
         name: str,
@@ -201,6 +206,10 @@ class Broker:
             raise SequenceConflict(subject, expected_of_subject, before)
         if message_id in stream.ids:
             return stream.ids[message_id][0]
+        most = stream.config.max_nbytes
+        if most and sum(len(one.data) for one in stream.messages.values()) + len(data) > most:
+            self.count("quota reached")
+            raise StreamFull(name, "maximum bytes exceeded")
         now = self.loop.time()
         stream.last += 1
         stream.last_id = message_id

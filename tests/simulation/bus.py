@@ -323,6 +323,10 @@ class SimBus:
         deadline = self._deadline(timeout_s)
         return await self._call(lambda: self.broker.ensure(config), deadline, again=True)
 
+    async def limit_stream(self, stream: str, max_nbytes: int, *, timeout_s: float) -> None:
+        deadline = self._deadline(timeout_s)
+        await self._call(lambda: self.broker.limit(stream, max_nbytes), deadline, again=True)
+
     async def append(
         self,
         stream: str,

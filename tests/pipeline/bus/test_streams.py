@@ -14,6 +14,7 @@ from sparsecast.messages.errors import (
     BusUnavailable,
     PermissionDenied,
     SequenceConflict,
+    StreamFull,
     StreamMissing,
 )
 from sparsecast.pipeline.bus import nats as nats_bus
@@ -76,6 +77,31 @@ async def test_limits_hold(bus: NatsBus, run: str) -> None:
         await bus.append(config.name, f"{run}one.{subject}", b"", timeout_s=S)
     found = await read(bus, config.name, f"{run}one.>")
     assert [record.sequence for record in found] == [2, 3]
+
+
+async def test_a_full_stream_refuses_and_keeps(bus: NatsBus, run: str) -> None:
+    """A stream gets a bound when it holds more already: nothing of it is dropped, more is refused,
+    by name and at once; with a higher bound it takes messages again, and the same bound said twice
+    changes nothing."""
+    config = StreamConfig(name=run, subjects=(f"{run}.>",), metadata={"nonce": "n"})
+    await bus.ensure_stream(config, timeout_s=S)
+    for subject in "ab":
+        await bus.append(run, f"{run}.{subject}", bytes(1000), timeout_s=S)
+    for _ in range(2):
+        await bus.limit_stream(run, 1500, timeout_s=S)
+    began = time.monotonic()
+    with pytest.raises(StreamFull, match=f"stream '{run}' is full"):
+        await bus.append(run, f"{run}.c", bytes(1000), message_id="m", timeout_s=30.0)
+    assert time.monotonic() - began < 5.0
+    assert len(await read(bus, run, f"{run}.>")) == 2
+    await bus.limit_stream(run, 4000, timeout_s=S)
+    assert await bus.append(run, f"{run}.c", bytes(1000), message_id="m", timeout_s=S) == 3
+    sizes = await bus.streams(timeout_s=S)
+    assert sizes[run].max_nbytes == 4000
+    assert 3000 < sizes[run].nbytes < 4000
+    assert (await bus.ensure_stream(config, timeout_s=S)).metadata["nonce"] == "n"
+    with pytest.raises(StreamMissing):
+        await bus.limit_stream(f"{run}-not", 10, timeout_s=S)
 
 
 async def test_a_stream_that_is_not_there_is_missing(bus: NatsBus, run: str) -> None:
