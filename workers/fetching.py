@@ -23,7 +23,8 @@ def chosen(entries: Sequence[LogEntry], claims: Sequence[Claim], fetch: Fetch) -
             reason = f"the journal knows no epoch that had version {fetch.target}"
             raise LogHole(reason, version=fetch.target)
         claim = began[-1]
-        held = held if claim is claims[-1] else None
+        if held is not None and held < claim.version:
+            held = None
     # An entry of the same epoch may be of another trainer, whose journal was forgotten.
     writers = ("", claim.sender.incarnation)
     ours = [e for e in entries if e.epoch == claim.epoch and e.writer in writers]

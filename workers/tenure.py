@@ -81,7 +81,7 @@ class Tenure:
                 epoch, version = state.claim.epoch + 1, state.head + 1
             digest = await self._held_over(self._begin(recall, state, version))
             try:
-                await self._append_claim(epoch, version, digest, state.last_sequence)
+                await self._append_claim(epoch, version, digest, state)
             except SequenceConflict:
                 continue  # whoever held the run has not noticed yet, and announced once more
             return ev.Claimed(epoch, version)
@@ -125,7 +125,7 @@ class Tenure:
                 # Only the lease was lost, or an earlier try was stored although it failed here.
                 epoch = max(epoch, held.epoch + 1)
             version, digest = await self._ports.run(self._outgoing.begin)
-            await self._append_claim(epoch, version, digest, state.last_sequence)
+            await self._append_claim(epoch, version, digest, state)
         except (SequenceConflict, Fenced) as exc:
             return ev.LeaseLost(str(exc))
         except BusError as exc:
@@ -183,7 +183,7 @@ class Tenure:
             log.debug("the lease runs out by itself: %s", exc)
 
     async def _append_claim(
-        self, epoch: int, version: int, digest: int, expected_sequence: int
+        self, epoch: int, version: int, digest: int, state: JournalState
     ) -> None:
         self.epoch = self._lease.epoch = epoch
         claim = Claim(
@@ -192,14 +192,14 @@ class Tenure:
             version=version,
             digest=digest,
             manifest=self._outgoing.manifest,
-            nonce=self._ports.token(),
+            nonce=self._ports.token() if state.claim is None else state.claim.nonce,
             heartbeat_s=self._policy.heartbeat_s,
         )
         message_id = f"{self._me.incarnation}-{epoch}-claim"
         self._sequence = await self._journal.append(
             claim,
             message_id=message_id,
-            expected_sequence=expected_sequence,
+            expected_sequence=state.last_sequence,
             timeout_s=self._policy.bus_s,
         )
         self._last_id = message_id
