@@ -50,8 +50,8 @@ class Claim(Control, frozen=True, kw_only=True):
 
     `version` is where the epoch starts, above all that was announced before: with the contents of
     this digest, which an earlier epoch may have called otherwise. Whoever holds those holds it; all
-    else that earlier epochs announced is void. `nonce` is that of the claim before: another one says
-    that the journal was made anew, and counts its versions from there. Absent: the run has no
+    else that earlier epochs announced is void. `nonce` is that of the claim before: another one
+    says that the journal was made anew, and counts its versions from there. Absent: the run has no
     trainer yet.
     """
 
