@@ -329,7 +329,7 @@ class WorkerLife(Life):
         self.floor = (under, version)
 
     def _meant(self, trainer: TrainerLife, version: int) -> str | None:
-        """What this version has to be to it: one that follows an old one may be in an earlier epoch."""
+        """What this version has to be to it: what it follows may be of an earlier epoch."""
         if self.replica.follow.pinned is not None:
             return self.world.bits_of(trainer, version)
         return trainer.table.get(version)
