@@ -24,7 +24,8 @@ from ..messages.manifest import Manifest
 from ..pipeline.bus.journal import Journal, JournalState
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import digest
-from ..pipeline.log.lineage import Step, remakeable
+from ..pipeline.log.base import Step
+from ..pipeline.log.lineage import remakeable
 from .anchors import PatchPayloads, remake
 from .driver import Ports
 from .outgoing import Outgoing, Past
@@ -87,10 +88,10 @@ class Recall:
                 claims = await self._journal.claims(timeout_s=policy.bus_s)
                 while True:
                     step = self._step(entries, claims, announced, version)
-                    if version is None and step.digest == await self._published():
-                        return Past(step.version, step.digest, {})
+                    if version is None and step.entry.digest == await self._published():
+                        return Past(step.version, step.entry.digest, {})
                     try:
-                        return Past(step.version, step.digest, await self._state(step))
+                        return Past(step.version, step.entry.digest, await self._state(step))
                     except _Spoilt as exc:
                         self._tell(f"an old state is made without {exc.entry.name}: {exc}")
                         entries = [one for one in entries if one.name != exc.entry.name]
@@ -135,8 +136,8 @@ class Recall:
             except (LogError, PatchError) as exc:
                 raise _Spoilt(entry, str(exc)) from exc
         found = await self._ports.run(digest, state)
-        if found != step.digest:
-            reason = f"it leads to digest {found:016x}, {step.digest:016x} was published"
+        if found != step.entry.digest:
+            reason = f"it leads to digest {found:016x}, {step.entry.digest:016x} was published"
             raise _Spoilt(step.entry, reason)
         return state
 
