@@ -14,7 +14,6 @@ from ..messages.control import Claim, LogEntry
 from ..messages.errors import (
     BusError,
     CannotResume,
-    CorruptPatch,
     LogError,
     LogHole,
     ManifestMismatch,
@@ -26,7 +25,7 @@ from ..pipeline.core.policy import Policy
 from ..pipeline.delta import digest
 from ..pipeline.log.base import Step
 from ..pipeline.log.lineage import remakeable
-from .anchors import PatchPayloads, remake
+from .anchors import intact, remake
 from .driver import Ports
 from .outgoing import Outgoing, Past
 
@@ -144,8 +143,4 @@ class Recall:
 
 def _put(data: bytes | bytearray, entry: LogEntry, manifest: Manifest, state: State) -> None:
     """Apply an entry to a state, if its bytes are those that it names (PatchError)."""
-    whole = data if isinstance(data, bytearray) else bytearray(data)
-    found = PatchPayloads().checksum(whole)
-    if found != entry.checksum:
-        raise CorruptPatch(f"its checksum is {found:016x}, not {entry.checksum:016x}")
-    remake(whole, entry, manifest, state)
+    remake(intact(data, entry), entry, manifest, state)
