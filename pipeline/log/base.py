@@ -103,8 +103,11 @@ def require_size(entry: LogEntry, payload: bytes | memoryview) -> memoryview:
 
 
 def oldest_first(entries: Sequence[LogEntry]) -> list[LogEntry]:
-    """By epoch and version, an anchor behind the patches that lead to its version."""
-    return sorted(entries, key=lambda e: (e.epoch, e.version, e.base_version is None))
+    """By epoch and version, wider patches behind narrower ones, an anchor behind all of them."""
+    return sorted(
+        entries,
+        key=lambda e: (e.epoch, e.version, e.base_version is None, -(e.base_version or 0)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
