@@ -206,6 +206,8 @@ class Replica:
         #: The newest version whose patch is on its way or here, and that it has become another.
         self._coming = -1
         self._more = asyncio.Event()
+        #: Entries of the log whose bytes were not what they say.
+        self._refused: set[str] = set()
         life.push_async_callback(self._windows.abort_all)
         life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
@@ -470,7 +472,7 @@ class Replica:
             entries = await self._ports.log.entries(timeout_s=timeout_s)
             # An entry of the same epoch may be of another trainer, whose journal was forgotten.
             mine = [entry for entry in entries if entry.writer in ("", claim.sender.incarnation)]
-            found = _furthest(mine, command)
+            found = self._around(mine, command)
             nbytes = 0
             for entry in found:
                 nbytes += entry.nbytes
@@ -479,11 +481,15 @@ class Replica:
                 began = self._ports.clock()
                 data = await self._ports.log.load(entry, timeout_s=timeout_s)
                 receive_us = round((self._ports.clock() - began) * 1e6)
-                await self._ports.run(
-                    lambda data=data, entry=entry, us=receive_us: self._incoming.stage_bytes(
-                        data, entry, receive_us=us
+                try:
+                    await self._ports.run(
+                        lambda data=data, entry=entry, us=receive_us: self._incoming.stage_bytes(
+                            data, entry, receive_us=us
+                        )
                     )
-                )
+                except PatchError:
+                    self._refused.add(entry.name)
+                    raise
                 items.append(
                     ev.LogItem(entry.base_version, entry.version, entry.digest, entry.nbytes)
                 )
@@ -497,6 +503,15 @@ class Replica:
             await self._ports.run(self._incoming.drop, tuple(item.version for item in items))
             return ev.FetchFailed(command.epoch, "another claim came while the log was read")
         return ev.Fetched(command.epoch, tuple(items))
+
+    def _around(self, entries: list[LogEntry], command: cmd.Fetch) -> list[LogEntry]:
+        """The furthest way around what was refused; if none is left, all of it is tried again."""
+        try:
+            sound = [entry for entry in entries if entry.name not in self._refused]
+            return _furthest(sound, command)
+        except LogHole:
+            self._refused.clear()
+            return _furthest(entries, command)
 
     def _compared(self, command: cmd.Compared) -> None:
         core, last = self._core, self._incoming.last

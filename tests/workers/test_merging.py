@@ -10,7 +10,7 @@ import torch
 
 from archives import Stand
 from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, step, until_stored, weights
-from sparsecast import AsyncPublisher, LogHole, Patch, apply, digest
+from sparsecast import AsyncPublisher, LogHole, MemoryLog, Patch, apply, digest
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.metrics import Event
 from sparsecast.pipeline.core.policy import Policy
@@ -315,6 +315,24 @@ async def test_a_worker_far_behind_takes_fewer_bytes(
     assert len(late.taken) == 2
     assert sum(entry.nbytes for entry in late.taken) < sum(sizes)
     assert not [one for one in ear.heard if isinstance(one, Event) and one.kind == "log-failed"]
+
+
+async def test_a_worker_goes_around_a_damaged_merged_patch(site: Site) -> None:
+    """The merged patch has a flipped bit: a worker refuses it, and takes the single ones."""
+    log, trained = MemoryLog(), weights()
+    publisher = await site.publisher(trained, policy=POLICY, log=log)
+    for version in range(1, 5):
+        step(trained, version)
+        await publisher.publish()
+        await until_stored(publisher, version)
+    await stored(publisher, "1-merged-0-4")
+    [(entry, data)] = [held for held in log._held.values() if held[0].merged]
+    log._held[entry.name] = entry, data[:-1] + bytes([data[-1] ^ 1])
+    mine = weights()
+    replica = await site.replica(mine, policy=POLICY, log=log)
+    await replica.wait_version(4, timeout_s=10)
+    assert same_bits(trained, mine)
+    assert replica.mismatches == 0
 
 
 async def test_back_and_on_by_merged_patches(site: Site) -> None:
