@@ -98,7 +98,8 @@ class Archive:
     def mergeable(self) -> bool:
         """Whether versions were stored since spans were looked for, and nothing is merged now."""
         every = self._policy.merge_every
-        return not self._merging and every > 1 and self._stored // every > self._merged // every
+        news = self._stored // every > self._merged // every
+        return news and not self._merging and 1 < every <= self._policy.anchor_every
 
     async def merge(self, epoch: Callable[[], int]) -> None:
         """Merge the patches of every span that is complete by now, and drop what that covers.

@@ -65,17 +65,16 @@ def _covered(ours: Sequence[LogEntry], versions: int) -> set[str]:
     that their reader holds already.
     """
     oldest = max(entry.version for entry in ours) - versions + 1
-    merged = [
-        (entry.base_version, entry.version)
-        for entry in ours
-        if entry.merged and entry.base_version is not None and entry.version <= oldest
-    ]
-    return {
-        entry.name
-        for entry in ours
-        if entry.base_version is not None and not entry.merged
-        if any(base <= entry.base_version and entry.version <= end for base, end in merged)
-    }
+    patches = [(e.base_version, e) for e in ours if e.base_version is not None]
+    covered: set[str] = set()
+    #: From where on the merged ones that end at this version or later lead.
+    begin: int | None = None
+    for base, entry in sorted(patches, key=lambda one: (-one[1].version, not one[1].merged)):
+        if entry.merged and entry.version <= oldest:
+            begin = base if begin is None else min(begin, base)
+        elif not entry.merged and begin is not None and begin <= base:
+            covered.add(entry.name)
+    return covered
 
 
 def _start(ours: Sequence[LogEntry], versions: int, nbytes: int | None) -> int | None:

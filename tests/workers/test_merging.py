@@ -1,6 +1,7 @@
 """Patches that a trainer merges in its log: which, how they fail, and what they spare a worker."""
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -408,8 +409,8 @@ async def lead(context: Context, run: str, folder: str, policy: Policy) -> None:
 
 
 async def test_killed_while_it_merges(site: Site, tmp_path: Path) -> None:
-    """The trainer dies with half of a merged patch written: nobody sees it, the single patches lead
-    on, and the next writer sweeps what is left."""
+    """The trainer dies with half of a merged patch written: nobody sees it, and the single patches
+    lead on."""
     context = (1, lead, site.run, str(tmp_path), POLICY)
     with Processes(*context, timeout_s=60, broker_url=site.url) as processes:
         await asyncio.to_thread(processes.wait, "there")
@@ -424,6 +425,34 @@ async def test_killed_while_it_merges(site: Site, tmp_path: Path) -> None:
     assert same_bits(mine, trained)
     names = [one.name for one in await replica.ports.log.entries(timeout_s=5)]
     assert not any("merged" in name for name in names)
+
+
+async def test_rounds_do_not_wait_for_a_merge(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that takes long has a thread of its own: updates go on through the window and into
+    the log meanwhile, and the merged patch is there when it is done."""
+    trained, mine = weights(), weights()
+    publisher = await site.publisher(trained, policy=POLICY)
+    await site.replica(mine, policy=POLICY)
+    await publisher.wait_members(1, timeout_s=10)
+    begun, go_on = threading.Event(), threading.Event()
+    real = module.merge
+
+    def slow(patches: Any, **options: Any) -> Patch:
+        begun.set()
+        assert go_on.wait(30)
+        return real(patches, **options)
+
+    monkeypatch.setattr(module, "merge", slow)
+    for version in range(1, 8):
+        step(trained, version)
+        update = await publisher.publish()
+        assert (await update.wait_applied(timeout_s=10)).complete
+        await until_stored(publisher, version)
+        if version == 4:
+            assert await asyncio.to_thread(begun.wait, 10)
+    assert same_bits(trained, mine)
+    go_on.set()
+    await stored(publisher, "1-merged-0-4")
 
 
 async def test_left_while_it_merges(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
