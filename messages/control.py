@@ -338,7 +338,9 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     A patch carries weights at any version v with base_version ≤ v < version to `version`; an
     anchor (`base_version` None) is a full copy. `name` names its chunks. `writer` is the trainer's
     incarnation: when the bus has forgotten, two trainers may claim one epoch, each in a journal of
-    its own, and what one stored is nothing to followers of the other.
+    its own, and what one stored is nothing to followers of the other. `merged` is how many entries
+    were read from the log to become this one beside them; 0: this one was announced, or is an
+    anchor.
     """
 
     name: str
@@ -351,5 +353,6 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     manifest_hash: str
     chunks: int
     writer: str = ""
+    merged: int = 0
     step: int | None = None
     tags: Tags | None = None

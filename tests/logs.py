@@ -10,10 +10,15 @@ HEAD_NBYTES = 5
 
 
 def entry(
-    base: int | None, version: int, payload: bytes, epoch: int = 1, writer: str = ""
+    base: int | None,
+    version: int,
+    payload: bytes,
+    epoch: int = 1,
+    writer: str = "",
+    merged: int = 0,
 ) -> LogEntry:
     """An entry as a trainer makes it: it does not know the number of chunks."""
-    kind = "anchor" if base is None else "patch"
+    kind = "anchor" if base is None else f"merged-{base}" if merged else "patch"
     return LogEntry(
         name=f"{epoch}-{kind}-{version}" + (f"-{writer}" if writer else ""),
         epoch=epoch,
@@ -25,6 +30,7 @@ def entry(
         manifest_hash=manifest(len(payload)).hash if base is None else "m",
         chunks=0,
         writer=writer,
+        merged=merged,
         step=version,
     )
 

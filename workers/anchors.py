@@ -9,7 +9,7 @@ import torch
 from ..messages.control import LogEntry
 from ..messages.errors import CorruptPatch, LocalProtocolError
 from ..messages.manifest import Manifest
-from ..pipeline.delta import Encoding, Patch, apply_checked, check
+from ..pipeline.delta import Checked, Encoding, Patch, apply_checked, check
 from ..pipeline.delta import checksum as checksum_of
 from ..pipeline.delta.layout import ENTRY, HEADER
 from ..pipeline.delta.patch import START_NBYTES
@@ -56,6 +56,28 @@ class PatchPayloads:
         return Anatomy(manifest, tuple(offsets))
 
 
+def intact(data: bytes | bytearray, entry: LogEntry) -> bytearray:
+    """An entry's bytes, if they are those that it names (CorruptPatch)."""
+    whole = data if isinstance(data, bytearray) else bytearray(data)
+    found = PatchPayloads().checksum(whole)
+    if found != entry.checksum:
+        raise CorruptPatch(f"its checksum is {found:016x}, not {entry.checksum:016x}")
+    return whole
+
+
+def read(data: bytearray, entry: LogEntry, manifest: Manifest) -> Checked:
+    """The patch that an entry's bytes are, checked; their checksum is the caller's to check.
+
+    PatchError.
+    """
+    if not data:
+        raise CorruptPatch("0 bytes")
+    patch = Patch.from_buffer(torch.frombuffer(data, dtype=torch.uint8))
+    if (patch.base_version, patch.version) != (entry.base_version, entry.version):
+        raise CorruptPatch(f"it holds {patch!r}")
+    return check(patch, manifest)
+
+
 def remake(
     data: bytearray, entry: LogEntry, manifest: Manifest, state: dict[str, torch.Tensor]
 ) -> None:
@@ -63,12 +85,8 @@ def remake(
 
     Their checksum is the caller's to check. PatchError.
     """
-    if not data:
-        raise CorruptPatch("0 bytes")
-    patch = Patch.from_buffer(torch.frombuffer(data, dtype=torch.uint8))
-    if (patch.base_version, patch.version) != (entry.base_version, entry.version):
-        raise CorruptPatch(f"it holds {patch!r}")
-    checked = check(patch, manifest)
+    checked = read(data, entry, manifest)
+    patch = checked.patch
     if patch.base_version is not None:
         apply_checked(checked, state)
         return

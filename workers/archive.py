@@ -1,22 +1,36 @@
-"""What a trainer puts into the log: every announced patch, and an anchor now and then."""
+"""What a trainer has in the log: every announced patch, merged ones, an anchor now and then."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..messages.control import LogEntry
-from ..messages.errors import BusError, LogError
+from ..messages.errors import BusError, LogError, LogHole, PatchError
+from ..messages.manifest import Manifest
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
-from ..pipeline.delta import Patch
-from ..pipeline.log.retention import needless
+from ..pipeline.delta import Patch, merge
+from ..pipeline.log.base import way
+from ..pipeline.log.retention import leading, needless
+from ..pipeline.log.spans import spans
+from .anchors import intact, read
 from .driver import Ports
-from .outgoing import Outgoing
+from .outgoing import Outgoing, describe
+
+log = logging.getLogger("sparsecast.publisher")
+
+#: What may go wrong with what is in the log already; the run goes on without it.
+_Trouble = (LogError, BusError, PatchError, RuntimeError, MemoryError, OSError)
 
 
 class Archive:
-    """Stores kept patches and anchors; `tell(reason)` hears of the first failure of a series."""
+    """Stores kept patches and anchors, merges patches, and drops what that makes needless.
+
+    `tell(reason)` hears of the first failure of a series.
+    """
 
     def __init__(
         self, ports: Ports, outgoing: Outgoing, policy: Policy, tell: Callable[[str], None]
@@ -28,6 +42,14 @@ class Archive:
         #: Below any version until there is one.
         self._last_anchor = -policy.anchor_every
         self._on_their_way = 0
+        #: The newest version that is stored, and the newest that was looked at for spans to merge.
+        self._stored = self._merged = 0
+        self._merging = False
+        #: The newest anchor that was read back from the log as it was stored.
+        self._proven = ""
+        self._pruning = asyncio.Lock()
+        #: What goes wrong just now, of merging and pruning.
+        self._failing: set[str] = set()
 
     async def store(self, versions: tuple[int, ...], epoch: int) -> ev.LogStored | ev.LogFailed:
         """Store these kept versions as one entry, and let go of them."""
@@ -36,6 +58,7 @@ class Archive:
             await self._put(entry, patch)
         except (LogError, BusError) as exc:
             return ev.LogFailed(versions[-1], str(exc))
+        self._stored = entry.version
         await self._ports.run(self._outgoing.release, entry.version)
         return ev.LogStored(entry.version)
 
@@ -64,29 +87,170 @@ class Archive:
                     await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
                     continue
                 self._last_anchor = max(self._last_anchor, entry.version)
-                await self._prune(began)
-                return
+                if await self._prune(began):
+                    return
+                failures += 1
+                await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
         finally:
             self._on_their_way -= 1
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether versions were stored since spans were looked for, and nothing is merged now."""
+        every = self._policy.merge_every
+        news = self._stored // every > self._merged // every
+        return news and not self._merging and 1 < every <= self._policy.anchor_every
+
+    async def merge(self, epoch: Callable[[], int]) -> None:
+        """Merge the patches of every span that is complete by now, and drop what that covers.
+
+        Behind everything else: read, merged and stored one at a time, beside the torch thread, with
+        no more than the merged patch and one more in memory. Each span is tried once. Gives up when
+        another epoch has begun.
+        """
+        began = epoch()
+        while epoch() == began and self.mergeable:
+            after, self._merged = self._merged, self._stored
+            self._merging = True
+            try:
+                news = await self._merge(after, began, lambda: epoch() == began)
+            except LogHole as exc:
+                log.debug("not merged, it was pruned meanwhile: %s", exc)
+                continue
+            except _Trouble as exc:
+                self._failed("merging", exc)
+                continue
+            finally:
+                self._merging = False
+            self._failing.discard("merging")
+            if news and not await self._prune(began) and not self._on_their_way:
+                await self.anchor(epoch)
+
+    async def _merge(self, after: int, epoch: int, going: Callable[[], bool]) -> bool:
+        """Merge the spans that the versions above `after` have completed; whether any was."""
+        writer, policy, news = self._outgoing.writer, self._policy, False
+        entries = await self._ports.log.entries(timeout_s=policy.store_s)
+        ours = [
+            entry
+            for entry in entries
+            if (entry.epoch, entry.writer) == (epoch, writer) and entry.base_version is not None
+        ]
+        found = spans(ours, after=after, every=policy.merge_every, longest=policy.anchor_every)
+        for begin, end in found:
+            until = [entry for entry in ours if entry.version <= end]
+            parts = way(until, epoch=epoch, held=begin, target=end)
+            merged = await self._joined(parts, going) if len(parts) > 1 else None
+            if merged is not None and going():
+                entry, payload = merged
+                await self._ports.log.store(entry, payload, timeout_s=policy.store_s)
+                ours.append(entry)
+                news = True
+        return news
+
+    async def _joined(
+        self, parts: Sequence[LogEntry], going: Callable[[], bool]
+    ) -> tuple[LogEntry, memoryview] | None:
+        """These entries as one; None if it is no smaller than they are, or than an anchor."""
+        manifest, last = self._outgoing.manifest, parts[-1]
+        patch: Patch | None = None
+        for part in parts:
+            if not going():
+                return None
+            data = await self._ports.log.load(part, timeout_s=self._policy.store_s)
+            patch = await self._aside(_join, patch, data, part, manifest)
+            del data
+            if patch.nbytes >= patch.dense_nbytes:
+                return None
+        assert patch is not None
+        if patch.nbytes >= sum(part.nbytes for part in parts):
+            return None
+        entry: LogEntry
+        entry, payload = await self._aside(_described, patch, last, len(parts))
+        return entry, payload
+
+    async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
+        timeout_s = self._policy.store_s
+        try:
+            return await self._ports.aside(function, *args, timeout_s=timeout_s)
+        except TimeoutError:
+            raise LogError(f"it took more than {timeout_s:g} s (Policy.store_s)") from None
 
     async def _put(self, entry: LogEntry, patch: Patch) -> None:
         # Copied on the torch thread: an anchor would hold the event loop up for long.
         payload = await self._ports.run(self._outgoing.wire, patch)
         await self._ports.log.store(entry, payload, timeout_s=self._policy.store_s)
 
-    async def _prune(self, epoch: int) -> None:
-        """Drop what the policy does not keep and nobody needs any more."""
+    async def _prune(self, epoch: int) -> bool:
+        """Drop what the policy does not keep and nobody needs any more, once the anchor that is to
+        lead to the newest version was read back. False if it is damaged: another one is needed.
+        """
+        timeout_s, log = self._policy.store_s, self._ports.log
+        writer = self._outgoing.writer
+        async with self._pruning:
+            try:
+                entries = await log.entries(timeout_s=timeout_s)
+                drop = needless(
+                    entries,
+                    epoch=epoch,
+                    writer=writer,
+                    versions=self._policy.keep_versions,
+                    nbytes=self._policy.keep_nbytes,
+                )
+                if drop:
+                    gone = {entry.name for entry in drop}
+                    left = [entry for entry in entries if entry.name not in gone]
+                    anchor = leading(left, epoch=epoch, writer=writer)
+                    assert anchor is not None
+                    damage = await self._damage(anchor)
+                    if damage:
+                        self._failed("pruning", f"{damage}; all stays, another anchor is stored")
+                        # Its name may be the new one's, and readers would take it.
+                        await log.prune([anchor], timeout_s=timeout_s)
+                        return False
+                    await log.prune(drop, timeout_s=timeout_s)
+            except _Trouble as exc:
+                # The next anchor's turn drops what this one left.
+                self._failed("pruning", exc)
+            else:
+                self._failing.discard("pruning")
+        return True
+
+    async def _damage(self, anchor: LogEntry) -> str:
+        """Why an anchor cannot be had from the log as it was stored; "" if it can. Read once."""
+        if anchor.name == self._proven:
+            return ""
         timeout_s, log = self._policy.store_s, self._ports.log
         try:
-            drop = needless(
-                await log.entries(timeout_s=timeout_s),
-                epoch=epoch,
-                writer=self._outgoing.writer,
-                versions=self._policy.keep_versions,
-                nbytes=self._policy.keep_nbytes,
-            )
-            if drop:
-                await log.prune(drop, timeout_s=timeout_s)
-        except (LogError, BusError) as exc:
-            # The next anchor's turn drops what this one left.
-            self._tell(f"pruning: {exc}")
+            data = await log.load(anchor, timeout_s=timeout_s)
+            await self._aside(intact, data, anchor)
+        except PatchError as exc:
+            return f"log entry {anchor.name!r} is damaged: {exc}"
+        except LogError as exc:
+            # A tier that finds an entry damaged lists it no more; else it may be had later.
+            listed = {entry.name for entry in await log.entries(timeout_s=timeout_s)}
+            if anchor.name in listed and not isinstance(exc, LogHole):
+                raise
+            return str(exc)
+        self._proven = anchor.name
+        return ""
+
+    def _failed(self, what: str, why: Exception | str) -> None:
+        if what not in self._failing:
+            self._failing.add(what)
+            self._tell(f"{what}: {why}")
+
+
+def _join(
+    before: Patch | None, data: bytes | bytearray, entry: LogEntry, manifest: Manifest
+) -> Patch:
+    """What was merged so far and one more entry (PatchError). In host memory, on any thread."""
+    patch = read(intact(data, entry), entry, manifest).patch
+    return patch if before is None else merge([before, patch], manifest=manifest)
+
+
+def _described(patch: Patch, last: LogEntry, merged: int) -> tuple[LogEntry, memoryview]:
+    """The entry of a merged patch that ends where `last` does, and its bytes."""
+    entry = describe(
+        patch, last.epoch, last.digest, last.step, last.tags, last.writer, merged=merged
+    )
+    return entry, patch.buffer.numpy().data

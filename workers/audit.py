@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import safetensors.torch
 
 from ..messages.control import LogEntry
 from ..messages.errors import BusError, LogError, LogHole
+from ..messages.manifest import Manifest
 from ..pipeline.delta import digest
 from ..pipeline.log.base import way
 from .logbook import Logbook, State
@@ -101,12 +103,12 @@ async def _checked(book: Logbook, tier: str, entry: LogEntry) -> Checked:
 
 
 async def _replay(book: Logbook, entries: list[LogEntry]) -> list[Made]:
-    """Apply all entries in order of their versions, each anchor over what was reached without it.
+    """Make every version again by every entry: by the single patches first, then by merged ones in
+    the place of what they cover.
 
-    What does not follow on what is held (before the first anchor, behind a hole) is left out.
+    Each round applies entries in order of their versions, each anchor over what was reached without
+    it. What never follows on what is held (before the first anchor, behind a hole) is left out.
     """
-    made: list[Made] = []
-    held: int | None = None
     try:
         manifest = await book.manifest(entries[0].manifest_hash) if entries else None
     except (LogError, BusError) as exc:
@@ -114,30 +116,60 @@ async def _replay(book: Logbook, entries: list[LogEntry]) -> list[Made]:
         return []
     if manifest is None:
         return []
+    made: dict[str, Made] = {}
+    while True:
+        todo = {entry.name: entry for entry in entries if entry.name not in made}
+        chosen = [
+            entry
+            for entry in entries
+            if entry.name in todo or not any(_covers(wide, entry) for wide in todo.values())
+        ]
+        found = await _round(book, chosen, todo.keys(), manifest)
+        made |= {one.name: one for one in found}
+        if not found:
+            return list(made.values())
+
+
+def _covers(wide: LogEntry, entry: LogEntry) -> bool:
+    """Whether one patch will do in the place of another."""
+    if wide.base_version is None or entry.base_version is None:
+        return False
+    return wide.base_version <= entry.base_version and entry.version <= wide.version
+
+
+async def _round(
+    book: Logbook, entries: list[LogEntry], todo: Collection[str], manifest: Manifest
+) -> list[Made]:
+    """Apply entries in their order; what became of those that are still to do."""
+    made: list[Made] = []
+    held: int | None = None
     state: State = {}
-    for entry in entries:
+    for at, entry in enumerate(entries):
+        if not any(later.name in todo for later in entries[at:]):
+            break
         base, expected = entry.base_version, f"{entry.digest:016x}"
         if base is not None and (held is None or not base <= held < entry.version):
             continue
-        name, version = entry.name, entry.version
+        if base is None and entry.name not in todo and held is not None:
+            continue
+        found, reason = "", ""
         try:
             await book.apply(entry, manifest, state)
         except (LogError, BusError) as exc:
-            held = None
-            made.append(
-                Made(name=name, version=version, ok=False, expected=expected, reason=str(exc))
-            )
-            continue
-        found = f"{await asyncio.to_thread(digest, state, manifest=manifest):016x}"
+            reason = str(exc)
+        else:
+            found = f"{await asyncio.to_thread(digest, state, manifest=manifest):016x}"
+            if found != expected:
+                reason = "the state is not the one that was published"
         # A state of another digest proves nothing of what follows on it.
-        held = version if found == expected else None
-        reason = "" if found == expected else "the state is not the one that was published"
-        made.append(
-            Made(
-                name=name, version=version, ok=found == expected,
-                expected=expected, found=found, reason=reason,
-            )
-        )  # fmt: skip
+        held = None if reason else entry.version
+        if entry.name in todo:
+            made.append(
+                Made(
+                    name=entry.name, version=entry.version, ok=not reason,
+                    expected=expected, found=found, reason=reason,
+                )
+            )  # fmt: skip
     return made
 
 

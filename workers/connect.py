@@ -17,6 +17,7 @@ from ..messages.errors import Closed
 from ..messages.manifest import Manifest
 from ..pipeline.bus.nats import connect as connect_nats
 from ..pipeline.log.base import Log, Tell
+from ..pipeline.log.threads import Threads
 from ..pipeline.windows import available_kinds, gpu_identity, open_window
 from .anchors import PatchPayloads
 from .driver import Ports
@@ -65,6 +66,11 @@ async def connect(
     async def run_blocking(function: Callable[..., T], *args: Any) -> T:
         return await lane.run(functools.partial(function, *args))
 
+    beside = Threads(f"sparsecast-{name}-aside", 1)
+
+    async def aside(function: Callable[..., T], *args: Any, timeout_s: float) -> T:
+        return await beside.run(lambda go_on: function(*args), timeout_s=timeout_s)
+
     async def close() -> None:
         lane.stop()
         await asyncio.gather(bus.close(), bulk.close())
@@ -82,6 +88,7 @@ async def connect(
         clock=time.monotonic,
         wall=time.time,
         run=run_blocking,
+        aside=aside,
         token=lambda: uuid.uuid4().hex[:16],
         close=close,
         device=found,

@@ -74,6 +74,9 @@ class Ports:
     #: run(function, *args): call it on a thread that is not the loop's and always the same, one
     #: call at a time, in order.
     run: Callable[..., Awaitable[Any]]
+    #: aside(function, *args, timeout_s=…): call it on a thread that no round waits for, one call
+    #: at a time; TimeoutError.
+    aside: Callable[..., Awaitable[Any]]
     #: A fresh random token.
     token: Callable[[], str]
     #: Let go of what was opened for this driver: connections, threads, an embedded broker.

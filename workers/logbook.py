@@ -9,19 +9,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..messages import codec
 from ..messages.control import Claim, LogEntry
 from ..messages.errors import (
     BusError,
     LogError,
     LogHole,
     PatchError,
-    RemoteProtocolError,
     StreamMissing,
 )
 from ..messages.manifest import Manifest
-from ..messages.subjects import Subjects
 from ..pipeline.bus.base import Bus
+from ..pipeline.bus.journal import Journal
 from ..pipeline.bus.nats import connect
 from ..pipeline.log.base import Log, oldest_first, way
 from ..pipeline.log.tiered import TieredLog
@@ -63,7 +61,12 @@ class Logbook:
         if not self.held:
             raise LogError("; ".join(self.problems))
         if self.bus is not None:
-            self.claim = await self._newest_claim(self.bus)
+            try:
+                self.claim = await Journal(self.bus, self.run).claim(timeout_s=self.timeout_s)
+            except StreamMissing:
+                pass
+            except BusError as exc:
+                self.problems.append(f"the journal: {exc}")
 
     @property
     def entries(self) -> list[LogEntry]:
@@ -132,22 +135,6 @@ class Logbook:
             await asyncio.to_thread(remake, whole, entry, manifest, state)
         except PatchError as exc:
             raise LogError(f"log entry {entry.name!r}: {exc}") from exc
-
-    async def _newest_claim(self, bus: Bus) -> Claim | None:
-        subjects = Subjects(self.run)
-        try:
-            record = await bus.last(
-                subjects.journal_stream, subjects.announce_claim, timeout_s=self.timeout_s
-            )
-            if record is None:
-                return None
-            said = codec.decode(record.data, subject=record.subject)
-        except StreamMissing:
-            return None
-        except (BusError, RemoteProtocolError) as exc:
-            self.problems.append(f"the journal: {exc}")
-            return None
-        return said if isinstance(said, Claim) else None
 
 
 @contextlib.asynccontextmanager

@@ -82,8 +82,9 @@ def ls(
 
     Exit code 1 if a tier cannot be read, a file is damaged, or nothing leads to the newest version.
     Keys of the JSON: run, tiers, head, nbytes, entries [{name, epoch, base_version (null: an
-    anchor), version, nbytes, checksum, digest, manifest_hash, writer, step, tags, tiers}], way [the
-    entries that lead to the newest version], problems.
+    anchor), version, nbytes, checksum, digest, manifest_hash, writer, merged (of so many others; 0:
+    stored as it was announced), step, tags, tiers}], way [the entries that lead to the newest
+    version], problems.
     """
     from .logview import listing, print_listing
 
@@ -132,7 +133,8 @@ def verify(
     """Read every entry in every tier, and make every version again.
 
     Each checksum; the chain from the newest anchor to the newest version; and each digest, with
-    patches applied over anchors in host memory, where it takes twice the model. Exit code 0 if all
+    patches applied over anchors in host memory, single ones first and then merged ones in their
+    place. It takes twice the model there. Exit code 0 if all
     is as it was published, 1 if not. Keys of the JSON: ok, run, epoch, anchor, head, unbroken,
     entries [{tier, name, ok, reason}], versions [{name, version, ok, expected, found, reason}],
     problems.
@@ -209,8 +211,9 @@ def prune(
 ) -> None:  # fmt: skip
     """Drop what nobody needs any more, by the rule that the trainer keeps to.
 
-    Earlier epochs, if the journal is there to tell which one lives, and what lies before the second
-    newest anchor or an older one that the newest versions need. Nothing goes unless patches lead
+    Earlier epochs, if the journal is there to tell which one lives; what lies before the second
+    newest anchor or an older one that the newest versions need; and of older versions the patches
+    that merged ones cover. Nothing goes unless patches lead
     from an anchor that stays, and is whole, to the newest version. Exit code 1 if a tier could not
     be pruned. Keys of the JSON: run, dry_run, dropped, nbytes, kept, kept_nbytes, problems.
     """

@@ -16,7 +16,8 @@ from .logbook import Logbook
 
 
 class EntryView(msgspec.Struct, frozen=True, kw_only=True):
-    """An entry: `tiers` have it. `base_version` None: an anchor. Sums are hex digits."""
+    """An entry: `tiers` have it. `base_version` None: an anchor. `merged`: of so many others; 0 if
+    it was stored as it was announced. Sums are hex digits."""
 
     name: str
     epoch: int
@@ -27,6 +28,7 @@ class EntryView(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     manifest_hash: str
     writer: str
+    merged: int
     step: int | None
     tags: Tags | None
     tiers: tuple[str, ...]
@@ -61,8 +63,8 @@ def view(book: Logbook, entry: LogEntry) -> EntryView:
     return EntryView(
         name=entry.name, epoch=entry.epoch, base_version=entry.base_version, version=entry.version,
         nbytes=entry.nbytes, checksum=f"{entry.checksum:016x}", digest=f"{entry.digest:016x}",
-        manifest_hash=entry.manifest_hash, writer=entry.writer, step=entry.step, tags=entry.tags,
-        tiers=book.holders(entry),
+        manifest_hash=entry.manifest_hash, writer=entry.writer, merged=entry.merged,
+        step=entry.step, tags=entry.tags, tiers=book.holders(entry),
     )  # fmt: skip
 
 

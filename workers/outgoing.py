@@ -381,9 +381,12 @@ def describe(
     writer: str = "",
     *,
     checksum: int | None = None,
+    merged: int = 0,
 ) -> LogEntry:
     """The log entry of a patch; `chunks` is for the tier to fill in. `checksum`: if it is known."""
-    kind = "anchor" if patch.base_version is None else f"patch-{patch.base_version}"
+    kind = "anchor"
+    if patch.base_version is not None:
+        kind = f"{'merged' if merged else 'patch'}-{patch.base_version}"
     return LogEntry(
         name=f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else ""),
         epoch=epoch,
@@ -395,6 +398,7 @@ def describe(
         manifest_hash=patch.manifest_hash,
         chunks=0,
         writer=writer,
+        merged=merged,
         step=step,
         tags=tags,
     )

@@ -14,7 +14,6 @@ from ..messages.control import Claim, LogEntry
 from ..messages.errors import (
     BusError,
     CannotResume,
-    CorruptPatch,
     LogError,
     LogHole,
     ManifestMismatch,
@@ -24,8 +23,9 @@ from ..messages.manifest import Manifest
 from ..pipeline.bus.journal import Journal, JournalState
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import digest
-from ..pipeline.log.lineage import Step, remakeable
-from .anchors import PatchPayloads, remake
+from ..pipeline.log.base import Step
+from ..pipeline.log.lineage import remakeable
+from .anchors import intact, remake
 from .driver import Ports
 from .outgoing import Outgoing, Past
 
@@ -87,10 +87,10 @@ class Recall:
                 claims = await self._journal.claims(timeout_s=policy.bus_s)
                 while True:
                     step = self._step(entries, claims, announced, version)
-                    if version is None and step.digest == await self._published():
-                        return Past(step.version, step.digest, {})
+                    if version is None and step.entry.digest == await self._published():
+                        return Past(step.version, step.entry.digest, {})
                     try:
-                        return Past(step.version, step.digest, await self._state(step))
+                        return Past(step.version, step.entry.digest, await self._state(step))
                     except _Spoilt as exc:
                         self._tell(f"an old state is made without {exc.entry.name}: {exc}")
                         entries = [one for one in entries if one.name != exc.entry.name]
@@ -135,16 +135,12 @@ class Recall:
             except (LogError, PatchError) as exc:
                 raise _Spoilt(entry, str(exc)) from exc
         found = await self._ports.run(digest, state)
-        if found != step.digest:
-            reason = f"it leads to digest {found:016x}, {step.digest:016x} was published"
+        if found != step.entry.digest:
+            reason = f"it leads to digest {found:016x}, {step.entry.digest:016x} was published"
             raise _Spoilt(step.entry, reason)
         return state
 
 
 def _put(data: bytes | bytearray, entry: LogEntry, manifest: Manifest, state: State) -> None:
     """Apply an entry to a state, if its bytes are those that it names (PatchError)."""
-    whole = data if isinstance(data, bytearray) else bytearray(data)
-    found = PatchPayloads().checksum(whole)
-    if found != entry.checksum:
-        raise CorruptPatch(f"its checksum is {found:016x}, not {entry.checksum:016x}")
-    remake(whole, entry, manifest, state)
+    remake(intact(data, entry), entry, manifest, state)

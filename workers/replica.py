@@ -18,6 +18,7 @@ from ..messages import codec
 from ..messages.control import (
     Announce,
     Claim,
+    LogEntry,
     Ready,
     Role,
     Sender,
@@ -219,6 +220,8 @@ class Replica:
         #: The newest version whose patch is on its way or here, and that it has become another.
         self._coming = -1
         self._more = asyncio.Event()
+        #: Entries of the log whose bytes were not what they say.
+        self._refused: set[str] = set()
         life.push_async_callback(self._windows.abort_all)
         life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
@@ -484,23 +487,28 @@ class Replica:
         items: list[ev.LogItem] = []
         try:
             entries = await self._ports.log.entries(timeout_s=timeout_s)
-            earlier = []
+            earlier: list[Claim] = []
             if command.reach == "exact" and command.target < claim.version:
                 earlier = await self._journal.claims(timeout_s=self.policy.bus_s)
                 earlier = [one for one in earlier if one.epoch < claim.epoch]
+            found = self._around(entries, [*earlier, claim], command)
             nbytes = 0
-            for entry in chosen(entries, [*earlier, claim], command):
+            for entry in found:
                 nbytes += entry.nbytes
                 if items and nbytes > self.policy.staging_nbytes:
                     break
                 began = self._ports.clock()
                 data = await self._ports.log.load(entry, timeout_s=timeout_s)
                 receive_us = round((self._ports.clock() - began) * 1e6)
-                await self._ports.run(
-                    lambda data=data, entry=entry, us=receive_us: self._incoming.stage_bytes(
-                        data, entry, receive_us=us
+                try:
+                    await self._ports.run(
+                        lambda data=data, entry=entry, us=receive_us: self._incoming.stage_bytes(
+                            data, entry, receive_us=us
+                        )
                     )
-                )
+                except PatchError:
+                    self._refused.add(entry.name)
+                    raise
                 items.append(
                     ev.LogItem(entry.base_version, entry.version, entry.digest, entry.nbytes)
                 )
@@ -514,6 +522,17 @@ class Replica:
             await self._ports.run(self._incoming.drop, tuple(item.version for item in items))
             return ev.FetchFailed(command.epoch, "another claim came while the log was read")
         return ev.Fetched(command.epoch, tuple(items))
+
+    def _around(
+        self, entries: list[LogEntry], claims: list[Claim], command: cmd.Fetch
+    ) -> list[LogEntry]:
+        """The way around what was refused; if none is left, all of it is tried again."""
+        try:
+            sound = [entry for entry in entries if entry.name not in self._refused]
+            return chosen(sound, claims, command)
+        except LogHole:
+            self._refused.clear()
+            return chosen(entries, claims, command)
 
     def _compared(self, command: cmd.Compared) -> None:
         core, last = self._core, self._incoming.last

@@ -108,6 +108,12 @@ class Journal:
                 continue
         return found
 
+    async def claim(self, timeout_s: float) -> Claim | None:
+        """The newest claim, if it holds one. BusError; StreamMissing if there is no journal."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        newest = await self._newest(self._subjects.announce_claim, Claim, deadline)
+        return newest if isinstance(newest, Claim) else None
+
     async def claims(self, timeout_s: float) -> list[Claim]:
         """Every claim that it holds, the oldest first. BusError."""
         subject = self._subjects.announce_claim

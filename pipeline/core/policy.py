@@ -89,9 +89,14 @@ class Policy:
     anchor_every: int = 100
     """Versions between two anchors in the log."""
 
-    keep_versions: int = 1
-    """The log leads to each of so many newest versions; never fewer than from its newest two
-    anchors on."""
+    merge_every: int = 8
+    """The log gets a merged patch beside the patches of every so many versions, another one beside
+    those of every so many squared, and so on up to anchor_every: fewer bytes and entries for who is
+    far behind. 1: none."""
+
+    keep_versions: int = 16
+    """The log leads to each of so many newest versions exactly; of older ones, down to its newest
+    two anchors, only to where a merged patch ends."""
 
     keep_nbytes: int | None = None
     """The log drops more than that, down to its newest anchor and what follows it, while it holds

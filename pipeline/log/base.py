@@ -104,8 +104,64 @@ def require_size(entry: LogEntry, payload: bytes | memoryview) -> memoryview:
 
 
 def oldest_first(entries: Sequence[LogEntry]) -> list[LogEntry]:
-    """By epoch and version, an anchor behind the patches that lead to its version."""
-    return sorted(entries, key=lambda e: (e.epoch, e.version, e.base_version is None))
+    """By epoch and version, wider patches behind narrower ones, an anchor behind all of them."""
+    return sorted(
+        entries,
+        key=lambda e: (e.epoch, e.version, e.base_version is None, -(e.base_version or 0)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A version that entries lead to: by `entry`, applied to what `before` makes (None: to what is
+    held, or for an anchor to anything). `nbytes`: of all entries on the way."""
+
+    entry: LogEntry
+    before: Step | None
+    nbytes: int
+
+    @property
+    def version(self) -> int:
+        """The version that it makes."""
+        return self.entry.version
+
+    @property
+    def way(self) -> list[LogEntry]:
+        """The entries, in the order to apply."""
+        found: list[LogEntry] = []
+        step: Step | None = self
+        while step is not None:
+            found.append(step.entry)
+            step = step.before
+        return found[::-1]
+
+
+def reached(
+    entries: Sequence[LogEntry], held: int | None = None, by: Step | None = None
+) -> dict[int, Step]:
+    """Every version that entries of one epoch lead to, each by the fewest bytes.
+
+    A patch carries any version in [base_version, version) to `version`, an anchor whatever there
+    is. `held` is there already, at no cost or by what `by` has taken; None: nothing is.
+    """
+    found: dict[int, Step] = {}
+    paid: dict[int, int] = {}
+    if held is not None:
+        paid[held] = 0 if by is None else by.nbytes
+    # Every entry leads upwards: in the order of versions each is final when it is stepped from.
+    for entry in sorted(entries, key=lambda e: e.version):
+        before, nbytes = None, entry.nbytes
+        if entry.base_version is not None:
+            bases = [v for v in paid if entry.base_version <= v < entry.version]
+            if not bases:
+                continue
+            base = min(bases, key=paid.__getitem__)
+            before = found.get(base, by)
+            nbytes += paid[base]
+        if entry.version not in paid or nbytes < paid[entry.version]:
+            paid[entry.version] = nbytes
+            found[entry.version] = Step(entry, before, nbytes)
+    return found
 
 
 def way(
@@ -113,46 +169,25 @@ def way(
 ) -> list[LogEntry]:
     """The entries, in the order to apply, that bring weights from `held` to at least `target`.
 
-    A patch carries any version in [base_version, version) to `version`, an anchor whatever there
-    is. `held` None means that the weights are worth nothing: the way starts at an anchor. Entries
-    of another epoch do not count. Of all ways the one with the fewest bytes is taken, of equal
-    ones the one that reaches furthest; none is needed if `held` is at `target` already. LogHole if
+    `held` None means that the weights are worth nothing: the way starts at an anchor. Entries of
+    another epoch do not count. Of all ways the one with the fewest bytes is taken, of equal ones
+    the one that reaches furthest; none is needed if `held` is at `target` already. LogHole if
     there is no way.
     """
-    known = sorted((entry for entry in entries if entry.epoch == epoch), key=_version)
-    # The cheapest way to each version that can be reached: bytes, the version before, the entry.
-    # Every entry leads upwards, so in the order of versions each is final when it is stepped from.
-    best: dict[int, tuple[int, int | None, LogEntry | None]] = {}
-    if held is not None:
-        best[held] = (0, None, None)
-    for entry in known:
-        paid, before = 0, None
-        if entry.base_version is not None:
-            steps = [
-                (best[version][0], version)
-                for version in best
-                if entry.base_version <= version < entry.version
-            ]
-            if not steps:
-                continue
-            paid, before = min(steps)
-        paid += entry.nbytes
-        if entry.version not in best or paid < best[entry.version][0]:
-            best[entry.version] = (paid, before, entry)
-    ends = [(best[version][0], -version) for version in best if version >= target]
-    if not ends:
+    known = [entry for entry in entries if entry.epoch == epoch]
+    ends = [step for step in reached(known, held).values() if step.version >= target]
+    best = min(ends, key=_furthest_for_least, default=None)
+    if held is not None and held >= target:
+        # An entry without bytes may lead on for nothing.
+        best = best if best is not None and (best.nbytes, -best.version) < (0, -held) else None
+        return best.way if best is not None else []
+    if best is None:
         raise LogHole(
             f"from version {held} to {target} in epoch {epoch}, with {len(known)} entries",
             version=target,
         )
-    found: list[LogEntry] = []
-    at: int | None = -min(ends)[1]
-    while at is not None:
-        _, at, last = best[at]
-        if last is not None:
-            found.append(last)
-    return found[::-1]
+    return best.way
 
 
-def _version(entry: LogEntry) -> int:
-    return entry.version
+def _furthest_for_least(step: Step) -> tuple[int, int]:
+    return step.nbytes, -step.version

@@ -7,31 +7,9 @@ epoch says so by its digest: what made that state leads to the claim's version a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...messages.control import Claim, LogEntry
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A version that can be made again: by `entry`, applied to what `before` makes (None: anything,
-    the entry is an anchor). `nbytes`: of all entries on the way."""
-
-    version: int
-    digest: int
-    entry: LogEntry
-    before: Step | None
-    nbytes: int
-
-    @property
-    def way(self) -> list[LogEntry]:
-        """The entries, in the order to apply, from nothing."""
-        found: list[LogEntry] = []
-        step: Step | None = self
-        while step is not None:
-            found.append(step.entry)
-            step = step.before
-        return found[::-1]
+from .base import Step, reached
 
 
 def remakeable(
@@ -47,29 +25,14 @@ def remakeable(
     by_digest: dict[int, Step] = {}
     for at, claim in enumerate(claims):
         end = claims[at + 1].version if at + 1 < len(claims) else announced + 1
-        reached = _reached(entries, claim, by_digest.get(claim.digest))
-        for version, step in reached.items():
-            by_digest[step.digest] = step
+        writers = ("", claim.sender.incarnation)
+        ours = [e for e in entries if e.epoch == claim.epoch and e.writer in writers]
+        earlier = by_digest.get(claim.digest)
+        steps = reached(ours, None if earlier is None else claim.version, earlier)
+        if earlier is not None:
+            steps.setdefault(claim.version, earlier)
+        for version, step in steps.items():
+            by_digest[step.entry.digest] = step
             if version < end:
                 made[version] = step
     return made
-
-
-def _reached(entries: Sequence[LogEntry], claim: Claim, start: Step | None) -> dict[int, Step]:
-    """The versions of one claim; `start` makes the claim's own, if an earlier epoch does."""
-    writers = ("", claim.sender.incarnation)
-    ours = [e for e in entries if e.epoch == claim.epoch and e.writer in writers]
-    reached = {} if start is None else {claim.version: start}
-    # Every entry leads upwards: in the order of versions each is final when it is stepped from.
-    for entry in sorted(ours, key=lambda e: e.version):
-        before: Step | None = None
-        if entry.base_version is not None:
-            bases = [v for v in reached if entry.base_version <= v < entry.version]
-            if not bases:
-                continue
-            before = min((reached[v] for v in bases), key=lambda step: step.nbytes)
-        nbytes = entry.nbytes + (before.nbytes if before is not None else 0)
-        known = reached.get(entry.version)
-        if known is None or nbytes < known.nbytes:
-            reached[entry.version] = Step(entry.version, entry.digest, entry, before, nbytes)
-    return reached

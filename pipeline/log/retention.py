@@ -22,40 +22,67 @@ def needless(
 ) -> list[LogEntry]:
     """The entries that nobody needs any more, in the order of `entries`.
 
-    Of `writer` in this epoch (None: of each writer by itself) everything from one anchor on stays:
-    the second newest one, or an older one if the newest `versions` versions are reached from there
-    only; while what stays is more than `nbytes`, the next newer one. But never a newer one than the
-    newest from which patches lead to the newest version: that one stays, and where there is none,
-    nothing is needless. Earlier epochs go; later ones and other writers of this one stay: whoever
-    is fenced off takes nothing of its successor's along.
+    Of `writer` in this epoch (None: of each writer by itself) patches go that lie within a merged
+    one which ends no later than the oldest of the newest `versions` versions: each of these is
+    reached as before, and whoever stands within the merged one goes on by it.
+
+    Of the rest everything from one anchor on stays: the second newest one, or an older one if the
+    newest `versions` versions are reached from there only; while what stays is more than `nbytes`,
+    the next newer one. But never a newer one than the newest from which patches lead to the newest
+    version: that one stays, and where there is none, nothing is needless. Earlier epochs go; later
+    ones and other writers of this one stay: whoever is fenced off takes nothing of its successor's
+    along.
     """
     writers = {entry.writer for entry in entries if entry.epoch == epoch}
     if writer is not None:
         writers &= {writer}
-    starts: dict[str, int] = {}
+    drop = {entry.name for entry in entries if writers and entry.epoch < epoch}
     for name in writers:
         ours = [entry for entry in entries if (entry.epoch, entry.writer) == (epoch, name)]
-        start = _start(ours, versions, nbytes)
+        covered = _covered(ours, versions)
+        left = [entry for entry in ours if entry.name not in covered]
+        start = _start(left, versions, nbytes)
         if start is None:
             return []
-        starts[name] = start
+        drop |= covered | {entry.name for entry in left if entry.version < start}
+    return [entry for entry in entries if entry.name in drop]
 
-    def goes(entry: LogEntry) -> bool:
-        if entry.epoch != epoch:
-            return entry.epoch < epoch
-        return entry.version < starts.get(entry.writer, 0)
 
-    return [entry for entry in entries if starts and goes(entry)]
+def leading(entries: Sequence[LogEntry], *, epoch: int, writer: str) -> LogEntry | None:
+    """The newest anchor of a trainer from which patches lead to its newest version."""
+    ours = [entry for entry in entries if (entry.epoch, entry.writer) == (epoch, writer)]
+    versions = _leading(ours)
+    for entry in ours:
+        if entry.base_version is None and entry.version in versions[-1:]:
+            return entry
+    return None
+
+
+def _covered(ours: Sequence[LogEntry], versions: int) -> set[str]:
+    """The names of the patches in whose place an old merged one will do.
+
+    A merged one stays itself, also within a wider one: so at most merge_every versions are fetched
+    that their reader holds already.
+    """
+    oldest = max(entry.version for entry in ours) - versions + 1
+    patches = [(e.base_version, e) for e in ours if e.base_version is not None]
+    covered: set[str] = set()
+    #: From where on the merged ones that end at this version or later lead.
+    begin: int | None = None
+    for base, entry in sorted(patches, key=lambda one: (-one[1].version, not one[1].merged)):
+        if entry.merged and entry.version <= oldest:
+            begin = base if begin is None else min(begin, base)
+        elif not entry.merged and begin is not None and begin <= base:
+            covered.add(entry.name)
+    return covered
 
 
 def _start(ours: Sequence[LogEntry], versions: int, nbytes: int | None) -> int | None:
     """The version of the anchor from which on everything stays; None if no chain is whole."""
-    head = max(entry.version for entry in ours)
-    anchors = sorted({entry.version for entry in ours if entry.base_version is None})
-    while anchors and not _reaches(ours, anchors[-1], head):
-        anchors.pop()
+    anchors = _leading(ours)
     if not anchors:
         return None
+    head = max(entry.version for entry in ours)
     old = [version for version in anchors if version <= head - versions + 1]
     at = anchors.index(min(anchors[-ANCHORS:][0], old[-1] if old else anchors[0]))
     while nbytes is not None and at < len(anchors) - 1:
@@ -63,6 +90,15 @@ def _start(ours: Sequence[LogEntry], versions: int, nbytes: int | None) -> int |
             break
         at += 1
     return anchors[at]
+
+
+def _leading(ours: Sequence[LogEntry]) -> list[int]:
+    """The versions of the anchors, up to the newest from which patches lead to the head."""
+    head = max((entry.version for entry in ours), default=0)
+    anchors = sorted({entry.version for entry in ours if entry.base_version is None})
+    while anchors and not _reaches(ours, anchors[-1], head):
+        anchors.pop()
+    return anchors
 
 
 def _reaches(ours: Sequence[LogEntry], anchor: int, head: int) -> bool:

@@ -77,6 +77,11 @@ class Life:
                     return function(*args)
                 return await self.engine.guard().call(TORCH, lambda: function(*args))
 
+        async def aside(function: Any, *args: Any, timeout_s: float) -> Any:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.sleep(rng.expovariate(1 / 0.01))
+            return function(*args)
+
         def token() -> str:
             self.tokens.append(f"{rng.getrandbits(64):016x}")
             return self.tokens[-1]
@@ -92,6 +97,7 @@ class Life:
             clock=process.clock,
             wall=lambda: world.loop.time() + 1.7e9,
             run=run,
+            aside=aside,
             token=token,
             close=close,
         )

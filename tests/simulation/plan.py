@@ -78,7 +78,10 @@ class Plan:
         ]
         workers = rng.randint(1, 4)
         updates = rng.randint(10, 40)
+        keeps = random.Random(f"log {seed}")
         policy = Policy(
+            merge_every=keeps.choice([1, 2, 2, 3, 8]),
+            keep_versions=keeps.choice([1, 2, 16]),
             window=rng.choice(["auto", "auto", "gloo"]),
             lease_s=rng.choice([3, 5, 10]),
             silence_s=rng.choice([2.0, 4.0]),

@@ -1,90 +1,17 @@
 """What a trainer stores: anchors that fail, logs that cannot be pruned, a successor's entries."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import QUICK, step, weights
-from sparsecast import LogError
+from archives import Stand
+from runs import step
 from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.core import events as ev
-from sparsecast.pipeline.log.base import oldest_first
-from sparsecast.pipeline.log.memory import MemoryLog
-from sparsecast.workers.archive import Archive
-from sparsecast.workers.outgoing import Outgoing
-
-POLICY = replace(QUICK, retry_s=0.01, anchor_every=2)
-
-
-class FailingLog(MemoryLog):
-    """A log that fails as often as it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failing_stores = 0
-        self.failing_prunes = 0
-        self.anchors_refused = False
-
-    async def store(
-        self, entry: LogEntry, payload: bytes | memoryview, *, timeout_s: float
-    ) -> None:
-        """Keep an entry, or fail."""
-        if self.failing_stores or (self.anchors_refused and entry.base_version is None):
-            self.failing_stores = max(self.failing_stores - 1, 0)
-            raise LogError("no room on the disk")
-        await super().store(entry, payload, timeout_s=timeout_s)
-
-    async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:
-        """Drop these, or fail."""
-        if self.failing_prunes:
-            self.failing_prunes -= 1
-            raise LogError("denied")
-        await super().prune(drop, timeout_s=timeout_s)
-
-
-class Stand:
-    """An archive over a log in memory."""
-
-    def __init__(self, **policy: Any) -> None:
-        self.log = FailingLog()
-        self.trained = weights()
-        self.outgoing = Outgoing(
-            self.trained, dtype=None, include=None, exclude=None, rename=None, clock=lambda: 1.0
-        )
-        self.told: list[str] = []
-        self.epoch = 1
-        ports: Any = SimpleNamespace(log=self.log, run=self._run)
-        self.archive = Archive(ports, self.outgoing, replace(POLICY, **policy), self.told.append)
-        self.failures: list[Exception] = []
-
-    @property
-    def names(self) -> list[str]:
-        """What the log holds, oldest first."""
-        entries = oldest_first([entry for entry, _ in self.log._held.values()])
-        return [entry.name for entry in entries]
-
-    async def _run(self, function: Any, *args: Any) -> Any:
-        if self.failures:
-            raise self.failures.pop()
-        return function(*args)
-
-    async def anchor(self) -> None:
-        """Store an anchor of what is published."""
-        async with asyncio.timeout(5):
-            await self.archive.anchor(lambda: self.epoch)
-
-    async def publish(self) -> int:
-        """Make a version and store its patch."""
-        step(self.trained, self.outgoing.version)
-        self.outgoing.publish(None, None)
-        self.outgoing.take(())
-        stored = await self.archive.store((self.outgoing.version,), self.epoch)
-        assert isinstance(stored, ev.LogStored)
-        return stored.version
+from sparsecast.pipeline.log.directory import DirectoryLog
+from sparsecast.workers.anchors import PatchPayloads
 
 
 async def test_an_anchor_is_tried_until_it_is_there() -> None:
@@ -213,3 +140,114 @@ async def test_a_patch_that_is_not_stored_is_kept(failures: int) -> None:
         assert stand.outgoing.payload(1) is not None
     assert await stand.archive.store((1,), 1) == ev.LogStored(1)
     assert stand.outgoing.payload(1) is None
+
+
+# ---- the anchor that stays
+
+
+async def test_an_anchor_is_read_back_before_anything_goes() -> None:
+    """Anchors at 0, 2 and 4: none is read while all stays; then the newest, once, and only then the
+    oldest goes."""
+    stand = Stand()
+    await stand.anchor()
+    for _ in range(3):
+        await stand.publish()
+        if stand.archive.due(stand.outgoing.version):
+            await stand.anchor()
+    assert stand.log.loaded == []
+    await stand.publish()
+    seen: list[list[str]] = []
+    stand.log.before_load = lambda entry: seen.append(stand.names)
+    await stand.anchor()
+    assert stand.log.loaded == ["1-anchor-4"]
+    assert "1-anchor-0" in seen[0]
+    assert "1-anchor-0" not in stand.names
+    assert stand.told == []
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["flipped", "lost"])
+async def test_a_damaged_anchor_prunes_nothing(lost: bool) -> None:
+    """The newest anchor cannot be had as it was stored: told, nothing goes, and another one takes
+    its place; that one is whole, and what it makes needless goes."""
+    stand = Stand()
+    await stand.anchor()
+    for _ in range(3):
+        await stand.publish()
+        if stand.archive.due(stand.outgoing.version):
+            await stand.anchor()
+    await stand.publish()
+    before, seen = stand.names, list[list[str]]()
+
+    def harm(entry: LogEntry) -> None:
+        seen.append(stand.names)
+        if len(seen) == 1:
+            if lost:
+                del stand.log._held[entry.name]
+            else:
+                stand.log.flip(entry.name)
+
+    stand.log.before_load = harm
+    await stand.anchor()
+    assert seen == [[*before, "1-anchor-4"]] * 2
+    assert stand.log.stored.count("1-anchor-4") == 2
+    assert len(stand.told) == 1
+    assert "all stays, another anchor is stored" in stand.told[0]
+    assert stand.names == ["1-patch-1-2", "1-anchor-2", "1-patch-2-3", "1-patch-3-4", "1-anchor-4"]
+    entry, data = stand.log._held["1-anchor-4"]
+    assert PatchPayloads().checksum(data) == entry.checksum
+
+
+async def test_an_anchor_that_cannot_be_read_now_prunes_nothing() -> None:
+    """The log does not answer, and the anchor is listed all the same: told, all stays, no second
+    copy is stored; the next turn reads it, and prunes."""
+    stand = Stand()
+    await stand.anchor()
+    for _ in range(2):
+        await stand.publish()
+    await stand.anchor()
+    for _ in range(2):
+        await stand.publish()
+    stand.log.failing_loads = 1
+    await stand.anchor()
+    assert stand.told == ["pruning: cannot be read"]
+    assert stand.names[0] == "1-anchor-0"
+    assert stand.log.stored.count("1-anchor-4") == 1
+    for _ in range(2):
+        await stand.publish()
+    await stand.anchor()
+    assert stand.names[0] == "1-patch-3-4"
+    assert len(stand.told) == 1
+
+
+async def test_a_damaged_file_of_an_anchor(tmp_path: Path) -> None:
+    """The same in a directory, which finds the damage itself and lists the file no more: another
+    anchor is stored in its place."""
+    stand = Stand()
+    payloads = PatchPayloads(lambda: stand.outgoing.manifest)
+    log = stand.ports.log = DirectoryLog(tmp_path, "r", payloads, tell=lambda reason: None)
+    await stand.anchor()
+    for _ in range(2):
+        await stand.publish()
+    await stand.anchor()
+    await stand.publish()
+    await stand.publish()
+    load, harmed = log.load, []
+
+    async def harm(entry: LogEntry, **options: Any) -> Any:
+        if not harmed:
+            harmed.append(entry.name)
+            with (tmp_path / "r" / f"{entry.name}.safetensors").open("r+b") as file:
+                file.seek(-1, 2)
+                last = file.read(1)[0]
+                file.seek(-1, 2)
+                file.write(bytes([last ^ 1]))
+        return await load(entry, **options)
+
+    log.load = harm  # type: ignore[method-assign]
+    await stand.anchor()
+    assert harmed == ["1-anchor-4"]
+    assert len(stand.told) == 1
+    names = [one.name for one in await log.entries(timeout_s=5)]
+    assert names == ["1-patch-1-2", "1-anchor-2", "1-patch-2-3", "1-patch-3-4", "1-anchor-4"]
+    [anchor] = [one for one in await log.entries(timeout_s=5) if one.name == "1-anchor-4"]
+    assert payloads.checksum(await load(anchor, timeout_s=5)) == anchor.checksum

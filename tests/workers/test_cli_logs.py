@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import commands
 from commands import Done
-from runs import QUICK, Site, same_bits, step, until_stored, weights
+from runs import QUICK, Site, eventually, same_bits, step, until_stored, weights
 from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.log import files
@@ -23,6 +24,8 @@ from sparsecast.workers.audit import Checked, Made, Verdict
 from sparsecast.workers.cli import app
 from sparsecast.workers.logview import EntryView, Listing, Pruned
 
+#: Where a patch has its base version (docs/patch-format.md).
+BASE_VERSION_AT = 32
 #: An anchor every two versions, and nothing pruned by the trainer.
 POLICY = replace(QUICK, anchor_every=2, keep_versions=1000)
 
@@ -62,6 +65,25 @@ class Past:
             await until_stored(publisher, version, anchor=version % 2 == 0)
         await publisher.close()
 
+    async def publish_merged(self) -> None:
+        """Live a run of six versions with an anchor at its start alone, merged by twos."""
+        policy = replace(QUICK, merge_every=2, keep_versions=1000)
+        trained = weights()
+        publisher = await self.site.publisher(trained, log=self.log, policy=policy)
+        for version in range(7):
+            if version:
+                step(trained, version)
+                await publisher.publish()
+            self.states.append({name: tensor.clone() for name, tensor in trained.items()})
+            await until_stored(publisher, version, anchor=version == 0)
+
+        async def merged() -> bool:
+            entries = await publisher._ports.log.entries(timeout_s=5)
+            return sum(entry.merged > 0 for entry in entries) == 4
+
+        await eventually(merged)
+        await publisher.close()
+
     async def __call__(self, *arguments: str, log: str | None = None) -> Done:
         """A command on this run."""
         return await sparsecast(
@@ -72,6 +94,16 @@ class Past:
         """The file of an entry."""
         [found] = self.files.glob(f"1-{kind}-*.safetensors")
         return found
+
+
+@pytest.fixture
+async def merged(site: Site, tmp_path: Path) -> Past:
+    """A run of the past with merged patches."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    past = Past(site, folder)
+    await past.publish_merged()
+    return past
 
 
 @pytest.fixture
@@ -109,6 +141,60 @@ async def test_a_log_is_listed_shown_and_proven(past: Past) -> None:
         told = await past(*command)
         assert told.returncode == 0, told.stderr
         assert says in told.stdout
+
+
+async def test_merged_patches_are_listed_and_proven(merged: Past, tmp_path: Path) -> None:
+    """Entries that overlap: ls tells which were merged, and takes them on its way; verify proves
+    each entry's digest, those of merged ones in the place of what they cover; export gives every
+    version's bits; a merged patch that leaves an element out is found, at its version."""
+    done = await merged("ls", "--json")
+    assert done.returncode == 0, done.stderr
+    found = msgspec.json.decode(done.stdout, type=Listing)
+    spans = [(e.base_version, e.version) for e in found.entries if e.merged]
+    assert spans == [(0, 2), (2, 4), (0, 4), (4, 6)]
+    assert [name.rsplit("-", 1)[0] for name in found.way] == [
+        "1-anchor-0", "1-merged-0-4", "1-merged-4-6"
+    ]  # fmt: skip
+    done = await merged("verify", "--json")
+    assert done.returncode == 0, done.stdout
+    verdict = msgspec.json.decode(done.stdout, type=Verdict)
+    assert {made.name for made in verdict.versions if made.ok} == {e.name for e in found.entries}
+    to = tmp_path / "m.safetensors"
+    for version in range(7):
+        done = await merged("export", "--to", str(to), "--version", str(version))
+        assert done.returncode == 0, done.stderr
+        assert same_bits(safetensors.torch.load_file(to), merged.states[version])
+    path, other = merged.file("merged-0-4"), merged.file("merged-2-4")
+    with path.open("rb") as whole, other.open("rb") as less:
+        entry = files.read(whole, path).entry
+        payload = files.read_payload(less, files.read(less, other), lambda: None)
+    # Of the newest values only, so that who stands at version 2 or 3 would not notice.
+    struct.pack_into("<q", payload, BASE_VERSION_AT, 0)
+    checksum = PatchPayloads().checksum(payload)
+    wrong = msgspec.structs.replace(entry, nbytes=len(payload), checksum=checksum)
+    with path.open("wb") as file:
+        files.write(file, wrong, memoryview(payload), None, lambda: None)
+    done = await merged("verify", "--json", log=f"dir:{merged.folder}")
+    assert done.returncode == 1
+    verdict = msgspec.json.decode(done.stdout, type=Verdict)
+    assert [made.name for made in verdict.versions if not made.ok] == [entry.name]
+    assert all(checked.ok for checked in verdict.entries)
+
+
+async def test_pruning_leaves_merged_patches_in_place_of_old_ones(merged: Past) -> None:
+    """Of all but the newest two versions the single patches go that merged ones cover; what stays
+    is proven, and leads to the same newest version."""
+    done = await merged("prune", "--keep-versions", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    pruned = msgspec.json.decode(done.stdout, type=Pruned)
+    assert [name.rsplit("-", 1)[0] for name in pruned.dropped] == [
+        f"1-patch-{version}-{version + 1}" for version in range(4)
+    ]
+    done = await merged("verify", "--json")
+    assert done.returncode == 0, done.stdout
+    verdict = msgspec.json.decode(done.stdout, type=Verdict)
+    assert [made.version for made in verdict.versions] == [0, 2, 4, 5, 6, 4, 6]
+    assert (verdict.head, verdict.unbroken) == (6, True)
 
 
 @pytest.mark.parametrize("tiers", ["both", "dir", "jetstream"])

@@ -244,6 +244,15 @@ async def test_garbage_in_the_journal_does_not_stop_a_trainer(
     state = await writer.journal.open(S)
     assert state.claim == claim(1)
     assert state.last_sequence == 3
+    assert await writer.journal.claim(S) == claim(1)
+
+
+async def test_who_only_looks_makes_no_journal(bus: NatsBus, run: str) -> None:
+    """A run that never was: its newest claim is asked for twice, and there is no journal either
+    time."""
+    for _ in range(2):
+        with pytest.raises(StreamMissing):
+            await Journal(bus, run).claim(S)
 
 
 # ---- following

@@ -7,12 +7,12 @@ from logs import entry
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.errors import LogHole
 from sparsecast.pipeline.log.base import oldest_first, way
-from sparsecast.pipeline.log.retention import needless
+from sparsecast.pipeline.log.retention import leading, needless
 
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[LogEntry]:
-    """Entries of up to three epochs, merged patches and holes included, in any order."""
+    """Entries of up to three epochs, in any order: some coalesced, some merged, with holes."""
     found = {}
     for epoch in range(1, draw(st.integers(1, 3)) + 1):
         for version in range(draw(st.integers(0, 12)) + 1):
@@ -23,6 +23,10 @@ def logs(draw: st.DrawFn) -> list[LogEntry]:
             elif version and draw(st.integers(0, 9)):
                 base = version - draw(st.integers(1, min(version, 3)))
                 one = entry(base, version, bytes(size), epoch)
+                found[one.name] = one
+            if version > 1 and draw(st.integers(0, 2)) == 0:
+                base = version - draw(st.integers(2, version))
+                one = entry(base, version, bytes(size), epoch, merged=2)
                 found[one.name] = one
     return draw(st.permutations(list(found.values())))
 
@@ -58,6 +62,22 @@ def test_whatever_goes_the_head_stays_within_reach(
         lost = {version for version in before - after if version > head - versions}
         assert not lost, "newest versions that are out of reach now"
     assert needless(kept, epoch=epoch, versions=versions, nbytes=nbytes) == []
+
+
+@given(logs(), st.integers(1, 12), st.none() | st.integers(1, 300))
+def test_whoever_could_follow_still_can(
+    entries: list[LogEntry], versions: int, nbytes: int | None
+) -> None:
+    """Any log, any limits: a worker at any version from the oldest anchor that stays comes to the
+    newest version if it came there before, and to each promised one that it came to before."""
+    epoch = max((one.epoch for one in entries), default=1)
+    drop = needless(entries, epoch=epoch, versions=versions, nbytes=nbytes)
+    kept = [one for one in entries if one not in drop]
+    anchors = [one.version for one in kept if one.epoch == epoch and one.base_version is None]
+    head = max((one.version for one in kept if one.epoch == epoch), default=0)
+    for held in range(min(anchors, default=head), head):
+        lost = reached(entries, epoch, held) - reached(kept, epoch, held)
+        assert all(version <= max(held, head - versions) for version in lost)
 
 
 @given(logs(), st.integers(1, 300))
@@ -97,3 +117,44 @@ def test_a_hole_keeps_all_until_an_anchor_covers_it() -> None:
     assert needless(entries, epoch=1, nbytes=1) == []
     whole = [*entries, *(entry(v, v + 1, b"p") for v in (2, 3))]
     assert [one.name for one in needless(whole, epoch=1, nbytes=1)] == ["1-anchor-0", "1-anchor-1"]
+
+
+def names(entries: list[LogEntry]) -> list[str]:
+    """Their names, without the epoch."""
+    return [one.name.removeprefix("1-") for one in entries]
+
+
+def test_what_a_merged_patch_covers_goes_when_it_is_old() -> None:
+    """Ten versions, merged by fours, and the two merged ones by one more: single patches go once
+    the newest versions are reached without them; merged ones stay, also within wider ones."""
+    entries = [entry(None, 0, b"anchor"), *(entry(v, v + 1, b"p") for v in range(10))]
+    entries += [entry(0, 4, b"mm", merged=4), entry(4, 8, b"mm", merged=4)]
+    entries += [entry(0, 8, b"mmm", merged=2)]
+    assert names(needless(entries, epoch=1, versions=7)) == [f"patch-{v}" for v in range(1, 5)]
+    assert names(needless(entries, epoch=1, versions=8)) == []
+    kept = [one for one in entries if one not in needless(entries, epoch=1, versions=1)]
+    assert names(kept) == [
+        "anchor-0", "patch-9", "patch-10", "merged-0-4", "merged-4-8", "merged-0-8"
+    ]  # fmt: skip
+
+
+def test_a_coalesced_patch_is_no_merged_one() -> None:
+    """A patch from 0 to 4 was announced as one, beside those that it was made of: it covers
+    nothing, and a patch that reaches out of a merged one stays."""
+    entries = [entry(None, 0, b"anchor"), entry(0, 1, b"p"), entry(0, 4, b"pp")]
+    entries += [entry(3, 6, b"p"), entry(1, 5, b"mm", merged=2), entry(5, 9, b"p")]
+    assert needless(entries, epoch=1) == []
+
+
+def test_the_anchor_that_leads() -> None:
+    """The newest anchor from which patches lead on: not one before a hole, nor another writer's."""
+    anchors = [entry(None, v, b"anchor", writer="me") for v in (0, 2, 4)]
+    patches = [entry(v, v + 1, b"p", writer="me") for v in (2, 3)]
+    rival = entry(None, 9, b"anchor", writer="rival")
+    found = leading([*anchors, *patches, rival], epoch=1, writer="me")
+    assert found == anchors[2]
+    ahead = [*anchors, *patches, entry(3, 6, b"p", writer="me"), rival]
+    assert leading(ahead, epoch=1, writer="me") == anchors[2]
+    assert leading(ahead[:2] + ahead[3:], epoch=1, writer="me") == anchors[1]
+    assert leading([*ahead, entry(8, 9, b"p", writer="me")], epoch=1, writer="me") is None
+    assert leading(ahead, epoch=2, writer="me") is None
