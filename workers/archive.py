@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..messages.control import LogEntry
-from ..messages.errors import BusError, LogError, LogHole, PatchError
+from ..messages.errors import BusError, LogError, LogFull, LogHole, PatchError, SettingsError
 from ..messages.manifest import Manifest
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
@@ -29,7 +29,8 @@ _Trouble = (LogError, BusError, PatchError, RuntimeError, MemoryError, OSError)
 class Archive:
     """Stores kept patches and anchors, merges patches, and drops what that makes needless.
 
-    `tell(reason)` hears of the first failure of a series.
+    `tell(reason)` hears of the first failure of a series. SettingsError: the quota is too small for
+    these weights.
     """
 
     def __init__(
@@ -50,12 +51,29 @@ class Archive:
         self._pruning = asyncio.Lock()
         #: What goes wrong just now, of merging and pruning.
         self._failing: set[str] = set()
+        least = 2 * roomy(outgoing.manifest.nbytes)
+        if policy.quota_nbytes is not None and policy.quota_nbytes < least:
+            raise SettingsError(
+                f"Policy.quota_nbytes is {policy.quota_nbytes}: the log of a model of "
+                f"{outgoing.manifest.nbytes} bytes needs {least}, since an anchor stays until the "
+                "next one is there"
+            )
+        #: Whether the quota leaves no room for patches before the next anchor.
+        self._crowded = False
 
     async def store(self, versions: tuple[int, ...], epoch: int) -> ev.LogStored | ev.LogFailed:
         """Store these kept versions as one entry, and let go of them."""
         try:
             entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
-            await self._put(entry, patch)
+            if await self._has_room(entry.nbytes):
+                await self._put(entry, patch)
+            elif self._last_anchor < entry.version:  # else that has what there is no room for
+                self._crowded = True
+                raise LogFull(
+                    f"{entry.nbytes} bytes more would leave no room for the next anchor in the "
+                    f"run's quota of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); "
+                    "an anchor is taken now"
+                )
         except (LogError, BusError) as exc:
             return ev.LogFailed(versions[-1], str(exc))
         self._stored = entry.version
@@ -64,7 +82,7 @@ class Archive:
 
     def due(self, version: int) -> bool:
         """Whether an anchor is due at this version, and none is on its way."""
-        late = version - self._last_anchor >= self._policy.anchor_every
+        late = self._crowded or version - self._last_anchor >= self._policy.anchor_every
         # Where patches fit and anchors do not, they would pile up, each with its full copy.
         return late and not self._on_their_way
 
@@ -87,12 +105,22 @@ class Archive:
                     await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
                     continue
                 self._last_anchor = max(self._last_anchor, entry.version)
+                self._crowded = False
                 if await self._prune(began):
                     return
                 failures += 1
                 await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
         finally:
             self._on_their_way -= 1
+
+    async def _has_room(self, nbytes: int) -> bool:
+        """Whether so many bytes leave room for the next anchor in the run's quota."""
+        quota = self._policy.quota_nbytes
+        if quota is None:
+            return True
+        held = await self._ports.log.entries(timeout_s=self._policy.store_s)
+        used = sum(entry.nbytes for entry in held)
+        return used + nbytes + roomy(self._outgoing.manifest.nbytes) <= quota
 
     @property
     def mergeable(self) -> bool:
@@ -140,7 +168,7 @@ class Archive:
             until = [entry for entry in ours if entry.version <= end]
             parts = way(until, epoch=epoch, held=begin, target=end)
             merged = await self._joined(parts, going) if len(parts) > 1 else None
-            if merged is not None and going():
+            if merged is not None and going() and await self._has_room(merged[0].nbytes):
                 entry, payload = merged
                 await self._ports.log.store(entry, payload, timeout_s=policy.store_s)
                 ours.append(entry)
@@ -194,7 +222,7 @@ class Archive:
                     epoch=epoch,
                     writer=writer,
                     versions=self._policy.keep_versions,
-                    nbytes=self._policy.keep_nbytes,
+                    nbytes=self._keep_nbytes,
                 )
                 if drop:
                     gone = {entry.name for entry in drop}
@@ -214,6 +242,15 @@ class Archive:
             else:
                 self._failing.discard("pruning")
         return True
+
+    @property
+    def _keep_nbytes(self) -> int | None:
+        """What the log may keep: there has to be room for the next anchor in its quota."""
+        keep, quota = self._policy.keep_nbytes, self._policy.quota_nbytes
+        if quota is None:
+            return keep
+        most = max(1, quota - roomy(self._outgoing.manifest.nbytes))
+        return most if keep is None else min(keep, most)
 
     async def _damage(self, anchor: LogEntry) -> str:
         """Why an anchor cannot be had from the log as it was stored; "" if it can. Read once."""
@@ -238,6 +275,11 @@ class Archive:
         if what not in self._failing:
             self._failing.add(what)
             self._tell(f"{what}: {why}")
+
+
+def roomy(nbytes: int) -> int:
+    """What an anchor of weights of so many bytes takes in a log at most, with all around it."""
+    return nbytes + nbytes // 50 + (1 << 16)
 
 
 def _join(

@@ -543,11 +543,10 @@ class AsyncPublisher:
     async def _store(self, versions: tuple[int, ...]) -> ev.LogStored | ev.LogFailed:
         await self._until_acknowledged(versions[-1])
         stored = await self._archive.store(versions, self._epoch())
-        if isinstance(stored, ev.LogStored):
-            if self._archive.due(stored.version):
-                self._driver.spawn(self._archive.anchor(self._epoch))
-            if self._archive.mergeable:
-                self._driver.spawn(self._archive.merge(self._epoch))
+        if self._archive.due(versions[-1]):
+            self._driver.spawn(self._archive.anchor(self._epoch))
+        if self._archive.mergeable:
+            self._driver.spawn(self._archive.merge(self._epoch))
         return stored
 
     async def _until_acknowledged(self, version: int) -> None:

@@ -103,9 +103,10 @@ class Policy:
     more bytes than this."""
 
     quota_nbytes: int | None = None
-    """How many bytes the run's log may take of the broker: the server refuses more. The log then
-    keeps less, down to one anchor and what follows it, and takes anchors in time. At least a little
-    more than twice the published weights: an anchor is replaced by the next one."""
+    """How many bytes the run's log may take in each of its tiers; the broker refuses more. Where
+    they are used up the log keeps less, down to one anchor and what follows it, and takes the next
+    one earlier. At least 2.1 times the published weights: an anchor stays until the next is there.
+    None: as many as there is room for."""
 
     staging_nbytes: int = 1 << 30
     """How many bytes of patches a member holds before it leaves rounds to the log."""

@@ -9,7 +9,7 @@ import pytest
 
 from servers import Proxy, until
 from sparsecast.messages.control import LogEntry
-from sparsecast.messages.errors import LogError, LogHole
+from sparsecast.messages.errors import LogError, LogFull, LogHole
 from sparsecast.messages.subjects import Subjects
 from sparsecast.pipeline.bus.base import StreamConfig
 from sparsecast.pipeline.bus.broker import Broker
@@ -227,3 +227,18 @@ async def test_an_unreachable_broker_is_a_log_error(tmp_path: Path, connected: C
     for operation in operations:
         with pytest.raises(LogError):
             await asyncio.wait_for(operation(), 5.0)
+
+
+async def test_what_is_beyond_the_quota_is_refused_whole(bus: NatsBus, run: str) -> None:
+    """The second entry would be more than the log may hold: it is refused by name, nothing of it
+    stays, the first one is there; when that is dropped there is room for it."""
+    log = JetStreamLog(bus, run, quota_nbytes=1_500_000)
+    first, second = (entry(bytes(900_000), name=f"1-patch-{n}", version=n) for n in (1, 2))
+    await log.store(first, bytes(900_000), timeout_s=S)
+    with pytest.raises(LogFull, match=r"1-patch-2.*quota_nbytes"):
+        await log.store(second, bytes(900_000), timeout_s=S)
+    assert [one.name for one in await log.entries(timeout_s=S)] == ["1-patch-1"]
+    assert not [what for what in await held(bus, run) if "1-patch-2" in what]
+    await log.prune([first], timeout_s=S)
+    await log.store(second, bytes(900_000), timeout_s=S)
+    assert await log.load(second, timeout_s=S) == bytes(900_000)
