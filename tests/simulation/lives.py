@@ -77,9 +77,11 @@ class Life:
                     return function(*args)
                 return await self.engine.guard().call(TORCH, lambda: function(*args))
 
+        beside = random.Random(f"{world.plan.seed} {self.name} aside")
+
         async def aside(function: Any, *args: Any, timeout_s: float) -> Any:
             async with asyncio.timeout(timeout_s):
-                await asyncio.sleep(rng.expovariate(1 / 0.01))
+                await asyncio.sleep(beside.expovariate(1 / 0.01))
             return function(*args)
 
         def token() -> str:
