@@ -29,14 +29,16 @@ def needless(
     Of the rest everything from one anchor on stays: the second newest one, or an older one if the
     newest `versions` versions are reached from there only; while what stays is more than `nbytes`,
     the next newer one. But never a newer one than the newest from which patches lead to the newest
-    version: that one stays, and where there is none, nothing is needless. Earlier epochs go; later
-    ones and other writers of this one stay: whoever is fenced off takes nothing of its successor's
-    along.
+    version: that one stays, and where there is none, nothing is needless. Of earlier epochs only
+    that stays which the newest `versions` versions need, while all is no more than `nbytes`. Later
+    epochs and other writers of this one stay: whoever is fenced off takes nothing of its
+    successor's along.
     """
     writers = {entry.writer for entry in entries if entry.epoch == epoch}
     if writer is not None:
         writers &= {writer}
-    drop = {entry.name for entry in entries if writers and entry.epoch < epoch}
+    drop: set[str] = set()
+    oldest = None
     for name in writers:
         ours = [entry for entry in entries if (entry.epoch, entry.writer) == (epoch, name)]
         covered = _covered(ours, versions)
@@ -45,7 +47,38 @@ def needless(
         if start is None:
             return []
         drop |= covered | {entry.name for entry in left if entry.version < start}
+        wanted = _head(ours) - versions + 1
+        oldest = wanted if oldest is None else min(oldest, wanted)
+    if oldest is not None:
+        earlier = [entry for entry in entries if entry.epoch < epoch]
+        live = [entry for entry in entries if entry.epoch == epoch and entry.name not in drop]
+        room = None if nbytes is None else nbytes - sum(entry.nbytes for entry in live)
+        drop |= _of_the_past(earlier, oldest, room)
     return [entry for entry in entries if entry.name in drop]
+
+
+def _of_the_past(earlier: Sequence[LogEntry], oldest: int, room: int | None) -> set[str]:
+    """The names of what no version from `oldest` on needs, and of what there is no room for: the
+    newest epochs have it first, and each is kept as a chain or not at all."""
+    drop: set[str] = set()
+    for epoch in sorted({entry.epoch for entry in earlier}, reverse=True):
+        for writer in {entry.writer for entry in earlier if entry.epoch == epoch}:
+            chain = [one for one in earlier if (one.epoch, one.writer) == (epoch, writer)]
+            anchors = [e.version for e in chain if e.base_version is None and e.version <= oldest]
+            start = max(anchors, default=0) if _head(chain) >= oldest else None
+            stays = [one for one in chain if start is not None and one.version >= start]
+            nbytes = sum(entry.nbytes for entry in stays)
+            if room is not None:
+                room -= nbytes
+                if room < 0:
+                    stays = []
+            names = {entry.name for entry in stays}
+            drop |= {entry.name for entry in chain if entry.name not in names}
+    return drop
+
+
+def _head(chain: Sequence[LogEntry]) -> int:
+    return max((entry.version for entry in chain), default=0)
 
 
 def leading(entries: Sequence[LogEntry], *, epoch: int, writer: str) -> LogEntry | None:
@@ -64,7 +97,7 @@ def _covered(ours: Sequence[LogEntry], versions: int) -> set[str]:
     A merged one stays itself, also within a wider one: so at most merge_every versions are fetched
     that their reader holds already.
     """
-    oldest = max(entry.version for entry in ours) - versions + 1
+    oldest = _head(ours) - versions + 1
     patches = [(e.base_version, e) for e in ours if e.base_version is not None]
     covered: set[str] = set()
     #: From where on the merged ones that end at this version or later lead.
@@ -82,7 +115,7 @@ def _start(ours: Sequence[LogEntry], versions: int, nbytes: int | None) -> int |
     anchors = _leading(ours)
     if not anchors:
         return None
-    head = max(entry.version for entry in ours)
+    head = _head(ours)
     old = [version for version in anchors if version <= head - versions + 1]
     at = anchors.index(min(anchors[-ANCHORS:][0], old[-1] if old else anchors[0]))
     while nbytes is not None and at < len(anchors) - 1:
@@ -94,7 +127,7 @@ def _start(ours: Sequence[LogEntry], versions: int, nbytes: int | None) -> int |
 
 def _leading(ours: Sequence[LogEntry]) -> list[int]:
     """The versions of the anchors, up to the newest from which patches lead to the head."""
-    head = max((entry.version for entry in ours), default=0)
+    head = _head(ours)
     anchors = sorted({entry.version for entry in ours if entry.base_version is None})
     while anchors and not _reaches(ours, anchors[-1], head):
         anchors.pop()

@@ -87,6 +87,23 @@ async def test_a_stopped_evaluator_costs_nobody_anything(site: Site, ear: Ear) -
     assert not [e for e in ear.heard if isinstance(e, Event) and e.kind in ("evict", "log-only")]
 
 
+async def test_a_version_of_an_epoch_that_is_over(site: Site) -> None:
+    """A trainer made versions 1 to 3 and left; another one goes on from there. A new worker follows
+    version 2: it is made again from what the first one has stored, which the log still leads to."""
+    policy = replace(QUICK, keep_versions=100)
+    await published(site, 3, policy=policy)
+    trained = checkpoint(3)
+    publisher = await site.publisher(trained, policy=policy)
+    step(trained, 4)
+    await publisher.publish()
+    state = weights(7)
+    old = await site.replica(state, "old", role="evaluation", follow="version:2")
+    await eventually(lambda: at(old, 2))
+    assert same_bits(state, checkpoint(2))
+    await until_stored(publisher, publisher.version)
+    assert at(old, 2)
+
+
 async def test_a_version_that_is_still_to_come(site: Site) -> None:
     """Version 3 is followed and the run is at 0: the worker waits, says so and refuses; then it
     holds that one, while the run goes on."""
@@ -107,7 +124,7 @@ async def test_a_version_that_is_still_to_come(site: Site) -> None:
 async def test_a_version_that_the_log_has_not_any_more(site: Site) -> None:
     """Version 1 was pruned: the worker serves nothing, and its status says that no way leads
     there."""
-    policy = replace(QUICK, anchor_every=2)
+    policy = replace(QUICK, anchor_every=2, keep_versions=1)
     await published(site, 8, policy=policy)
     await site.publisher(checkpoint(8), policy=policy)
     gone = await site.replica(weights(7), "gone", role="evaluation", follow="version:1")

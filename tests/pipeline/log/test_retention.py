@@ -158,3 +158,24 @@ def test_the_anchor_that_leads() -> None:
     assert leading(ahead[:2] + ahead[3:], epoch=1, writer="me") == anchors[1]
     assert leading([*ahead, entry(8, 9, b"p", writer="me")], epoch=1, writer="me") is None
     assert leading(ahead, epoch=2, writer="me") is None
+
+
+def test_a_promise_reaches_back_over_a_restart() -> None:
+    """Epoch 1 had versions 0 to 5, with anchors at 0, 2 and 4; epoch 2 goes on at 6. Four versions
+    are promised: of epoch 1 stays what leads to 4 and 5; with two nothing of it; and with too few
+    bytes for it nothing either."""
+    first = [entry(base, base + 1, b"1", 1) for base in range(5)]
+    anchors = [entry(None, version, b"12345", 1) for version in (0, 2, 4)]
+    second = [entry(None, 6, b"12345", 2), entry(6, 7, b"1", 2)]
+    entries = oldest_first([*first, *anchors, *second])
+
+    def kept(**options: int) -> list[str]:
+        drop = needless(entries, epoch=2, **options)
+        return [one.name for one in entries if one not in drop and one.epoch == 1]
+
+    names = [one.name for one in oldest_first([first[3], anchors[2], first[4]])]
+    assert kept(versions=4) == names
+    assert kept(versions=2) == []
+    assert kept(versions=4, nbytes=13) == names
+    assert kept(versions=4, nbytes=12) == []
+    assert len(kept(versions=99)) == 8
