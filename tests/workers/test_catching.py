@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,15 @@ def test_one_that_breaks_off_says_why_and_does_not_flood_the_bus() -> None:
     assert bench.told[1][0] == (
         "catching up to version 4 broke off after 700 of 2000 bytes: the disk is gone"
     )
+
+
+def test_every_figure_is_on_the_page() -> None:
+    """docs/metrics.md names what an event's details hold, and nothing else."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \|", page.partition("### Catching up")[2], re.M)
+    bench = Bench()
+    bench.catching.begin(None, [entry(None, 4, 1200)], since=100.0)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == bench.told[0][1].keys()
 
 
 # ---- end to end
