@@ -104,6 +104,7 @@ EventKind = Literal[
     "log-only",
     "refused",
     "resync",
+    "catch-up",
     "mismatch",
     "lagging",
     "log-failed",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -28,8 +28,8 @@ EVENTS = 50
 
 TrainerState = Literal["unheard", "alive", "silent", "left"]
 MemberState = Literal[
-    "joining", "following", "verifying", "lagging", "mismatch", "refused", "put out", "silent",
-    "left",
+    "joining", "catching up", "following", "verifying", "lagging", "mismatch", "refused", "put out",
+    "silent", "left",
 ]  # fmt: skip
 
 
@@ -63,7 +63,8 @@ class MemberRow(msgspec.Struct, frozen=True, kw_only=True):
     `round_ms`: from the start of receiving until the weights held the version, as the member
     measured it. `density` is that of the version that it verified last, `nbytes` the bytes which
     that took; `rounds` and `mismatches` count since the member started or the board began to
-    listen. `follow`: which versions it follows, if it evaluates.
+    listen. `follow`: which versions it follows, if it evaluates. `caught_up` is the share of bytes
+    (0 to 1) that a member has which takes versions from the log, None for any other.
     """
 
     name: str
@@ -81,6 +82,7 @@ class MemberRow(msgspec.Struct, frozen=True, kw_only=True):
     mismatches: int
     source: str | None
     follow: str | None
+    caught_up: float | None
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +113,9 @@ class _Member:
     nbytes: int | None = None
     source: str | None = None
     follow: str | None = None
+    #: How far it said that it has caught up, and to which version.
+    caught_up: float | None = None
+    target: int = 0
     rounds: int = 0
     round_ms: deque[float] = field(default_factory=lambda: deque(maxlen=ROUNDS))
 
@@ -256,11 +261,17 @@ class Board:
             if member.state not in ("refused", "put out", "mismatch"):
                 member.state, member.note = "joining", ""
         elif member.verified == member.version:
+            if member.version >= member.target:
+                member.caught_up = None  # its last word on it may be lost
             member.state, member.note = "following", ""
         else:
             member.state = "verifying"
 
     def _hear_event(self, event: Event) -> None:
+        if event.kind == "catch-up":
+            # One a second and member: only the newest of each says anything.
+            for before in [e for e in self._events if _supersedes(event, e)]:
+                self._events.remove(before)
         self._events.append(event)
         member = self._members.get(event.member)
         if member is None:
@@ -269,6 +280,20 @@ class Board:
             member.state, member.note = "put out", event.reason
         elif event.kind == "mismatch":
             member.state, member.note = "mismatch", event.reason
+        elif event.kind == "catch-up":
+            self._hear_progress(member, event.details or {})
+
+    @staticmethod
+    def _hear_progress(member: _Member, details: Mapping[str, Any]) -> None:
+        member.caught_up = None
+        match details:
+            case {
+                "state": "under way",
+                "nbytes": int(nbytes),
+                "of_nbytes": int(of_nbytes),
+                "target": int(target),
+            } if 0 <= nbytes <= of_nbytes and of_nbytes:
+                member.caught_up, member.target = nbytes / of_nbytes, target
 
     def snapshot(self, now: float) -> Snapshot:
         """How things stand at `now`; members that left long ago are gone."""
@@ -319,6 +344,10 @@ class Board:
 
     def _member_row(self, name: str, member: _Member, now: float) -> MemberRow:
         state, note = member.state, member.note
+        caught_up = member.caught_up
+        if caught_up is not None and state in ("joining", "following", "verifying"):
+            state = "catching up"
+            note = f"{state} from the log: {caught_up:.0%} of what leads to version {member.target}"
         if state != "left" and self._silent(member, now):
             state, note = "silent", f"not heard for {now - member.heard:.0f} s"
         lag = None
@@ -341,7 +370,14 @@ class Board:
             mismatches=member.mismatches,
             source=member.source,
             follow=member.follow,
+            caught_up=None if state in ("silent", "left") else caught_up,
         )
+
+
+def _supersedes(event: Event, before: Event) -> bool:
+    """Whether `before` told how far this member's catch-up was earlier."""
+    under_way = (before.details or {}).get("state") == "under way"
+    return before.kind == "catch-up" and before.member == event.member and under_way
 
 
 def _key(name: str) -> list[tuple[int, str]]:

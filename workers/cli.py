@@ -334,8 +334,8 @@ def top(
     epoch, version, step, heard_s, rounds, round_p50_ms, round_p99_ms, nbytes, dense_nbytes,
     density, encoding, transport, window, members}, members [{name, state, note, version,
     verified, lag, heard_s, rounds, round_p50_ms, round_p99_ms, nbytes, density, mismatches,
-    source, follow}], events [...]. Times of rounds are known from the rounds heard while it
-    listens.
+    source, follow, caught_up}], events [...]. Times of rounds are known from the rounds heard while
+    it listens.
     """
     from .top import show
 

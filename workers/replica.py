@@ -47,6 +47,7 @@ from ..pipeline.core import events as ev
 from ..pipeline.core.follow import Follow
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.replica import ReplicaCore
+from .catching import Catching, Progress
 from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .engine import Engine, ModuleEngine
@@ -225,6 +226,9 @@ class Replica:
         life.push_async_callback(self._windows.abort_all)
         life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
+        self._catching = Catching(
+            self.policy, ports.clock, functools.partial(self._telling.event, "catch-up", self.name)
+        )
         # Control first: what the trainer says between the journal's reading and a later
         # subscription would be lost.
         subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
@@ -239,6 +243,7 @@ class Replica:
         life, self._life = self._life, None
         if life is not None:
             async with life:
+                self._catching.broke_off("the worker left")
                 self._driver.post(ev.Close("the worker left"))
 
     # ---- the user's face
@@ -268,6 +273,12 @@ class Replica:
     def mismatches(self) -> int:
         """How many digests were not the announced ones."""
         return self._core.mismatches if self._core is not None else 0
+
+    @property
+    def catching_up(self) -> Progress | None:
+        """How far this replica is on its way through the log, from the entries that it found there
+        until the digest of the last one's version; None when it is on none. On any thread."""
+        return self._catching.progress if self._life is not None else None
 
     def origin(self, version: int) -> tuple[int | None, Tags | None]:
         """The trainer's step and tags of a version that was applied here; None where unknown."""
@@ -365,6 +376,7 @@ class Replica:
 
     def _broke(self, exc: Exception) -> None:
         self._error = self._error or exc
+        self._catching.broke_off(_brief(exc))
 
     # ---- what the core asks for
 
@@ -381,6 +393,7 @@ class Replica:
                 self._telling.event(kind, member, reason)
             case cmd.Fail(error):
                 self._error = error
+                self._catching.broke_off(str(error))
             case cmd.Compared():
                 self._compared(command)
             case cmd.OpenWindow():
@@ -392,14 +405,16 @@ class Replica:
             case cmd.Receive():
                 return self._receive(command)
             case cmd.Prove(claim):
+                self._catching.broke_off("another claim came")
                 return self._work(incoming.prove, claim)
             case cmd.Apply(versions):
-                return self._work(incoming.apply, versions)
+                return self._apply(versions)
             case cmd.Digest(version):
                 return self._digest(version)
             case cmd.Hold(version):
                 return self._work(incoming.hold, version)
             case cmd.Quarantine(reason):
+                self._catching.broke_off(reason)
                 return self._work(incoming.quarantine, reason)
             case cmd.Drop(versions):
                 return self._work(incoming.drop, versions)
@@ -411,6 +426,12 @@ class Replica:
         result: T = await self._ports.run(function, *args)
         self._changes.notify()
         return result
+
+    async def _apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
+        event: ev.AppliedHere | ev.ApplyFailed = await self._work(self._incoming.apply, versions)
+        if isinstance(event, ev.ApplyFailed) and not event.waiting:
+            self._catching.broke_off(event.reason)
+        return event
 
     async def _alert(self, stamp: Stamp) -> None:
         """We have committed: what sleeps wakes up, and what was not looked at for long is."""
@@ -484,6 +505,7 @@ class Replica:
         claim = self._core.claim
         assert claim is not None
         timeout_s = self.policy.store_s
+        catching, since = self._catching, self._ports.clock()
         items: list[ev.LogItem] = []
         try:
             entries = await self._ports.log.entries(timeout_s=timeout_s)
@@ -492,13 +514,16 @@ class Replica:
                 earlier = await self._journal.claims(timeout_s=self.policy.bus_s)
                 earlier = [one for one in earlier if one.epoch < claim.epoch]
             found = self._around(entries, [*earlier, claim], command)
+            catching.begin(command.held, found, since)
             nbytes = 0
             for entry in found:
                 nbytes += entry.nbytes
                 if items and nbytes > self.policy.staging_nbytes:
                     break
                 began = self._ports.clock()
-                data = await self._ports.log.load(entry, timeout_s=timeout_s)
+                data = await self._ports.log.load(
+                    entry, timeout_s=timeout_s, progress=catching.loaded
+                )
                 receive_us = round((self._ports.clock() - began) * 1e6)
                 try:
                     await self._ports.run(
@@ -509,6 +534,7 @@ class Replica:
                 except PatchError:
                     self._refused.add(entry.name)
                     raise
+                catching.staged(entry)
                 items.append(
                     ev.LogItem(entry.base_version, entry.version, entry.digest, entry.nbytes)
                 )
@@ -517,10 +543,16 @@ class Replica:
             level = logging.DEBUG if isinstance(exc, LogHole) else logging.WARNING
             log.log(level, "worker %s: the log gives nothing: %s", self.name, _brief(exc))
             if not items:
+                catching.broke_off(_brief(exc))
                 return ev.FetchFailed(command.epoch, _brief(exc))
+            catching.loaded(0)  # of the one that failed: the next fetch begins with it
         if self._core.claim is not claim:
             await self._ports.run(self._incoming.drop, tuple(item.version for item in items))
-            return ev.FetchFailed(command.epoch, "another claim came while the log was read")
+            reason = "another claim came while the log was read"
+            catching.broke_off(reason)
+            return ev.FetchFailed(command.epoch, reason)
+        if self._core.verified is not None:
+            catching.verified(self._core.verified)  # a window may have been quicker
         return ev.Fetched(command.epoch, tuple(items))
 
     def _around(
@@ -537,6 +569,8 @@ class Replica:
     def _compared(self, command: cmd.Compared) -> None:
         core, last = self._core, self._incoming.last
         assert core is not None
+        if command.ok:
+            self._catching.verified(command.version)
         if last is not None and last.version == command.version:
             self._telling.compared(self.name, core, last, command)
 

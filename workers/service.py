@@ -19,6 +19,7 @@ import torch
 
 from ..messages.control import Role, WindowKind
 from ..pipeline.core.policy import Policy
+from .bar import Bar
 from .generation import GenerationService
 from .huggingface import HuggingFaceEngine
 from .micro import register_service
@@ -127,7 +128,8 @@ async def _answer(
             "model": options.model,
         },
     )
-    narrator = asyncio.create_task(_narrate(replica))
+    bar = Bar(_say)
+    narrator = asyncio.create_task(_narrate(replica, bar))
     failure = asyncio.create_task(replica.failed())
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -140,6 +142,7 @@ async def _answer(
         for task in (narrator, failure, stopped):
             task.cancel()
         await asyncio.gather(narrator, failure, stopped, return_exceptions=True)
+        bar.clear()
         await service.stop()
 
 
@@ -148,8 +151,9 @@ def _kinds(window: str) -> tuple[WindowKind, ...]:
     return tuple(kind for kind in known if kind == window)
 
 
-async def _narrate(replica: Replica) -> None:
-    """Say where the replica stands: each new state once, and a waiting one every 5 s."""
+async def _narrate(replica: Replica, bar: Bar) -> None:
+    """Say where the replica stands: each new state once, and a waiting one every 5 s; show how far
+    it is while it catches up."""
     last, said_at = "", 0.0
     while True:
         now = time.monotonic()
@@ -163,11 +167,12 @@ async def _narrate(replica: Replica) -> None:
             what = "" if replica.follow.latest else f", {replica.follow}"
             state = f"following run {replica.run}{what}"
             text = f"{state}, at version {replica.version}"
-        waiting = replica.verified is None or refusal is not None
+        shown = bar.show(replica.catching_up, verified=replica.verified, status=replica.status)
+        waiting = not shown and (replica.verified is None or refusal is not None)
         if state != last or (waiting and now - said_at >= 5.0):
             _say(text)
             last, said_at = state, now
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.1)
 
 
 @contextlib.contextmanager

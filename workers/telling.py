@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from ..messages import codec
 from ..messages.metrics import Event, EventKind, TrainerMetrics, WorkerMetrics
@@ -25,10 +27,23 @@ class Telling:
         self._wall = ports.wall
         self._outbox = outbox
 
-    def event(self, kind: EventKind, member: str, reason: str) -> None:
+    def event(
+        self,
+        kind: EventKind,
+        member: str,
+        reason: str,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         """Something that an operator may want to know."""
         log.info("%s %s: %s", kind, member, reason)
-        event = Event(time_s=self._wall(), run=self._run, kind=kind, member=member, reason=reason)
+        event = Event(
+            time_s=self._wall(),
+            run=self._run,
+            kind=kind,
+            member=member,
+            reason=reason,
+            details=None if details is None else dict(details),
+        )
         self._outbox.put(self._subjects.events, codec.encode_metric(event))
 
     def settled(self, record: RoundRecord, epoch: int) -> None:

@@ -32,6 +32,7 @@ _STYLES = {
     "following": "green",
     "alive": "green",
     "joining": "cyan",
+    "catching up": "cyan",
     "verifying": "green",
     "unheard": "dim",
     "left": "dim",
@@ -232,8 +233,14 @@ def _member_cells(row: MemberRow) -> list[Text]:
         _cell(size(row.nbytes)),
         _cell(share(row.density)),
         Text(str(row.mismatches), style="bold red" if row.mismatches else ""),
-        Text(row.state, style=_STYLES.get(row.state, "bold red")),
+        Text(_state(row), style=_STYLES.get(row.state, "bold red")),
     ]
+
+
+def _state(row: MemberRow) -> str:
+    if row.state == "catching up" and row.caught_up is not None:
+        return f"log {row.caught_up:.0%}"  # no longer than "following": there is no more room
+    return row.state
 
 
 def _cell(value: object) -> Text:

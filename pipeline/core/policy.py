@@ -82,6 +82,13 @@ class Policy:
     """How long a trainer may take to make an old state again from the log, when it resumes a run or
     rolls it back."""
 
+    tell_s: float = 1.0
+    """A worker's catch-up from the log that lasts longer is told by events, at most one in so long
+    and one at its end."""
+
+    tell_nbytes: int = 64 << 20
+    """One that takes more bytes is told from its beginning."""
+
     join_lag: int = 1
     """A member at most so many versions behind the head may enter a window; a little further behind
     if the log does not bring it nearer, since updates follow each other faster."""

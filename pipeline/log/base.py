@@ -16,6 +16,8 @@ from ...messages.manifest import Manifest
 
 #: Hears what a tier cannot raise: a damaged entry that it passed over, a tier that failed.
 Tell = Callable[[str], None]
+#: Hears how many bytes of an entry are there so far.
+Progress = Callable[[int], None]
 
 
 class Record(Protocol):
@@ -82,15 +84,24 @@ class Log(Protocol):
     async def entries(self, *, timeout_s: float) -> list[LogEntry]:
         """Every entry that is there, `oldest_first` (LogError)."""
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes | bytearray:
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes | bytearray:
         """The bytes of an entry, as many as it says (LogError). LogHole if it is not there (any
-        more): start again from the entries."""
+        more): start again from the entries.
+
+        `progress` is called on the loop's thread while the bytes come, never with fewer than before
+        (but see TieredLog), the last time with all of them; not once this has raised."""
 
     async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:
         """Drop these entries; what is not there is no error (LogError)."""
 
     async def manifest(self, manifest_hash: str, *, timeout_s: float) -> Manifest | None:
         """The manifest of that hash, if this tier knows the tensors' names (LogError)."""
+
+
+def unheard(nbytes: int) -> None:
+    """The progress of a load that nobody watches."""
 
 
 def require_size(entry: LogEntry, payload: bytes | memoryview) -> memoryview:

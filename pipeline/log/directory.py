@@ -12,6 +12,7 @@ the next writer.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -25,7 +26,7 @@ from ...messages.control import LogEntry
 from ...messages.errors import LogError, LogHole, PatchError
 from ...messages.manifest import Manifest
 from ...messages.subjects import check_token
-from .base import Payloads, Tell, oldest_first, require_size
+from .base import Payloads, Progress, Tell, oldest_first, require_size, unheard
 from .container import Damaged
 from .files import SUFFIX, GoOn, read, read_payload, write
 from .threads import Threads
@@ -90,12 +91,34 @@ class DirectoryLog:
         """Every entry whose file is whole, oldest first; none if nothing was stored (LogError)."""
         return await self._run(self._reading, self._entries, "the log was not read", timeout_s)
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytearray:
-        """The bytes of an entry, their checksum checked (LogError, LogHole)."""
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytearray:
+        """The bytes of an entry, their checksum checked (LogError, LogHole).
+
+        `progress` hears of each tensor of the file, of a large one of each 8 MiB.
+        """
+        loop, hear = asyncio.get_running_loop(), progress or unheard
+        waited_for = True
+
+        def on_loop(nbytes: int) -> None:
+            # A read that hung may go on after its deadline, beside the next one.
+            if waited_for:
+                hear(nbytes)
+
+        def tell(nbytes: int) -> None:
+            loop.call_soon_threadsafe(on_loop, nbytes)
+
         what = f"log entry {entry.name!r} was not read"
-        return await self._run(
-            self._reading, lambda go_on: self._load(entry, go_on), what, timeout_s
-        )
+        try:
+            payload = await self._run(
+                self._reading, lambda go_on: self._load(entry, go_on, tell), what, timeout_s
+            )
+        finally:
+            waited_for = False
+        # What lies between an anchor's tensors is in no step; and the checksum has been right.
+        hear(entry.nbytes)
+        return payload
 
     async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:
         """Remove the files of these entries (LogError)."""
@@ -212,14 +235,14 @@ class DirectoryLog:
         self._known[path.name] = stamp, entry
         return entry
 
-    def _load(self, entry: LogEntry, go_on: GoOn) -> bytearray:
+    def _load(self, entry: LogEntry, go_on: GoOn, tell: Progress) -> bytearray:
         path = self._file(entry)
         try:
             with path.open("rb") as file:
                 stamp = _stamp(os.fstat(file.fileno()))
                 try:
                     opened = read(file, path)
-                    payload = read_payload(file, opened, go_on)
+                    payload = read_payload(file, opened, go_on, tell)
                     if self._payloads.checksum(payload) != opened.entry.checksum:
                         raise Damaged("its tensors are not those that were written")
                     return payload

@@ -17,7 +17,7 @@ from ...messages import codec
 from ...messages.control import LogEntry
 from ...messages.errors import LogError, RemoteProtocolError
 from ...messages.manifest import Manifest, TensorSpec
-from .base import Anatomy
+from .base import Anatomy, Progress, unheard
 from .container import METADATA, Damaged, header, read_header
 
 SUFFIX = ".safetensors"
@@ -86,12 +86,19 @@ def read(file: BinaryIO, path: Path) -> Opened:
     return Opened(entry, anchor, found.begin)
 
 
-def read_payload(file: BinaryIO, opened: Opened, go_on: GoOn) -> bytearray:
-    """The payload's bytes, as they are on the disk; Damaged if the file ends before they do."""
+def read_payload(
+    file: BinaryIO, opened: Opened, go_on: GoOn, progress: Progress = unheard
+) -> bytearray:
+    """The payload's bytes, as they are on the disk; Damaged if the file ends before they do.
+
+    `progress` hears, on this thread, how many there are after each step.
+    """
     payload = bytearray(opened.entry.nbytes)
     view = memoryview(payload)
+    filled = 0
     if opened.anchor is not None:
-        view[: len(opened.anchor.head)] = opened.anchor.head
+        filled = len(opened.anchor.head)
+        view[:filled] = opened.anchor.head
     file.seek(opened.begin)
     for spec, offset in _parts(opened.entry, opened.anchor):
         for step in _steps(view[offset : offset + spec.nbytes]):
@@ -99,6 +106,8 @@ def read_payload(file: BinaryIO, opened: Opened, go_on: GoOn) -> bytearray:
             # typeshed has readinto() of raw files only.
             if file.readinto(step) != step.nbytes:  # type: ignore[attr-defined]
                 raise Damaged("it was cut off while it was read")
+            filled += step.nbytes
+            progress(filled)
     return payload
 
 

@@ -30,7 +30,7 @@ from ...messages.errors import (
 )
 from ...messages.manifest import Manifest
 from ...messages.subjects import Subjects
-from .base import Record, Streams, oldest_first, require_size
+from .base import Progress, Record, Streams, oldest_first, require_size, unheard
 
 log = logging.getLogger("sparsecast.log")
 
@@ -215,11 +215,15 @@ class JetStreamLog:
             raise LogError(f"the log of run {self._subjects.run!r} cannot be read: {exc}") from exc
         return oldest_first(list(found.values()))
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytearray:
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytearray:
         """The bytes of an entry, their size and number of chunks checked (LogError, LogHole).
 
         LogHole if the entry is not there (any more), whole: start again from the entries.
+        `progress` hears of each chunk.
         """
+        hear = progress or unheard
         payload = bytearray(entry.nbytes)
         chunks = filled = 0
         try:
@@ -230,6 +234,9 @@ class JetStreamLog:
                     if filled > entry.nbytes:
                         break
                     payload[begin:filled] = record.data
+                    hear(filled)
+            else:
+                hear(0)
         except StreamMissing as exc:
             raise LogHole(f"{exc}", version=entry.version) from exc
         except BusError as exc:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ...messages.control import LogEntry
 from ...messages.errors import LogError, LogHole
 from ...messages.manifest import Manifest
-from .base import oldest_first, require_size
+from .base import Progress, oldest_first, require_size, unheard
 from .retention import needless
 
 
@@ -60,12 +60,15 @@ class MemoryLog:
         with self._lock:
             return oldest_first([entry for entry, _ in self._held.values()])
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes:
         """The bytes of an entry; LogHole if it is not there."""
         with self._lock:
             found = self._held.get(entry.name)
         if found is None:
             raise LogHole(f"entry {entry.name!r} is not in memory", version=entry.version)
+        (progress or unheard)(entry.nbytes)
         return found[1]
 
     async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:

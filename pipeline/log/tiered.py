@@ -10,7 +10,7 @@ from typing import TypeVar
 from ...messages.control import LogEntry
 from ...messages.errors import BusError, LogError, LogHole
 from ...messages.manifest import Manifest
-from .base import Log, Tell, oldest_first
+from .base import Log, Progress, Tell, oldest_first, unheard
 
 log = logging.getLogger("sparsecast.log")
 
@@ -61,9 +61,13 @@ class TieredLog:
                 merged.setdefault(entry.name, entry)
         return oldest_first(list(merged.values()))
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes | bytearray:
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes | bytearray:
         """Its bytes from the first tier that gives them. LogHole if none does and one has no such
-        entry, else LogError."""
+        entry, else LogError.
+
+        `progress` starts again from 0 where a tier failed and the next one is asked."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         left = sorted(self._tiers, key=lambda name: name in self._failing)
@@ -74,11 +78,15 @@ class TieredLog:
             share_s = (deadline - loop.time()) / (2 if left else 1)
             try:
                 async with asyncio.timeout(share_s):
-                    found = await self._tiers[name].load(entry, timeout_s=share_s)
+                    found = await self._tiers[name].load(
+                        entry, timeout_s=share_s, progress=progress
+                    )
             except (LogError, BusError, TimeoutError) as exc:
                 failures[name] = _as_ours(exc, share_s)
                 if not isinstance(exc, LogHole):
                     self._failed(name, failures[name])
+                if left:
+                    (progress or unheard)(0)
             else:
                 self._failing.discard(name)
                 return found

@@ -100,9 +100,9 @@ class Stand:
         log = self.replica._ports.log
         load = log.load
 
-        async def counted(entry: LogEntry, *, timeout_s: float) -> Any:
+        async def counted(entry: LogEntry, **options: Any) -> Any:
             self.loaded.append(entry)
-            return await load(entry, timeout_s=timeout_s)
+            return await load(entry, **options)
 
         self._monkeypatch.setattr(log, "load", counted)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from rich.console import Console
 
 import sparsecast
@@ -18,7 +19,7 @@ from sparsecast.messages.control import Beat, Heartbeat, Sender
 from sparsecast.messages.metrics import Event
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.bus.nats import NatsBus
-from sparsecast.workers.board import MemberRow, Snapshot, TrainerRow
+from sparsecast.workers.board import MemberRow, MemberState, Snapshot, TrainerRow
 from sparsecast.workers.top import find_runs, ms, render, share, size
 
 TRAINER_KEYS = {
@@ -28,6 +29,7 @@ TRAINER_KEYS = {
 MEMBER_KEYS = {
     "name", "state", "note", "version", "verified", "lag", "heard_s", "rounds", "round_p50_ms",
     "round_p99_ms", "nbytes", "density", "mismatches", "source", "follow",
+    "caught_up",
 }  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def snapshot() -> Snapshot:
         verified=1_234_567, lag=0, heard_s=0.2, rounds=200, round_p50_ms=1234.5,
         round_p99_ms=98765.4, nbytes=123_456_789, density=0.0123, mismatches=12, source="gloo",
         follow=None,
+        caught_up=None,
     )  # fmt: skip
     event = Event(time_s=0.0, run="r", kind="evict", member="w", reason="silent for 4.1 s " * 9)
     return Snapshot(
@@ -63,20 +66,28 @@ def snapshot() -> Snapshot:
     )
 
 
-def test_the_table_fits_80_columns() -> None:
+@pytest.mark.parametrize(
+    ("state", "caught_up", "shown"),
+    [("following", None, "following"), ("catching up", 0.999, "log 100%")],
+    ids=["following", "catching up"],
+)
+def test_the_table_fits_80_columns(state: MemberState, caught_up: float | None, shown: str) -> None:
     """The largest figures that one expects: no line is longer, no figure is cut."""
     console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(render(snapshot(), bus="nats://127.0.0.1:4222", note="the bus is gone"))
+    told = snapshot()
+    member = replace(told.members[0], state=state, caught_up=caught_up)
+    told = replace(told, members=(member,) * 3)
+    console.print(render(told, bus="nats://127.0.0.1:4222", note="the bus is gone"))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    header, trainer, member = lines[3:6]
+    header, trainer, line = lines[3:6]
     assert header.split()[:4] == ["member", "version", "verified", "lag"]
     assert "1234567" in trainer
     assert "98765" in trainer
     assert "123 MB" in trainer
     assert "1.23%" in trainer
-    assert member.startswith("a-worker-with-a-rat…")
-    assert member.rstrip().endswith(" 12 following")
+    assert line.startswith("a-worker-with-a-rat…")
+    assert line.rstrip().endswith(f" 12 {shown}")
     assert sum("evict w" in line for line in lines) == 4
     assert "123.4× fewer bytes than dense" in lines[1]
 

@@ -1,7 +1,7 @@
 """The board: what a run looks like from its messages alone, without bus, clock or terminal."""
 
 import pytest
-from msgspec.structs import fields
+from msgspec.structs import fields, replace
 
 from sparsecast.messages import control as msg
 from sparsecast.messages.control import Sender
@@ -275,3 +275,77 @@ def test_percentiles_are_values_that_were_measured(
 ) -> None:
     """A percentile is one of the values: the smallest that enough of them do not exceed."""
     assert percentile(values, share) == expected
+
+
+def progress(name: str, nbytes: int, state: str = "under way", **changes: object) -> Event:
+    """What a worker says that catches up."""
+    details = {
+        "state": state, "base_version": None, "version": None, "target": 9, "nbytes": nbytes,
+        "of_nbytes": 1000, "entries": 0, "of_entries": 2, "elapsed_s": 1.0,
+    }  # fmt: skip
+    return Event(
+        time_s=0.0, run="r", kind="catch-up", member=name, reason=f"{state} {nbytes}",
+        details=details | changes,
+    )  # fmt: skip
+
+
+def test_a_worker_that_catches_up_shows_its_share() -> None:
+    """It has nothing yet, and says how far it is: the row has the share, and the events only the
+    newest of each member's; when it is in, the share is gone."""
+    board = Board("r")
+    board.hear(msg.Beat(sender=TRAINER, epoch=1, version=9), 0.0)
+    board.hear(progress("w0", 0), 0.0)  # of nobody that was heard
+    assert board.snapshot(0.0).members == ()
+    board.hear(heartbeat("w0", None, None), 0.1)
+    assert (only(board, 0.1).state, only(board, 0.1).caught_up) == ("joining", None)
+    for nbytes in (0, 250, 430):
+        board.hear(progress("w0", nbytes), 0.2)
+        board.hear(heartbeat("w0", None, None), 0.3)
+        row = only(board, 0.3)
+        assert (row.state, row.caught_up) == ("catching up", nbytes / 1000)
+    assert row.note == "catching up from the log: 43% of what leads to version 9"
+    board.hear(progress("w1", 100), 0.3)
+    told = [event.reason for event in board.snapshot(0.3).events]
+    assert told == ["under way 430", "under way 100"]
+    board.hear(heartbeat("w0", 9, 4), 0.4)
+    assert only(board, 0.4).state == "catching up"
+    board.hear(progress("w0", 1000, "done", version=9), 0.5)
+    board.hear(heartbeat("w0", 9, 9), 0.6)
+    row = only(board, 0.6)
+    assert (row.state, row.note, row.caught_up) == ("following", "", None)
+    board.hear(progress("w0", 10), 0.7)
+    assert [event.reason for event in board.snapshot(0.7).events][1:] == [
+        "done 1000", "under way 10",
+    ]  # fmt: skip
+
+
+def test_the_share_ends_though_the_last_word_is_lost() -> None:
+    """The event of the end never came: whoever holds the target, proven, is in; whoever is torn,
+    lags or is silent shows that instead."""
+    board = Board("r")
+    board.hear(heartbeat("w0", 3, 3), 0.0)
+    board.hear(progress("w0", 500), 0.1)
+    assert only(board, 0.1).state == "catching up"
+    board.hear(heartbeat("w0", 5, 5), 0.2)  # a part of the way
+    assert only(board, 0.2).caught_up == 0.5
+    board.hear(heartbeat("w0", 5, 5, lagging="readers"), 0.3)
+    assert only(board, 0.3).state == "lagging"
+    assert (only(board, 9.0).state, only(board, 9.0).caught_up) == ("silent", None)
+    board.hear(heartbeat("w0", 9, 9), 9.1)
+    assert (only(board, 9.1).state, only(board, 9.1).caught_up) == ("following", None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"state": "broken off"}, {"nbytes": "much"}, {"of_nbytes": 0}, {"nbytes": -1},
+     {"nbytes": 1001}, {"target": None}],
+    ids=["broken off", "no number", "of nothing", "negative", "more than all", "nowhere"],
+)  # fmt: skip
+def test_what_is_no_share_is_none(changes: dict[str, object]) -> None:
+    """It broke off, or somebody else's release tells other figures: there is no share."""
+    board = Board("r")
+    board.hear(heartbeat("w0", None, None), 0.0)
+    board.hear(progress("w0", 500), 0.1)
+    told = progress("w0", 500)
+    board.hear(replace(told, details=(told.details or {}) | changes), 0.2)
+    assert (only(board, 0.2).state, only(board, 0.2).caught_up) == ("joining", None)

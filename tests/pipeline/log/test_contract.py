@@ -96,6 +96,36 @@ async def test_what_is_stored_is_loaded_to_the_byte(
         assert await view.load(stored, timeout_s=S) == payload
 
 
+@pytest.mark.parametrize("base", [0, None], ids=["patch", "anchor"])
+@pytest.mark.parametrize(
+    "nbytes", [0, 1, 1000, 512 << 10, 3_000_000, 20_000_000], ids=lambda n: f"{n} bytes"
+)
+async def test_a_load_tells_how_far_it_is(
+    log: Log, open_log: OpenLog, nbytes: int, base: int | None
+) -> None:
+    """Of every size, patch and anchor: what is told never falls, on the loop's thread, and ends
+    with all bytes before load() returns; a large entry is told in between, but not byte by byte."""
+    payload = os.urandom(nbytes)
+    stored = entry(base, 1, payload)
+    await log.store(stored, payload, timeout_s=S)
+    loop, told = asyncio.get_running_loop(), []
+
+    def hear(nbytes: int) -> None:
+        assert asyncio.get_running_loop() is loop
+        told.append(nbytes)
+
+    reader = await open_log()
+    assert await reader.load(stored, timeout_s=S, progress=hear) == payload
+    assert told == sorted(told)
+    assert told[-1] == nbytes
+    assert len(told) <= nbytes // (500 << 10) + 4
+    if nbytes == 20_000_000 and not isinstance(log, MemoryLog):
+        assert any(0 < so_far < nbytes for so_far in told)
+    seen = len(told)
+    await asyncio.sleep(0.01)
+    assert len(told) == seen
+
+
 async def test_entries_come_oldest_first(log: Log) -> None:
     """Anchors and patches of two epochs, an anchor stored late: by epoch and version."""
     stored = [

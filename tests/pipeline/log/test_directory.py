@@ -231,6 +231,28 @@ async def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path) -> None
         os.rmdir(root)
 
 
+async def test_a_read_that_hung_tells_nothing_after_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk gives half of an entry and hangs; it goes on after the deadline, on its thread: who
+    has turned to another tier by then hears nothing of it."""
+    log, mended, told = open_log(tmp_path), threading.Event(), []
+    await log.store(entry_of(1), payload_of(1), timeout_s=S)
+
+    def half(file: object, opened: object, go_on: object, progress: Callable[[int], None]) -> None:
+        progress(10)
+        mended.wait(S)
+        progress(20)
+
+    monkeypatch.setattr(module, "read_payload", half)
+    with pytest.raises(LogError, match="is slow, or hangs"):
+        await log.load(entry_of(1), timeout_s=0.2, progress=told.append)
+    assert told == [10]
+    mended.set()
+    await asyncio.sleep(0.2)
+    assert told == [10]
+
+
 async def test_a_disk_that_hangs_costs_a_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

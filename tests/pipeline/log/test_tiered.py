@@ -10,6 +10,7 @@ from sparsecast.messages.control import LogEntry
 from sparsecast.messages.errors import BusUnavailable, LogError, LogHole
 from sparsecast.messages.manifest import Manifest
 from sparsecast.pipeline.log import tiered
+from sparsecast.pipeline.log.base import Progress
 from sparsecast.pipeline.log.memory import MemoryLog
 from sparsecast.pipeline.log.tiered import TieredLog
 
@@ -24,6 +25,8 @@ class FaultyLog(MemoryLog):
         self.durable = durable
         self.error: Exception | None = None
         self.hangs = False
+        #: So many bytes of an entry come, whatever happens then.
+        self.gives: int | None = None
         self.calls = 0
         self.known: Manifest | None = None
 
@@ -44,9 +47,13 @@ class FaultyLog(MemoryLog):
         await self._maybe()
         return await super().entries(timeout_s=timeout_s)
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes:
+        if self.gives is not None and progress is not None:
+            progress(self.gives)
         await self._maybe()
-        return await super().load(entry, timeout_s=timeout_s)
+        return await super().load(entry, timeout_s=timeout_s, progress=progress)
 
     async def prune(self, drop: Sequence[LogEntry], *, timeout_s: float) -> None:
         await self._maybe()
@@ -162,6 +169,24 @@ async def test_a_hanging_tier_leaves_time_for_the_next(monkeypatch: pytest.Monke
     asked = stand.one.calls
     assert await stand.log.load(stored, timeout_s=0.6) == b"x"
     assert stand.one.calls == asked
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+async def test_a_tier_that_fails_midway_starts_again_from_nothing(hangs: bool) -> None:
+    """Six of seven bytes have come when the first tier breaks off: what is told falls to 0, and the
+    second one brings all; with nobody left to ask it does not fall, since nothing starts again."""
+    stand = Stand()
+    stored = await stand.store(7)
+    stand.one.gives, stand.one.hangs = 6, hangs
+    stand.one.error = LogError("the disk is gone")
+    told: list[int] = []
+    assert await stand.log.load(stored, timeout_s=1.0, progress=told.append) == b"x" * 7
+    assert told == [6, 0, 7]
+    stand.two.error, stand.two.gives = LogError("this one, too"), 5
+    told.clear()
+    with pytest.raises(LogError):
+        await stand.log.load(stored, timeout_s=1.0, progress=told.append)
+    assert told == [5, 0, 6]  # the one that failed before comes last
 
 
 async def test_both_hang_and_the_deadline_holds() -> None:
