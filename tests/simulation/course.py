@@ -106,7 +106,7 @@ class Course:
             world.note(trainer.name, "lost the run")
         world.result.converged_s = world.loop.time() - healed
         world.note("converged", f"after {world.result.converged_s:.1f} s")
-        report = await trainer.process.ask(trainer.last.wait_applied(10.0))
+        report = await trainer.process.ask(trainer.last.wait_applied(10.0, at_least="all"))
         world.check_report(trainer, report)
         names = sorted({life.worker for life in world.live_workers() if life.follow is None})
         if not report.complete or sorted(report.applied) != names:

@@ -78,10 +78,15 @@ class Plan:
         ]
         workers = rng.randint(1, 4)
         updates = rng.randint(10, 40)
+        # Lots of their own, which shift no other.
         keeps = random.Random(f"log {seed}")
+        patience = random.Random(f"quorum {seed}")
+        quorum = patience.choice(["all", "all", 1, 2])
         policy = Policy(
             merge_every=keeps.choice([1, 2, 2, 3, 8]),
             keep_versions=keeps.choice([1, 2, 16]),
+            quorum=quorum,
+            straggler_s=None if quorum == "all" else patience.choice([None, 0.0, 0.05, 0.5]),
             window=rng.choice(["auto", "auto", "gloo"]),
             lease_s=rng.choice([3, 5, 10]),
             silence_s=rng.choice([2.0, 4.0]),
