@@ -13,6 +13,14 @@ def count(text: str) -> int:
     return value
 
 
+def several(text: str) -> int:
+    """Workers of which one fails: from 2 on."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"with {text} nobody survives: at least 2")
+    return value
+
+
 def positive(text: str) -> float:
     """A finite number above 0."""
     value = float(text)
