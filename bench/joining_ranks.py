@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,13 @@ from control import Control, run_rank
 from heard import Heard
 from shapes import Cut, Tensors, make_weights, train_step
 from sparsecast import Broker, Policy, Publisher, Replica, digest
-from sparsecast.pipeline.log.base import way
+from sparsecast.messages.control import LogEntry
+from sparsecast.pipeline.log.base import Log
+from sparsecast.workers.connect import connect
+from sparsecast.workers.driver import Ports
 
 HOST = "127.0.0.1"
+NAME = "joiner"
 #: No single step takes so long; a process for which one does is broken.
 PATIENCE_S = 60.0
 #: Transfers before any is measured: staging is touched for the first time there.
@@ -46,6 +50,18 @@ def main(control: Control, config: Config) -> Any:
     if control.rank:
         return _Joiner(control, config).run()
     return _Trainer(control, config).run()
+
+
+def plan(behind: tuple[int, ...]) -> list[tuple[int | None, int]]:
+    """(held, head) of the joiners, by version; None: nothing that any version is.
+
+    A run's first version is what its workers have before they join for the first time; the last
+    one of the plan comes back with what it held when it left.
+    """
+    steps: list[tuple[int | None, int]] = [(None, 0), (0, 0), *((0, head) for head in behind)]
+    if len(behind) > 1:
+        steps.append((behind[-2], behind[-1]))
+    return steps
 
 
 def _policy() -> Policy:
@@ -89,17 +105,13 @@ class _Trainer:
             self._heard = Heard(url, run, workers=False)
             stack.callback(self._heard.close)
             self._heard.wait_stored(0, PATIENCE_S)
-            for behind in (None, 0, *config.behind):
-                rounds = []
-                for number in range(config.repeats):
-                    what = "nothing" if behind is None else f"{behind} behind"
-                    self._control.send(
-                        "progress",
-                        f"{cut.describe()}: joiner with {what}, {number + 1} of {config.repeats}",
-                    )
-                    rounds.append(self._join(behind))
-                    equal.append(rounds[-1].pop("digest") == digest(self._weights))
-                joins.append({"behind": behind, **self._way(behind), "rounds": rounds})
+            for holds, head in plan(config.behind):
+                self._control.send(
+                    "progress", f"{cut.describe()}: joiners with {holds}, to version {head}"
+                )
+                joins.append({"holds": holds, "head": head, "rounds": self._joins(holds, head)})
+                mine = digest(self._weights)
+                equal += [one.pop("digest") == mine for one in joins[-1]["rounds"]]
         return {
             "elements": cut.numel,
             "model": cut.describe(),
@@ -124,34 +136,44 @@ class _Trainer:
             took.append(1e3 * (time.perf_counter() - began))
         return took[WARMUP:]
 
-    def _join(self, behind: int | None) -> dict[str, Any]:
-        """Publish so much that the joiner is that far behind, and let it come; its times in ms."""
-        for _ in range(behind or 0):
+    def _joins(self, holds: int | None, head: int) -> list[dict[str, Any]]:
+        """Publish up to this version, and let the joiner come, again and again; its times in ms."""
+        while self._publisher.version < head:
             train_step(self._weights, self._config.density, self._random)
             version = self._publisher.publish().version
             # One entry a version: what waits to be stored would be merged.
             self._heard.wait_stored(version, PATIENCE_S)
-        self._control.say(("join", self._publisher.version, behind is None))
-        found: dict[str, Any] = self._answer("current")
+        found = []
+        for _ in range(self._config.repeats):
+            self._control.say(("join", holds, head))
+            found.append(self._answer("current"))
         return found
-
-    def _way(self, behind: int | None) -> dict[str, int]:
-        """What a joiner reads of the log: entries and bytes."""
-        head = self._publisher.version
-        entries = self._heard.entries()
-        epoch = max(entry.epoch for entry in entries)
-        held = None if behind is None else head - behind
-        found = way(entries, epoch=epoch, held=held, target=head)
-        return {"entries": len(found), "nbytes": sum(entry.nbytes for entry in found)}
 
     def _answer(self, expected: str) -> Any:
         return self._control.answers(expected, 1, PATIENCE_S)[0]
+
+
+class _Read:
+    """A log that notes how many bytes of it each reading took."""
+
+    def __init__(self, log: Log, read: list[int]) -> None:
+        self._log = log
+        self._noted = read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes | bytearray:
+        data = await self._log.load(entry, timeout_s=timeout_s)
+        self._noted.append(len(data))
+        return data
 
 
 class _Joiner:
     def __init__(self, control: Control, config: Config) -> None:
         self._control = control
         self._config = config
+        self._weights: Tensors = {}
 
     def run(self) -> None:
         control = self._control
@@ -161,10 +183,10 @@ class _Joiner:
         while True:
             match control.hear(3600.0):
                 case ("size", run, cut):
-                    self._weights: Tensors = make_weights(cut, self._config.seed)
-                    self._replica = Replica(
-                        self._weights, run=run, bus=self._url, name="joiner", policy=_policy()
-                    )
+                    self._run = run
+                    self._weights = make_weights(cut, self._config.seed)
+                    #: What was held at some versions, to be a joiner of those again.
+                    states = {0: self._copy()}
                     control.say(("ready",))
                 case ("dense", name, n):
                     self._spoil()
@@ -173,13 +195,20 @@ class _Joiner:
                         control.say(("entering",))
                         method.receive()
                     control.say(("digest", digest(self._weights)))
-                case ("join", version, nothing):
-                    if nothing:
+                case ("join", holds, head):
+                    for name, tensor in states[holds or 0].items():
+                        self._weights[name].copy_(tensor)
+                    if holds is None:
                         self._spoil()
-                    control.say(("current", self._join(version)))
+                    control.say(("current", self._join(head)))
+                    if head in self._config.behind and head not in states:
+                        states[head] = self._copy()
                 case ("end",):
                     control.say(("end",))
                     return
+
+    def _copy(self) -> Tensors:
+        return {name: tensor.clone() for name, tensor in self._weights.items()}
 
     def _spoil(self) -> None:
         for tensor in self._weights.values():
@@ -187,7 +216,21 @@ class _Joiner:
 
     def _join(self, version: int) -> dict[str, Any]:
         """Come, stay until the version is proven, go: ms since before it connected."""
-        replica = self._replica
+        read: list[int] = []
+
+        async def ports() -> Ports:
+            found = await connect(self._url, run=self._run, name=NAME)
+            log: Any = _Read(found.log, read)
+            return replace(found, log=log)
+
+        replica = Replica(
+            self._weights,
+            run=self._run,
+            bus=self._url,
+            name=NAME,
+            policy=_policy(),
+            ports=ports,
+        )
         began = time.perf_counter()
         replica.start()
         try:
@@ -205,6 +248,8 @@ class _Joiner:
             "connected": 1e3 * (started - began),
             "current": 1e3 * (current - began),
             "proven": 1e3 * (proven - began),
+            "entries": len(read),
+            "nbytes": sum(read),
             "digest": digest(self._weights),
         }
 

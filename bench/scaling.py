@@ -164,7 +164,7 @@ def _equal(document: dict[str, Any]) -> bool:
 def _parse(given: list[str]) -> argparse.Namespace:
     parser = command.parser("scaling", __doc__, timeout_s=600)
     add = parser.add_argument
-    add("--workers", type=_counts, default=(1, 8, 64), help="how many, in turn (1,8,64)")
+    add("--workers", type=words.rising, default=(1, 8, 64), help="how many, in turn (1,8,64)")
     add(
         "--hosts",
         type=words.count,
@@ -176,13 +176,6 @@ def _parse(given: list[str]) -> argparse.Namespace:
     add("--density", type=words.share, default=0.01, help="share that changes (0.01)")
     add("--window", choices=["bus", "gloo"], default="bus", help="its kind (bus)")
     return command.parse(parser, given)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    found = tuple(words.count(word) for word in text.split(","))
-    if list(found) != sorted(set(found)):
-        raise argparse.ArgumentTypeError(f"from few to many, each once, not {text}")
-    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PATIENCE_S = 60.0
 #: Rounds before anything is measured.
 WARMUP = 5
 #: Where a trainer is left alone with its members' heartbeats.
-IDLE_S = 2.0
+IDLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
