@@ -134,12 +134,13 @@ class Rounds:
         def whole() -> int | None:
             training.check()
             self._round()
+            # A window takes in who is current: whoever comes back need not run after the rounds.
+            training.all_hold(training.publisher.version, training.workers)
             return training.by_window(
                 range(first, training.publisher.version + 1), training.workers
             )
 
         training.heard.wait(whole, PATIENCE_S, "every worker is in the window")
-        training.all_hold(training.publisher.version, training.workers)
 
     def phase(self, kind: str, n: int) -> Phase:
         """One phase; every worker runs again and is told to be in when this returns."""
