@@ -47,6 +47,19 @@ class Control:
         except queue.Empty:
             raise TimeoutError(f"rank {self.rank} heard nothing for {timeout_s:g} s") from None
 
+    def answers(self, expected: str, n: int, timeout_s: float) -> list[Any]:
+        """What `n` workers say to the trainer, one (kind, what) or (kind,) each, in their order.
+
+        RuntimeError if one says anything else than `expected`; TimeoutError.
+        """
+        found: dict[int, Any] = {}
+        while len(found) < n:
+            rank, (kind, *rest) = self.hear(timeout_s)
+            if kind != expected:
+                raise RuntimeError(f"rank {rank} says {kind}, expected was {expected}")
+            found[rank] = rest[0] if rest else None
+        return [found[rank] for rank in sorted(found)]
+
     def send(self, kind: str, what: Any) -> None:
         """To the parent: say, progress, result or error."""
         with self._lock:

@@ -1,4 +1,4 @@
-"""The worker processes of bench/recovery.py, seen from the trainer: started, told, ended, dead."""
+"""Worker processes that may die, seen from the trainer: started, told, ended, dead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _START_S = 90.0
-_PROGRAM = Path(__file__).with_name("recovery_worker.py")
+_PROGRAM = Path(__file__).with_name("crew_worker.py")
 
 
 class WorkerFailed(RuntimeError):

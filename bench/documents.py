@@ -43,6 +43,22 @@ def target(what: str, value: float | None, bound: float) -> dict[str, Any]:
     return {"what": what, "value": value, "bound": f"≤ {bound:.4g}", "met": met}
 
 
+def where(document: dict[str, Any]) -> str:
+    """The machine that a document is of, in a few words."""
+    machine = document["machine"]
+    place = ", ".join(machine.get("gpus", [f"{machine['cpu']}, {machine['cores']} cores"]))
+    versions = document["versions"]
+    return (
+        f"{place}; torch {versions['torch']}, nats-server {versions['nats-server']}; "
+        f"load {document['load']}"
+    )
+
+
+def verdict(equal: bool, right: str, wrong: str) -> Text:
+    """Whether the bits are right, so that nobody reads past it."""
+    return Text(right, "green") if equal else Text(wrong, "bold red")
+
+
 def console() -> Console:
     """Wide enough for the tables where the output is a file."""
     found = Console()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sparsecast.messages import codec
+from sparsecast.messages.control import LogEntry
 from sparsecast.messages.metrics import Event, Metric, TrainerMetrics, WorkerMetrics
 from sparsecast.messages.subjects import Subjects
 from sparsecast.pipeline.bus.nats import NatsBus, connect
@@ -18,9 +19,12 @@ T = TypeVar("T")
 
 
 class Heard:
-    """Listens on a loop and a connection of its own; every method is for any thread."""
+    """Listens on a loop and a connection of its own; every method is for any thread.
 
-    def __init__(self, url: str, run: str) -> None:
+    Without `workers` it hears the trainer alone: decoding what many tell is work of this process.
+    """
+
+    def __init__(self, url: str, run: str, *, workers: bool = True) -> None:
         self._thread = LoopThread("bench-heard")
         self._news = threading.Condition()
         self._trainer: dict[int, TrainerMetrics] = {}
@@ -29,7 +33,8 @@ class Heard:
         self._bus: NatsBus = self._thread.call(connect(url, name="bench", timeout_s=5))
         self._log = JetStreamLog(self._bus, run)
         subjects = Subjects(run)
-        for subject in (subjects.metrics_all, subjects.events):
+        metrics = subjects.metrics_all if workers else subjects.metrics_trainer
+        for subject in (metrics, subjects.events):
             self._thread.call(self._bus.subscribe(subject, self._hear))
 
     def _hear(self, message: Any) -> None:
@@ -77,12 +82,15 @@ class Heard:
             with self._news:
                 self._news.wait(min(left, 0.02))
 
+    def entries(self) -> list[LogEntry]:
+        """What the log holds, oldest first."""
+        return self._thread.call(self._log.entries(timeout_s=5))
+
     def wait_stored(self, version: int, timeout_s: float) -> None:
         """Until the log holds a version, so that storing it disturbs nothing that follows."""
 
         def stored() -> bool:
-            entries = self._thread.call(self._log.entries(timeout_s=5))
-            return any(entry.version >= version for entry in entries)
+            return any(entry.version >= version for entry in self.entries())
 
         self.wait(stored, timeout_s, f"version {version} is in the log")
 

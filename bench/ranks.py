@@ -280,13 +280,7 @@ class _Trainer:
 
     def _answers(self, expected: str) -> list[Any]:
         """One answer of every worker."""
-        found = []
-        for _ in range(self._config.workers):
-            rank, (kind, *rest) = self._control.hear(PATIENCE_S)
-            if kind != expected:
-                raise RuntimeError(f"rank {rank} says {kind}, expected was {expected}")
-            found.append(rest[0] if rest else None)
-        return found
+        return self._control.answers(expected, self._config.workers, PATIENCE_S)
 
     def _tell(self, what: str) -> None:
         self._control.send("progress", what)

@@ -9,27 +9,25 @@ bench/README.md says what is measured and how to read it.
 from __future__ import annotations
 
 import argparse
-import faulthandler
-import json
 import os
 import signal
 import statistics
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
+import command
 import documents
 import words
-from crew import Crew, WorkerFailed
-from recovery_trainer import SLACK_S, Case, Config, Trainer, deadline_s
+from crew import Crew
+from recovery_trainer import SLACK_S, Case, Pace, Trainer, deadline_s
 from shapes import Cut
 from sparsecast import Policy
 from sparsecast.messages.control import WindowKind
+from training import Setting
 
 CASES = {
     "killed-idle": Case("idle", signal.SIGKILL, "SIGKILL between two rounds"),
@@ -44,54 +42,33 @@ _DEFAULT = "killed-idle,killed-ready,killed-receiving,stopped-receiving"
 
 def main() -> int:
     """Measure, print, and write the document; 1 if a survivor's bits are not the trainer's."""
-    arguments = _parse(sys.argv[1:])
-    console = documents.console()
-    signal.signal(signal.SIGTERM, words.terminated)
-    # A trainer that hangs is what this bench looks for: it must not hang the bench as well. The
-    # workers leave when the trainer's pipes close; a stopped one is killed by the crew's end.
-    faulthandler.dump_traceback_later(arguments.timeout, exit=True)
-    try:
-        document = measure(arguments, Console(stderr=True))
-    except (WorkerFailed, TimeoutError) as exc:
-        console.print(f"bench/recovery.py: {exc}", style="red", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        return 130
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    show(document, console)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return 0 if all(case["digests_equal"] for case in document["cases"]) else 1
+    return command.run("recovery", _parse(sys.argv[1:]), measure, show, _equal)
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run the cases one after the other; the document."""
     head = documents.head("recovery", sys.argv[1:], arguments.device)
     cut = Cut.of_elements(arguments.elements)
-    torch.set_num_threads(arguments.threads)
-    config = Config(
+    policy = Policy(
+        window=arguments.window,
+        ready_s=arguments.ready_s,
+        commit_s=arguments.ready_s + 3,
+        send_s=arguments.send_s,
+    )
+    setting = Setting(
         shapes=cut.shapes,
         workers=arguments.workers,
         device=arguments.device,
-        density=arguments.density,
-        interval_s=arguments.interval_s,
-        around_s=arguments.around_s,
         threads=arguments.threads,
         seed=arguments.seed,
-        policy=Policy(
-            window=arguments.window,
-            ready_s=arguments.ready_s,
-            commit_s=arguments.ready_s + 3,
-            send_s=arguments.send_s,
-        ),
+        policy=policy,
     )
+    pace = Pace(arguments.density, arguments.interval_s, arguments.around_s)
     cases: list[dict[str, Any]] = []
     with ExitStack() as stack:
         status = stack.enter_context(console.status("starting"))
         crew = stack.enter_context(Crew())
-        trainer = stack.enter_context(Trainer(config, crew))
+        trainer = stack.enter_context(Trainer(setting, pace, crew))
         deaths = {name: _deaths(name, arguments.repeats) for name in arguments.cases}
         if 2 * sum(deaths.values()) <= len(os.sched_getaffinity(0)):
             trainer.prepare(sum(deaths.values()))
@@ -102,7 +79,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             for number in range(arguments.repeats):
                 status.update(f"{case.title}: {number + 1} of {arguments.repeats}")
                 times.append(trainer.once(case))
-            cases.append(summarise(name, case, times, trainer.window, trainer.nbytes, config))
+            cases.append(summarise(name, case, times, trainer.window, trainer.nbytes, policy))
         window = trainer.window
     return head | {
         "model": cut.describe(),
@@ -133,10 +110,10 @@ def summarise(
     times: list[dict[str, Any]],
     window: str | None,
     nbytes: int,
-    config: Config,
+    policy: Policy,
 ) -> dict[str, Any]:
     """One case of the document. Times in seconds, publish() in ms; None: it never came."""
-    deadline = deadline_s(case, config.policy, nbytes)
+    deadline = deadline_s(case, policy, nbytes)
     found: dict[str, Any] = {
         "case": name,
         "what": case.title,
@@ -213,11 +190,15 @@ def show(document: dict[str, Any], console: Console) -> None:
         table.add_row(case["what"], *(_publish(case["publish_ms"][when]) for when in whens))
     console.print(table)
     console.print(documents.targets_table(document["targets"]))
-    equal = all(case["digests_equal"] for case in document["cases"])
+    equal = _equal(document)
     console.print(
         "every survivor holds the trainer's bits" if equal else "A SURVIVOR HOLDS OTHER BITS",
         style="" if equal else "bold red",
     )
+
+
+def _equal(document: dict[str, Any]) -> bool:
+    return all(case["digests_equal"] for case in document["cases"])
 
 
 def _times(found: dict[str, Any] | None) -> str:
@@ -234,9 +215,9 @@ def _publish(found: dict[str, float]) -> str:
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/recovery.py", description=__doc__.split("\n")[0])
+    parser = command.parser("recovery", __doc__, timeout_s=900)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all (cpu)")
-    parser.add_argument("--workers", type=_several, default=3, help="at least two (3)")
+    parser.add_argument("--workers", type=words.several, default=3, help="at least two (3)")
     parser.add_argument("--repeats", type=words.count, default=5, help="of each case (5)")
     parser.add_argument(
         "--cases",
@@ -258,16 +239,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--ready-s", type=words.positive, default=1.0, help="Policy.ready_s (1)")
     parser.add_argument("--send-s", type=words.positive, default=2.0, help="Policy.send_s (2)")
     parser.add_argument("--window", choices=["auto", *get_args(WindowKind)], default="auto")
-    parser.add_argument(
-        "--threads", type=words.count, default=1, help="torch threads a process (1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and changes (0)")
-    parser.add_argument("--timeout", type=words.positive, default=900.0, help="for it all, s (900)")
-    parser.add_argument("--json", type=Path, help="where to write what was measured")
-    arguments = parser.parse_args(given)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {arguments.json.parent}")
-    return arguments
+    return command.parse(parser, given)
 
 
 def _cases(text: str) -> list[str]:
@@ -276,13 +248,6 @@ def _cases(text: str) -> list[str]:
         if name not in CASES:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CASES)}")
     return names
-
-
-def _several(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"with {text} nobody survives: at least 2")
-    return value
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ bench/README.md says what is measured and how to read it.
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+import command
 import documents
 import stats
 import words
-from control import RankFailed, Ranks
+from control import Ranks
 from models import CONFIGS
 from stall_ranks import Config
 
@@ -31,21 +30,7 @@ SLACK_MS = 1.0
 
 def main() -> int:
     """Measure, print, and write the document; 1 if the worker's bits are not the trainer's."""
-    arguments = _parse(sys.argv[1:])
-    console = documents.console()
-    signal.signal(signal.SIGTERM, words.terminated)
-    try:
-        document = measure(arguments, Console(stderr=True))
-    except (RankFailed, TimeoutError) as exc:
-        console.print(f"bench/stall.py: {exc}", style="red", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        return 130
-    show(document, console)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return 0 if document["digests_equal"] else 1
+    return command.run("stall", _parse(sys.argv[1:]), measure, show, lambda d: d["digests_equal"])
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -178,7 +163,7 @@ def show(document: dict[str, Any], console: Console) -> None:
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/stall.py", description=__doc__.split("\n")[0])
+    parser = command.parser("stall", __doc__, timeout_s=600)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for both (cpu)")
     parser.add_argument("--model", choices=list(CONFIGS), default="tiny", help="its size (tiny)")
     parser.add_argument("--batch", type=words.count, default=8, help="sequences a forward (8)")
@@ -193,15 +178,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
         "--density", type=words.share, default=0.01, help="share that changes (0.01)"
     )
     parser.add_argument("--window", choices=["auto", "nccl", "gloo", "bus"], default="auto")
-    parser.add_argument(
-        "--threads", type=words.count, default=1, help="torch threads a process (1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and changes (0)")
-    parser.add_argument("--timeout", type=words.positive, default=600.0, help="for it all, s (600)")
-    parser.add_argument("--json", type=Path, help="where to write what was measured")
-    arguments = parser.parse_args(given)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {arguments.json.parent}")
+    arguments = command.parse(parser, given)
     if arguments.graph and arguments.device != "cuda":
         parser.error("--graph: a CUDA graph needs --device cuda")
     if arguments.interval_s > arguments.seconds:

@@ -155,10 +155,7 @@ class _Trainer:
         return range(first, last + 1)
 
     def _answer(self, expected: str) -> Any:
-        _, (kind, *rest) = self._control.hear(PATIENCE_S + self._config.seconds)
-        if kind != expected:
-            raise RuntimeError(f"the worker says {kind}, expected was {expected}")
-        return rest[0] if rest else None
+        return self._control.answers(expected, 1, PATIENCE_S + self._config.seconds)[0]
 
     def _tell(self, what: str) -> None:
         self._control.send("progress", what)

@@ -41,6 +41,12 @@ def spread(values: Sequence[float]) -> Spread:
     }
 
 
+def cpu_s(pid: int) -> float:
+    """CPU seconds, user and system, that a process has had so far; in ticks of the kernel."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def machine() -> dict[str, str | int | float]:
     """CPU, cores, kernel and memory; no name of the host."""
     model = platform.processor() or platform.machine()

@@ -13,6 +13,22 @@ def count(text: str) -> int:
     return value
 
 
+def rising(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, from small to large."""
+    found = tuple(count(word) for word in text.split(","))
+    if list(found) != sorted(set(found)):
+        raise argparse.ArgumentTypeError(f"from small to large, each once, not {text}")
+    return found
+
+
+def several(text: str) -> int:
+    """Workers of which one fails: from 2 on."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"with {text} nobody survives: at least 2")
+    return value
+
+
 def positive(text: str) -> float:
     """A finite number above 0."""
     value = float(text)

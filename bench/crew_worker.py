@@ -1,4 +1,4 @@
-"""A worker process of bench/recovery.py: a replica that fails on demand, at a chosen moment."""
+"""A worker process of a crew: its replica comes, goes, and fails at a chosen moment, as told."""
 
 from __future__ import annotations
 
@@ -161,6 +161,9 @@ def main(control: Control, config: Config) -> None:
                 case ("join",):
                     replica.start()
                     control.say(("joined", None))
+                case ("leave",):
+                    replica.stop()
+                    control.say(("left", None))
                 case ("fault", "idle", number):
                     fault.arm("idle", number)
                     fault.reach("idle")
