@@ -126,8 +126,11 @@ class Guard:
         with self._changed:
             return self._oldest_reader_s()
 
-    def declare(self, version: int) -> None:
-        """The weights, as they stand, are proven to be this version. Does not heal a torn guard."""
+    def declare(self, version: int | None) -> None:
+        """The weights, as they stand, are proven to be this version; None: that is to be shown.
+
+        Does not heal a torn guard.
+        """
         with self._changed:
             self._version = version
 

@@ -51,7 +51,7 @@ from .catching import Catching, Progress
 from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .engine import Engine, ModuleEngine
-from .fetching import chosen
+from .fetching import chosen, shown_by
 from .incoming import Incoming
 from .streams import device_for
 from .telling import Telling
@@ -180,6 +180,8 @@ class Replica:
             )
         self._ports = ports
         life.push_async_callback(ports.close)
+        # Of another life, since when anything may have been written to them.
+        self.engine.guard().declare(None)
         offers = ports.kinds if self._offers is None else self._offers
         self._incoming = Incoming(
             self.engine,
@@ -513,6 +515,9 @@ class Replica:
             if command.reach == "exact" and command.target < claim.version:
                 earlier = await self._journal.claims(timeout_s=self.policy.bus_s)
                 earlier = [one for one in earlier if one.epoch < claim.epoch]
+            shown = shown_by(entries, [*earlier, claim], command)
+            if shown is not None:
+                return ev.Fetched(command.epoch, (), shown)
             found = self._around(entries, [*earlier, claim], command)
             catching.begin(command.held, found, since)
             nbytes = 0

@@ -177,12 +177,17 @@ class Digest:
 @dataclass(frozen=True, slots=True)
 class Fetch:
     """Stage what the log has from `held` (None: from an anchor) on, towards `target` and as far as
-    `reach` says. Ends in Fetched/FetchFailed."""
+    `reach` says. Ends in Fetched/FetchFailed.
+
+    `digest` is that of weights which are no version that was announced here: if the log knows which
+    one they are, that is to be told, and nothing staged.
+    """
 
     epoch: int
     held: int | None
     target: int
     reach: Reach = "newest"
+    digest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,10 +232,11 @@ class LogItem:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The log gave these, in the order to apply."""
+    """The log gave these, in the order to apply; or it shows which version the weights are."""
 
     epoch: int
     items: tuple[LogItem, ...]
+    shown: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,6 @@ class Exchange:
     quorum: int | None = None
     straggler_s: float = 0.0
     phase: Phase = Phase.GATHERING
-    #: Why it is where it is, in words.
-    reason: str = "nobody has answered yet"
     #: Members whose silence or refusal made it fail: the next try goes without them.
     left_out: tuple[Sender, ...] = ()
     #: What members reported: None is well, a text is what they refused.
@@ -47,9 +45,24 @@ class Exchange:
     went: float | None = None
     ended: float | None = None
     _ready: set[Sender] = field(default_factory=set)
+    #: Why it has ended; "" while it has not.
+    _why: str = ""
     #: When the quorum had committed.
     _quorum_at: float | None = None
     _local: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Why it is where it is, in words."""
+        if self._why:
+            return self._why
+        if self.phase is Phase.GATHERING:
+            return (
+                self._explained(self._ready, "ready") if self._ready else "nobody has answered yet"
+            )
+        if not self.reports:
+            return f"all {len(self.members)} are ready"
+        return self._explained(set(self.reports), "through")
 
     @property
     def deadline(self) -> float | None:
@@ -86,11 +99,9 @@ class Exchange:
         if len(self._ready) == len(self.members):
             self.phase = Phase.WORKING
             self.went = now
-            self.reason = f"all {len(self.members)} are ready"
             return True
         if self.quorum is not None and self._quorum_at is None and len(self._ready) >= self.quorum:
             self._quorum_at = now
-        self._explain(self._ready, "ready")
         return False
 
     def refuse(self, member: Sender, why: str, now: float) -> None:
@@ -146,20 +157,18 @@ class Exchange:
             self.phase = Phase.DONE
             self.ended = now
             refused = [m for m, error in self.reports.items() if error is not None]
-            self.reason = f"refused by {_names(tuple(refused))}" if refused else "all are through"
-        elif self.phase is Phase.WORKING:
-            self._explain(set(self.reports), "through")
+            self._why = f"refused by {_names(tuple(refused))}" if refused else "all are through"
 
     def _fail(self, reason: str, left_out: tuple[Sender, ...], now: float) -> None:
         self.phase = Phase.FAILED
-        self.reason = reason
+        self._why = reason
         self.left_out = left_out
         self.ended = now
 
-    def _explain(self, have: set[Sender], what: str) -> None:
+    def _explained(self, have: set[Sender], what: str) -> str:
         missing = tuple(m for m in self.members if m not in have)
         waiting = f", waiting for {_names(missing)}" if missing else ", waiting for the trainer"
-        self.reason = f"{len(have)}/{len(self.members)} {what}{waiting}"
+        return f"{len(have)}/{len(self.members)} {what}{waiting}"
 
 
 def _names(members: tuple[Sender, ...]) -> str:

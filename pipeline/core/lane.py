@@ -82,7 +82,8 @@ class Lane:
             if not self._follow.latest and goal is not None:
                 target = goal
             # Of the latest at least one step: the driver goes as far as the log does.
-            out.append(cmd.Fetch(claim.epoch, self.version, target, self._follow.reach))
+            reach = self._follow.reach
+            out.append(cmd.Fetch(claim.epoch, self.version, target, reach, self._unnamed))
         return out
 
     def next_change(self, coming: Stamp | None, now: float) -> float | None:
@@ -172,6 +173,14 @@ class Lane:
         self._unnamed = None
         return [cmd.Hold(shown[-1])]
 
+    def _shown(self, version: int) -> list[ReplicaCommand]:
+        """The log knows which version the weights are."""
+        digest, self._unnamed = self._unnamed, None
+        if digest is None or not self._follow.admits(version):
+            return []
+        self._proven(version, digest)
+        return [cmd.Hold(version)]
+
     def _proven(self, version: int, digest: int) -> None:
         """The weights are this version."""
         self.version = self.verified = version
@@ -244,6 +253,8 @@ class Lane:
         self._catchup.under_way = False
         if event.epoch != self._announced.epoch:
             return [self.staging.drop(tuple(item.version for item in event.items))]
+        if event.shown is not None:
+            return self._shown(event.shown)
         self._announced.logged(event.items)
         for item in event.items:
             self.staging.add(Patch(item.base_version, item.version, item.nbytes, "log"))

@@ -46,6 +46,9 @@ class Membership:
     members: dict[str, Member] = field(default_factory=dict)
     #: The trainer's GPU: its rank in a window is there.
     gpu: str = ""
+    #: Before that, time alone changes nothing; None: to be found out. With many members each of
+    #: their words would else cost a look at all of them.
+    _calm_until: float | None = None
 
     def get(self, sender: Sender) -> Member | None:
         """The member with this name and life, or None."""
@@ -77,6 +80,7 @@ class Membership:
         holder = self.members[join.sender.name]
         holder.challenger = join
         holder.challenge_ends = now + self.policy.probe_s
+        self._calm_until = None
         return holder
 
     def hear(self, sender: Sender, now: float) -> Join | None:
@@ -131,6 +135,7 @@ class Membership:
         pause = min(self.policy.backoff_s * 2.0**member.strikes, self.policy.backoff_max_s)
         member.strikes += 1
         member.back_at = now + pause
+        self._calm_until = None
         return pause
 
     def pardon(self, sender: Sender) -> None:
@@ -233,7 +238,12 @@ class Membership:
         return member.version >= head - lag
 
     def next_change(self, now: float) -> float | None:
-        """When time alone will change something here."""
+        """When time alone may change something here, and no later than it does."""
+        if self._calm_until is None or self._calm_until <= now:
+            self._calm_until = self._next_change(now)
+        return self._calm_until
+
+    def _next_change(self, now: float) -> float | None:
         times = [m.heard + self.policy.silence_s for m in self.members.values()]
         times += [m.back_at for m in self.members.values() if m.back_at > now]
         times += [m.challenge_ends for m in self.members.values() if m.challenger is not None]

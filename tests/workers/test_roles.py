@@ -257,3 +257,48 @@ async def test_a_joiner_gets_in_though_updates_outpace_the_log(site: Site) -> No
     assert len(received) >= 3, "it never came into the window"
     await eventually(lambda: at(replica, publisher.version))
     assert same_bits(trained, late)
+
+
+class Counting(MemoryLog):
+    """A log that tells what was read of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[tuple[int | None, int]] = []
+
+    async def load(self, entry: LogEntry, **options: Any) -> bytes | bytearray:
+        self.loaded.append((entry.base_version, entry.version))
+        return await super().load(entry, **options)
+
+
+async def test_who_comes_back_takes_no_more_than_it_lacks(site: Site) -> None:
+    """A worker holds version 3, leaves, and comes back at 6, as another process would: with the
+    weights alone. It takes three patches, and no full copy."""
+    log, trained, state = Counting(), weights(), weights()
+    publisher = await site.publisher(trained, log=log)
+    for version in range(1, 7):
+        step(trained, version)
+        await publisher.publish()
+        await until_stored(publisher, version)
+    state = checkpoint(3)
+    log.loaded.clear()
+    replica = await site.replica(state, "back", log=log)
+    await eventually(lambda: at(replica, 6))
+    assert same_bits(trained, state)
+    assert log.loaded == [(3, 4), (4, 5), (5, 6)]
+
+
+async def test_a_replica_that_starts_again_shows_its_version_anew(site: Site) -> None:
+    """Somebody writes to the weights between two lives of one Replica: the version of the life
+    before is not theirs any more, and they are made right before they are served."""
+    trained, state = weights(), weights()
+    publisher = await site.publisher(trained)
+    replica = Replica(state, run=site.run, bus=site.url, name="w0", policy=QUICK)
+    async with replica:
+        await replica.wait_version(0, timeout_s=10)
+    step(state, 99)
+    async with replica:
+        assert replica.version is None
+        await replica.wait_version(0, timeout_s=10)
+        assert same_bits(trained, state)
+    await publisher.close()

@@ -132,7 +132,7 @@ def test_newer_weights_are_not_the_version_that_is_followed() -> None:
     for version in range(1, 6):
         talk.announce(version, window=0)
     assert talk.core.version is None
-    assert talk.only(cmd.Fetch, talk.wait(2.0)) == cmd.Fetch(1, None, 2, "exact")
+    assert talk.only(cmd.Fetch, talk.wait(2.0)) == cmd.Fetch(1, None, 2, "exact", 5)
 
 
 def test_what_is_not_there_yet_is_said() -> None:

@@ -243,8 +243,29 @@ def test_a_claim_while_the_weights_are_busy() -> None:
     assert talk.only(cmd.Prove).claim.epoch == 3
     talk.feed(ev.Proved(3, MANIFEST.hash, 1))
     assert [(m.epoch, m.version) for m in talk.said(msg.Join)] == [(3, None)]
-    assert talk.only(cmd.Fetch) == cmd.Fetch(3, None, 4)
+    assert talk.only(cmd.Fetch) == cmd.Fetch(3, None, 4, digest=1)
     assert talk.hear(claim(2, 2, successor)) == [], "lower epochs are refused"
+
+
+def test_the_log_knows_which_version_the_weights_are() -> None:
+    """A worker comes back with the weights of version 3, which was announced before it listened:
+    the log knows their digest, so that it holds version 3, and fetches from there."""
+    talk = Talk(digest=3)
+    talk.feed(ev.Fetched(1, (), shown=3))
+    assert talk.only(cmd.Hold) == cmd.Hold(3)
+    talk.announce(7, window=0)
+    assert talk.only(cmd.Fetch, talk.wait(1.0)) == cmd.Fetch(1, 3, 4)
+    assert (talk.core.version, talk.core.verified) == (3, 3)
+
+
+def test_weights_that_were_written_to_meanwhile_are_no_version() -> None:
+    """The log's word comes when a resync has made the weights worthless: it is not taken."""
+    talk = Talk(digest=3)
+    talk.core._lane._unnamed = None
+    talk.feed(ev.Fetched(1, (), shown=3))
+    assert talk.only(cmd.Hold) is None
+    assert talk.core.version is None
+    assert talk.only(cmd.Fetch) == cmd.Fetch(1, None, 0)
 
 
 def test_weights_that_are_announced_again() -> None:
@@ -255,7 +276,7 @@ def test_weights_that_are_announced_again() -> None:
     talk.hear(claim(2, 5, successor))
     talk.feed(ev.Proved(2, MANIFEST.hash, 6))
     assert talk.core.version is None
-    assert talk.only(cmd.Fetch) == cmd.Fetch(2, None, 5)
+    assert talk.only(cmd.Fetch) == cmd.Fetch(2, None, 5, digest=6)
     again = replace(announcement(Stamp(2, 0, 0, 6)), sender=successor)
     assert talk.only(cmd.Hold, talk.hear(again)) == cmd.Hold(6)
     assert (talk.core.version, talk.core.verified) == (6, 6)
