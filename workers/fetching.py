@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..messages.control import Claim, LogEntry
 from ..messages.errors import LogHole
 from ..pipeline.core.commands import Fetch
-from ..pipeline.log.base import way
+from ..pipeline.log.base import reached, way
 
 
 def chosen(entries: Sequence[LogEntry], claims: Sequence[Claim], fetch: Fetch) -> list[LogEntry]:
@@ -28,6 +28,10 @@ def chosen(entries: Sequence[LogEntry], claims: Sequence[Claim], fetch: Fetch) -
     except LogHole:
         if fetch.reach == "exact":
             raise
+        if fetch.reach == "nearest":
+            beyond = [version for version in reached(ours, held) if version > fetch.target]
+            most = min(beyond, default=fetch.target)
+            ours = [entry for entry in ours if entry.version <= most]
         return way(ours, epoch=claim.epoch, held=held, target=fetch.target)
 
 

@@ -90,11 +90,11 @@ class Inquiries:
     ) -> None:
         self.run = run
         self.policy = policy
+        self.role: Role = role
         self.closed = False
         self._bus = bus
         self._subjects = Subjects(run)
         self._client = client
-        self._role = role
         self._inbox = self._subjects.answers(client)
         self._peers: dict[str, Peer] = {}
         self._inquiries: dict[str, Inquiry] = {}
@@ -127,7 +127,7 @@ class Inquiries:
 
     async def gather(self, timeout_s: float) -> None:
         """Return once a worker is there and others had time to answer too, or at the deadline."""
-        if not self._peers:
+        if not self.peers():
             self._first.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._first.wait(), timeout_s)
@@ -138,7 +138,7 @@ class Inquiries:
         one of this name, whatever its role."""
         if only is not None:
             return [self._peers[only]] if only in self._peers else []
-        return [peer for peer in self._peers.values() if peer.offer.role == self._role]
+        return [peer for peer in self._peers.values() if peer.offer.role == self.role]
 
     async def ask(
         self, worker: str, request: Generate, outcomes: asyncio.Queue[tuple[Inquiry, Outcome]]
@@ -213,7 +213,8 @@ class Inquiries:
                 if inquiry.worker == offer.worker and not inquiry.lost
             )
         peer.offer, peer.missed = offer, 0
-        self._first.set()
+        if offer.role == self.role:
+            self._first.set()
 
     def _carry(self, inquiry: Inquiry, sign: int) -> None:
         peer = self._peers.get(inquiry.worker)

@@ -180,9 +180,12 @@ class Piece:
         names = ", ".join(sorted(peer.name for peer in self._inquiries.peers()))
         if names:
             return f"no worker {only!r} of run {run!r} answers on bus {url}{history}; {names} do"
+        what, option = "worker", ""
+        if self._inquiries.role == "evaluation":
+            what, option = "worker for evaluation", " --role evaluation"
         return (
-            f"no worker of run {run!r} answers on bus {url}{history}; start one with: "
-            f"sparsecast worker --run {run} --bus {url} --name {only or 'worker-0'} --model DIR"
+            f"no {what} of run {run!r} answers on bus {url}{history}; start one with: sparsecast "
+            f"worker --run {run} --bus {url} --name {only or 'worker-0'} --model DIR{option}"
         )
 
     def _late(self) -> str:

@@ -558,7 +558,17 @@ class AsyncPublisher:
         """
         core = self._begun()
         record = core.record(version)
-        by_window = {member.name for member in record.received} if record is not None else set()
+        by_window: set[str] = set()
+        if record is not None:
+            # But for who lacks what comes before, which this very entry may be.
+            held = {
+                m.sender: -1 if m.version is None else m.version for m in core.membership.awaited
+            }
+            by_window = {
+                member.name
+                for member in record.received
+                if held.get(member, -1) >= record.base_version
+            }
 
         def done() -> bool | None:
             _, missing = core.progress(version)

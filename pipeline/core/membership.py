@@ -138,6 +138,11 @@ class Membership:
         self._calm_until = None
         return pause
 
+    def struck(self, sender: Sender) -> bool:
+        """Whether a member was put out since it last came through a round."""
+        member = self.get(sender)
+        return member is not None and member.strikes > 0
+
     def pardon(self, sender: Sender) -> None:
         """A member has come through a round: its strikes are forgotten."""
         member = self.get(sender)
@@ -145,11 +150,11 @@ class Membership:
             member.strikes = 0
             member.steps = 0
 
-    def stepped(self, sender: Sender) -> None:
-        """The log has brought a member on."""
+    def stepped(self, sender: Sender, lag: int) -> None:
+        """The log has brought a member on, to `lag` versions behind the head."""
         member = self.get(sender)
         if member is not None:
-            member.steps += 1
+            member.steps = 0 if lag <= self.policy.join_lag else member.steps + 1
 
     def fit(
         self,

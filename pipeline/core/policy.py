@@ -32,7 +32,8 @@ class Policy:
     straggler_s: float | None = None
     """Once a quorum has committed to a round, how long the others are waited for before they are
     put out of the window; 0: not at all. None: until ready_s is over. The window that follows is
-    opened without them: give a few milliseconds more than the slowest sound member takes."""
+    opened without them: give more than the slowest sound member takes, and than the trainer's own
+    event loop may stall."""
 
     commit_s: float = 5.0
     """How long a member keeps a commitment open. More than ready_s: by as much as a publish() may
@@ -112,8 +113,8 @@ class Policy:
     quota_nbytes: int | None = None
     """How many bytes the run's log may take in each of its tiers; the broker refuses more. Where
     they are used up the log keeps less, down to one anchor and what follows it, and takes the next
-    one earlier. At least 2.1 times the published weights: an anchor stays until the next is there.
-    None: as many as there is room for."""
+    one earlier. At least 2.1 times the published weights and 128 KiB: an anchor stays until the
+    next is there. None: as many as there is room for."""
 
     staging_nbytes: int = 1 << 30
     """How many bytes of patches a member holds before it leaves rounds to the log."""
@@ -133,6 +134,8 @@ class Policy:
                 f"Policy.commit_s ({self.commit_s}) must be above ready_s ({self.ready_s}): "
                 "a commitment has to outlive the wait for the others"
             )
+        if self.quorum != "all" and not isinstance(self.quorum, int):
+            raise ValueError(f"Policy.quorum must be 'all' or a number, not {self.quorum!r}")
         if self.straggler_s is not None and self.quorum == "all":
             raise ValueError(
                 f"Policy.straggler_s ({self.straggler_s}) needs a quorum: of all members nobody is "

@@ -78,6 +78,7 @@ class Roster:
         self,
         message: msg.Applied | msg.Verified | msg.Heartbeat | msg.Refused,
         epoch: int,
+        head: int,
         now: float,
     ) -> list[TrainerCommand]:
         """A word about a member's weights, which counts in its own epoch."""
@@ -95,7 +96,7 @@ class Roster:
             case msg.Applied(version=version, source=source):
                 member.lagging = None
                 if source == "log":
-                    self._membership.stepped(member.sender)
+                    self._membership.stepped(member.sender, head - version)
                 self._advanced(member, version, member.verified, now)
                 return []
             case msg.Verified():

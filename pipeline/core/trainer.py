@@ -109,7 +109,7 @@ class TrainerCore:
         """When a Tick is due, on the clock of `now`."""
         if self.state in (State.CLOSED, State.FENCED, State.UNCLAIMED):
             return None
-        now, exchange, openings = self._now, self._windows.exchange, self._windows.openings
+        now, exchange, openings = self._now, self._timed, self._windows.openings
         times = (
             self._beat_at,
             exchange.deadline if exchange is not None else None,
@@ -227,16 +227,22 @@ class TrainerCore:
             self._join(challenger)
         for member in self.membership.silent(now):
             self._remove(member.sender, "evict", f"unheard for {now - member.heard:.1f} s")
-        exchange = self._windows.exchange
+        exchange = self._timed
         if exchange is not None:
-            if exchange.phase is Phase.GATHERING and self._announcing.asks(exchange.stamp):
-                # Nobody is late for what the journal has perhaps not stored yet.
-                exchange.began = max(exchange.began, now)
             exchange.tick(now)
             self._resolve()
         again = self._announcing.retry(now)
         if again is not None:
             self._out.append(again)
+
+    @property
+    def _timed(self) -> Exchange | None:
+        """The exchange whose deadlines count: nobody is late for what the journal has perhaps not
+        stored yet; members' time to answer runs from its word on."""
+        exchange = self._windows.exchange
+        if exchange is None or exchange.phase is not Phase.GATHERING:
+            return exchange
+        return None if self._announcing.asks(exchange.stamp) else exchange
 
     # ---- members
 
@@ -260,7 +266,7 @@ class TrainerCore:
             case msg.Leave(reason=reason):
                 self._remove(sender, "leave", reason)
             case _:
-                self._out += self._roster.told(message, self.epoch, self._now)
+                self._out += self._roster.told(message, self.epoch, self.head, self._now)
                 if isinstance(message, msg.Applied):
                     self._applied(message)
 
@@ -389,7 +395,6 @@ class TrainerCore:
             return
         exchange = self._windows.exchange
         if exchange is not None and not exchange.opening:
-            # Members' time to answer runs from here.
             exchange.began = self._now
         self._known(version)
 

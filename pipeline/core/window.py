@@ -79,6 +79,9 @@ class Windows:
         self._next = Window(epoch, self._count, kind, members)
         stamp = self._next.stamp(version=head)
         self.exchange = Exchange(stamp, members, now, self._policy.ready_s, self._policy.open_s)
+        if any(self._membership.struck(member) for member in members):
+            # Who was put out before does not hold the others up again.
+            self._hurry(self.exchange)
         opening = msg.Opening(
             sender=self._me, stamp=stamp, kind=kind, members=members, enters_at=head
         )
@@ -133,8 +136,7 @@ class Windows:
             policy.send_deadline_s(announce.nbytes),
             announce,
         )
-        if policy.straggler_s is not None and policy.quorum != "all":
-            exchange.quorum, exchange.straggler_s = policy.quorum, policy.straggler_s
+        self._hurry(exchange)
         for member in window.members:
             if self._membership.get(member) is None:
                 exchange.refuse(member, "it has left", now)
@@ -142,6 +144,12 @@ class Windows:
         fresh = [member for member, until in early.items() if now < until]
         complete = [exchange.ready(member, now) for member in fresh]
         return self._go(exchange) if any(complete) else []
+
+    def _hurry(self, exchange: Exchange) -> None:
+        """Let the exchange wait for stragglers as the policy says."""
+        policy = self._policy
+        if policy.straggler_s is not None and policy.quorum != "all":
+            exchange.quorum, exchange.straggler_s = policy.quorum, policy.straggler_s
 
     def under(self, stamp: Stamp) -> Exchange | None:
         """The exchange under way, if it is the one of this stamp."""

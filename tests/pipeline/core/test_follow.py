@@ -223,3 +223,42 @@ def test_stragglers_are_waited_for_unless_told_otherwise() -> None:
     talk.go(talk.announce(1), A)
     out = talk.wait(POLICY.ready_s - 0.1, alive=[A, B])
     assert talk.told("evict", out) == []
+
+
+def test_nobody_is_a_straggler_before_the_journal_has_asked() -> None:
+    """No patience at all, and the journal takes a second to store the announcement: who has not
+    committed by then has heard of nothing, and is put out only when it has."""
+    talk = TrainerTalk(A, B, policy=replace(POLICY, quorum=1, straggler_s=0.0))
+    talk.feed(ev.Published(1))
+    append = talk.seal(1)
+    assert append is not None
+    talk.go(append.announce.stamp, A)
+    out = talk.wait(1.0, alive=[A, B])
+    assert talk.told("evict", out) == []
+    talk.feed(ev.Announced(1))
+    out = talk.wait(0.01)
+    assert talk.told("evict", out) == ["b not ready 0 s after 1 others were; out for 1 s"]
+
+
+def test_an_opening_does_not_wait_long_for_a_straggler_that_comes_back() -> None:
+    """B was put out, and is asked for the next window after its back-off; it does not answer: the
+    others wait for straggler_s, and not for ready_s."""
+    policy = replace(POLICY, quorum=1, straggler_s=0.05)
+    talk = TrainerTalk(A, B, policy=policy)
+    talk.go(talk.announce(1), A)
+    talk.wait(0.06, alive=[A, B])
+    talk.open_window()
+    [call] = talk.said(msg.Call)
+    talk.deliver(call.stamp, A)
+    talk.hear(msg.Applied(sender=B, epoch=1, version=1, source="log"))
+    out = talk.wait(policy.backoff_s + 0.01, alive=[A, B])
+    [opening] = [m for m in talk.said(msg.Opening, out) if m.members == (A, B)]
+    talk.go(opening.stamp, A)
+    out = talk.wait(0.06, alive=[A, B])
+    assert talk.told("evict", out) == ["b not ready 0.05 s after 1 others were; out for 2 s"]
+
+
+def test_a_quorum_is_a_number() -> None:
+    """A slip in the policy is told where it is made."""
+    with pytest.raises(ValueError, match=r"Policy.quorum must be 'all' or a number, not 'most'"):
+        replace(POLICY, quorum="most")

@@ -100,7 +100,11 @@ def test_who_cannot_catch_up_may_enter_further_behind() -> None:
         assert names(membership.fit(BOTH, frozenset(), 6 + lag, 0.0))[1] == ["slow"]
         assert names(membership.fit(BOTH, frozenset(), 6 + lag + 1, 0.0))[1] == []
         for _ in range(50 if steps == 2 else 1):
-            membership.stepped(who)
+            membership.stepped(who, lag + 1)
+    membership.stepped(who, 1)
+    assert names(membership.fit(BOTH, frozenset(), 8, 0.0))[1] == [], "it came near"
+    membership.stepped(who, 5)
+    assert names(membership.fit(BOTH, frozenset(), 8, 0.0))[1] == ["slow"]
     membership.pardon(who)
     assert names(membership.fit(BOTH, frozenset(), 8, 0.0))[1] == []
 
