@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -91,10 +90,9 @@ async def run_all(areas: Sequence[Area], gpus: int, require_gpu: bool, lanes: in
     free = asyncio.Semaphore(lanes)
 
     async def run_beside(area: Area) -> None:
-        frugal = replace(area, env={"OMP_NUM_THREADS": "1", **area.env})
         async with free:
             with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-                results[area.name] = await run(frugal, gpus, require_gpu, output)
+                results[area.name] = await run(area, gpus, require_gpu, output)
                 output.seek(0)
                 print(f"{header(area)}\n{output.read()}", end="", flush=True)
 
