@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benches import refusal
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 
@@ -95,8 +97,6 @@ def test_a_density_that_was_not_measured_is_named(tmp_path: Path) -> None:
     """The document has no such section: the message says which there are, nothing is written."""
     out = tmp_path / "x.svg"
     result = str(RESULTS / "round-cpu-loopback-2w.json")
-    words = [sys.executable, "bench/picture.py", result, "-o", str(out), "--density", "0.5"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "nothing was measured at a density of 0.5, only at 0.01" in done.stderr
+    told = refusal("picture.py", result, "-o", str(out), "--density", "0.5")
+    assert "nothing was measured at a density of 0.5, only at 0.01" in told
     assert not out.exists()
