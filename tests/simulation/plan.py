@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,10 +75,7 @@ class Plan:
         ]
         workers = rng.randint(1, 4)
         updates = rng.randint(10, 40)
-        keeps = random.Random(f"log {seed}")
         policy = Policy(
-            merge_every=keeps.choice([1, 2, 2, 3, 8]),
-            keep_versions=keeps.choice([1, 2, 16]),
             window=rng.choice(["auto", "auto", "gloo"]),
             lease_s=rng.choice([3, 5, 10]),
             silence_s=rng.choice([2.0, 4.0]),
@@ -93,6 +90,10 @@ class Plan:
             anchor_every=rng.choice([2, 5, 100]),
             staging_nbytes=rng.choice([2000, 6000, 1 << 30, 1 << 30]),
         )
+        lot = random.Random(f"log {seed}")
+        if lot.random() < 0.5:
+            merge_every, keep_versions = lot.choice([1, 2, 2, 3]), lot.choice([1, 2, 16])
+            policy = replace(policy, merge_every=merge_every, keep_versions=keep_versions)
         every: tuple[WindowKind, ...] = ("gloo", "bus")
         return cls(
             seed=seed,
