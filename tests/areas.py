@@ -43,6 +43,8 @@ class Area:
     """The sources of those areas and what counts everywhere, one tuple of globs each."""
     commands: tuple[tuple[str, ...], ...] = ()
     """Programs of the virtual environment that must end with 0; each counts as one test."""
+    quiet: bool = False
+    """It keeps no real time (no sockets, no deadlines), so other areas may run beside it."""
     gpus: int = 0
     """GPUs needed; without them the area is skipped by name, or fails under --require-gpu."""
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -161,12 +163,15 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def _parse(name: str, table: dict[str, object]) -> Area:
-    known = {"about", "tests", "sources", "uses", "commands", "needs", "matrix", "env", "timeout_s"}
+    known = {"about", "tests", "sources", "uses", "commands"}
+    known |= {"quiet", "needs", "matrix", "env", "timeout_s"}
     if unknown := sorted(table.keys() - known):
         raise AreasError(f"area {name!r} has unknown keys {unknown}; known: {sorted(known)}")
     needs = str(table.get("needs", "cpu"))
     if (needed := re.fullmatch(r"cpu|gpu:([1-9])", needs)) is None:
         raise AreasError(f'area {name!r} needs {needs!r}: say "cpu" or "gpu:N"')
+    if (quiet := table.get("quiet", False)) not in (True, False):
+        raise AreasError(f"area {name!r}: quiet is {quiet!r}: say true or false")
     try:
         area = Area(
             name=name,
@@ -175,6 +180,7 @@ def _parse(name: str, table: dict[str, object]) -> Area:
             sources=_words(table, "sources"),
             uses=_words(table, "uses"),
             commands=tuple(tuple(str(c).split()) for c in _words(table, "commands")),
+            quiet=bool(quiet),
             gpus=int(needed[1] or 0),
             axes={axis: tuple(values) for axis, values in dict(table.get("matrix", {})).items()},
             env=dict(table.get("env", {})),

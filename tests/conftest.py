@@ -16,6 +16,10 @@ from sparsecast.pipeline.bus.nats import NatsBus, connect
 
 pytest_plugins = ("harness",)
 
+# Before torch is imported, here and in what tests start. Of several threads a process on a few
+# cores, those that are done spin until the last one comes: a test would take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # How long an example takes is the machine's affair, not the code's: no test is timed.
 settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True

@@ -19,6 +19,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--outcomes", type=Path, metavar="FILE", help="append one JSON line a test")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+    """Collect the root as a folder and not as a package, which pytest would import by the name of
+    the checkout's folder: a second time, or not at all (sparsecast-0.1.0, my-clone)."""
+    return pytest.Dir.from_parent(parent, path=path) if path == parent.config.rootpath else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Write down every test with the values it is bound to."""
     for item in items:

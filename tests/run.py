@@ -6,11 +6,14 @@
 --list          say what would run, and run nothing
 
 Each area runs in processes of its own under a deadline, so that one that hangs or crashes costs
-only itself. The exit status is 0 only if nothing failed. The last line counts tests; a command of
-an area (a linter, say) counts as one.
+only itself. Quiet areas run beside each other, one a core, each one's output printed whole when it
+ends; then the others run one at a time, for load would eat up their deadlines. The exit status is
+0 only if nothing failed. The last line counts tests; a command of an area (a linter, say) counts
+as one.
 """
 
 import argparse
+import asyncio
 import os
 import signal
 import subprocess
@@ -19,15 +22,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from .areas import (
     ROOT,
     Area,
     AreasError,
-    Outcome,
-    covers,
     describe,
     files,
     is_test,
@@ -35,31 +36,7 @@ from .areas import (
     matches,
     read_outcomes,
 )
-
-
-@dataclass(kw_only=True)
-class Result:
-    """What became of one area."""
-
-    area: Area
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    notes: list[str] = field(default_factory=list)
-    """What a reader must know: missing hardware, deadlines, crashes, entries that nothing ran."""
-    wall_s: float = 0.0
-
-    def fail(self, note: str) -> None:
-        """Count one failure and say why."""
-        self.failed += 1
-        self.notes.append(note)
-
-    @property
-    def verdict(self) -> str:
-        """failed, skipped (nothing ran) or passed."""
-        if self.failed:
-            return "failed"
-        return "passed" if self.passed else "skipped"
+from .results import Result, closing_line, count, ended, header, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,12 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{'':<20} {describe(entry)}")
         return 0
     started = time.monotonic()
-    results = []
     gpus = count_gpus() if any(area.gpus for area in areas) else 0
     link_package_by_name()
-    for area in areas:
-        print(f"\n── {area.name}: {area.about}", flush=True)
-        results.append(run(area, gpus, options.require_gpu))
+    results = asyncio.run(run_all(areas, gpus, options.require_gpu, lanes=cores()))
     print(table(results))
     print(closing_line(results, time.monotonic() - started), flush=True)
     return 1 if any(result.failed for result in results) else 0
@@ -107,8 +81,36 @@ def changed_files(revision: str) -> list[str]:
     return sorted({*since, *new})
 
 
-def run(area: Area, gpus: int, require_gpu: bool) -> Result:
-    """Run one area's commands and tests."""
+async def run_all(areas: Sequence[Area], gpus: int, require_gpu: bool, lanes: int) -> list[Result]:
+    """Run the areas: the quiet ones in so many lanes, then the others. Results in their order."""
+    results: dict[str, Result] = {}
+    # The longest first, as their deadlines tell: what ends last should not be left to run alone.
+    quiet = sorted((area for area in areas if area.quiet), key=lambda area: -area.timeout_s)
+    lanes = min(lanes, len(quiet))
+    free = asyncio.Semaphore(lanes)
+
+    async def run_beside(area: Area) -> None:
+        async with free:
+            with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+                results[area.name] = await run(area, gpus, require_gpu, output)
+                output.seek(0)
+                print(f"{header(area)}\n{output.read()}", end="", flush=True)
+
+    if lanes > 1:
+        names = ", ".join(area.name for area in quiet)
+        print(f"\n── {lanes} at a time, each shown when it ends: {names}", flush=True)
+        async with asyncio.TaskGroup() as beside:
+            for area in quiet:
+                beside.create_task(run_beside(area))
+    for area in areas:
+        if area.name not in results:
+            print(header(area), flush=True)
+            results[area.name] = await run(area, gpus, require_gpu)
+    return [results[area.name] for area in areas]
+
+
+async def run(area: Area, gpus: int, require_gpu: bool, output: IO[str] | None = None) -> Result:
+    """Run one area's commands and tests; they write to `output`, or where this process does."""
     result = Result(area=area)
     started = time.monotonic()
     if area.gpus > gpus:
@@ -120,28 +122,30 @@ def run(area: Area, gpus: int, require_gpu: bool) -> Result:
             result.notes.append(note)
     else:
         deadline = started + area.timeout_s
-        env = os.environ | area.env
         for command in area.commands:
-            run_command(result, command, env, deadline)
+            await run_command(result, command, deadline, output)
         if area.tests:
-            run_tests(result, require_gpu, env, deadline)
+            await run_tests(result, require_gpu, deadline, output)
     result.wall_s = time.monotonic() - started
     return result
 
 
-def run_command(
-    result: Result, command: Sequence[str], env: dict[str, str], deadline: float
+async def run_command(
+    result: Result, command: Sequence[str], deadline: float, output: IO[str] | None
 ) -> None:
     """Run one command of an area, found beside this interpreter."""
     program = Path(sys.executable).parent / command[0]
-    code = spawn([str(program), *command[1:]], env, deadline)
+    env = os.environ | result.area.env
+    code = await spawn([str(program), *command[1:]], env, deadline, output)
     if code == 0:
         result.passed += 1
     else:
-        result.fail(f"`{' '.join(command)}` {_ended(code, result.area)}")
+        result.fail(f"`{' '.join(command)}` {ended(code, result.area)}")
 
 
-def run_tests(result: Result, require_gpu: bool, env: dict[str, str], deadline: float) -> None:
+async def run_tests(
+    result: Result, require_gpu: bool, deadline: float, output: IO[str] | None
+) -> None:
     """Run one area's test files under pytest and count what came of them."""
     paths = [p for p in files() if is_test(p) and matches(p, result.area.tests)]
     if not paths:
@@ -150,49 +154,37 @@ def run_tests(result: Result, require_gpu: bool, env: dict[str, str], deadline: 
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "outcomes"
         command = [sys.executable, "-m", "pytest", "-qq", f"--outcomes={report}", *paths]
-        code = spawn(command + ["--require-gpu"] * require_gpu, env, deadline)
+        command += ["--require-gpu"] * require_gpu
+        code = await spawn(command, os.environ | result.area.env, deadline, output)
         count(result, read_outcomes(report), code)
 
 
-def count(result: Result, outcomes: Sequence[Outcome], code: int | None) -> None:
-    """Add pytest's outcomes to an area's result; `code` is its exit status, None if killed."""
-    last = {outcome.test: outcome for outcome in outcomes}  # a failing teardown has the last word
-    for outcome in last.values():
-        match outcome.result:
-            case "passed":
-                result.passed += 1
-            case "skipped":
-                result.skipped += 1
-                result.notes.append(f"skipped {outcome.test}: {outcome.reason}")
-            case "failed":
-                result.fail(f"failed {outcome.test}")
-            case _:
-                result.fail(f"never finished: {outcome.test}")
-    if code not in (0, 1) or (code == 1 and not result.failed):
-        result.fail(f"pytest {_ended(code, result.area)}")
-    for entry in result.area.entries():
-        bound = [o for o in last.values() if covers(o.binding, entry)]
-        if not bound:
-            result.fail(f"matrix: no test runs {describe(entry)}")
-        elif all(o.result == "skipped" for o in bound):
-            result.notes.append(f"matrix: {describe(entry)} was skipped")
-
-
-def spawn(command: Sequence[str], env: dict[str, str], deadline: float) -> int | None:
+async def spawn(
+    command: Sequence[str], env: dict[str, str], deadline: float, output: IO[str] | None = None
+) -> int | None:
     """Run a program at the root; its exit status, or None if the deadline killed it.
 
     It leads a process group of its own, which is killed whole at the end, whatever that was: what
     its tests started and left behind dies with it.
     """
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=env, start_new_session=True, stdout=output, stderr=output
+    )
     try:
-        return process.wait(timeout=max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await process.wait()
+    except TimeoutError:
         return None
     finally:
         with suppress(ProcessLookupError, PermissionError):  # nobody is left: the usual end
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        await process.wait()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def count_gpus() -> int:
@@ -214,37 +206,6 @@ def link_package_by_name() -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
         link.symlink_to(ROOT, target_is_directory=True)
-
-
-def table(results: Sequence[Result]) -> str:
-    """One line an area, its notes below it."""
-    width = max([len("area"), *(len(r.area.name) for r in results)])
-    lines = ["", f"{'area':<{width}}  result   passed  failed  skipped     time"]
-    for r in results:
-        lines.append(
-            f"{r.area.name:<{width}}  {r.verdict:<7}  {r.passed:>6}  {r.failed:>6}  {r.skipped:>7}"
-            f"  {r.wall_s:>6.1f}s"
-        )
-        lines += [f"{'':<{width}}  · {note}" for note in r.notes]
-    return "\n".join([*lines, ""])
-
-
-def closing_line(results: Sequence[Result], wall_s: float) -> str:
-    """The counts as pytest words them: 12 passed, 1 failed in 3.21s."""
-    counts = {word: sum(getattr(r, word) for r in results) for word in _WORDS}
-    said = [f"{n} {word}" for word, n in counts.items() if n or word == "passed"]
-    return f"{', '.join(said)} in {wall_s:.2f}s"
-
-
-_WORDS = ("failed", "passed", "skipped")
-
-
-def _ended(code: int | None, area: Area) -> str:
-    if code is None:
-        return f"was killed: the area's {area.timeout_s:.0f} s were over"
-    if code < 0:
-        return f"died of {signal.Signals(-code).name}"
-    return f"ended with status {code}"
 
 
 def _git(*arguments: str) -> list[str]:

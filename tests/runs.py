@@ -9,6 +9,7 @@ import torch
 from sparsecast import AsyncPublisher, Policy, Replica, digest
 from sparsecast.messages import codec
 from sparsecast.messages.metrics import Metric
+from sparsecast.pipeline.log.tiered import TieredLog
 
 #: Deadlines short enough that a fault costs a test a second and not five.
 QUICK = Policy(
@@ -66,13 +67,19 @@ def same_bits(ours: Tensors, theirs: Tensors) -> bool:
 async def until_stored(
     publisher: AsyncPublisher, version: int, *, anchor: bool = False, timeout_s: float = 20.0
 ) -> None:
-    """Wait until the publisher's log has this version: a patch to it, or an anchor."""
+    """Wait until the publisher's log has this version in every tier: a patch to it, or an anchor.
+
+    Not in one of them: a publisher that is closed breaks off what the others still store.
+    """
+    log = publisher._ports.log
+    tiers = list(log._tiers.values()) if isinstance(log, TieredLog) else [log]
     async with asyncio.timeout(timeout_s):
-        while True:
-            for entry in await publisher._ports.log.entries(timeout_s=timeout_s):
-                if entry.version == version and (entry.base_version is None) == anchor:
-                    return
-            await asyncio.sleep(0.02)
+        while tiers:
+            found = await tiers[-1].entries(timeout_s=timeout_s)
+            if any(e.version == version and (e.base_version is None) == anchor for e in found):
+                tiers.pop()
+            else:
+                await asyncio.sleep(0.02)
 
 
 class Site:

@@ -1,7 +1,8 @@
-"""tests/run.py: what it chooses, what it counts, and that nothing it starts outlives its time."""
+"""tests/run.py: what it chooses, what runs beside what, and that nothing outlives its time."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from . import run as runner
-from .areas import Area, AreasError, Outcome, files, load, matches, read_outcomes
+from .areas import Area, AreasError
 
 
 def area(**fields: object) -> Area:
@@ -18,176 +19,46 @@ def area(**fields: object) -> Area:
     return Area(**({"name": "a", "about": "an area", "tests": ("t",)} | fields))
 
 
-def outcome(test: str, result: str, **binding: str) -> Outcome:
-    """One line of pytest's outcomes."""
-    return Outcome(test=test, binding=binding, result=result, reason="no GPU")
-
-
-@pytest.mark.parametrize(
-    ("globs", "path", "expected"),
-    [
-        ("a/*.py", "a/b.py", True),
-        ("a/*.py", "a/b/c.py", False),
-        ("a/**/t_*.py", "a/t_x.py", True),
-        ("a/**/t_*.py", "a/b/c/t_x.py", True),
-        ("a/**/t_*.py", "a/b/c/x.py", False),
-        ("a/**", "a/b/c", True),
-        ("a/**", "ab/c", False),
-        ("a.py", "axpy", False),
-        ("**/*.py", "x.py", True),
-        ("a/*.py !a/b*.py", "a/c.py", True),
-        ("a/*.py !a/b*.py", "a/b1.py", False),
-        ("!a/b*.py a/*.py", "a/b1.py", False),
-        ("!a/b*.py", "a/c.py", False),
-    ],
-)
-def test_globs_name_what_they_say(globs: str, path: str, expected: bool) -> None:
-    """A star stays within a folder, two stars cross folders, a dot is a dot, a ! leaves out."""
-    assert matches(path, globs.split()) is expected
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ('[area.a]\nabout = "x"', "neither tests nor commands"),
-        ('[area.a]\nabout = "x"\ntests = ["t"]\nneeds = "tpu"', "'tpu'"),
-        ('[area.a]\nabout = "x"\ntests = "t"', "list of strings"),
-        ('[area.a]\nabout = "x"\ntests = ["t"]\nuses = ["b"]', "uses 'b', which is no area"),
-        ('[area.a]\ntests = ["t"]', "about"),
-        ('[area.a]\nabout = "x"\ntests = ["t"]\nsource = ["s"]', r"unknown keys \['source'\]"),
-        ("everywhere = []\nelsewhere = []", "elsewhere"),
-    ],
-)
-def test_a_wrong_manifest_is_refused_by_name(tmp_path: Path, text: str, told: str) -> None:
-    """Someone mistypes a key of areas.toml; the error names it instead of running less."""
-    manifest = tmp_path / "areas.toml"
-    manifest.write_text(text)
-    with pytest.raises(AreasError, match=told):
-        load(manifest)
-
-
-def test_an_area_depends_on_what_the_areas_it_uses_depend_on(tmp_path: Path) -> None:
-    """c uses b, b uses a: a change of a's sources, or of what counts everywhere, calls for c; what
-    a leaves out is left out there only."""
-    manifest = tmp_path / "areas.toml"
-    manifest.write_text(
-        'everywhere = ["pins"]\n'
-        '[area.a]\nabout = "x"\ntests = ["ta"]\nsources = ["a/**", "!a/b"]\n'
-        '[area.b]\nabout = "x"\ntests = ["tb"]\nsources = ["b/**"]\nuses = ["a"]\n'
-        '[area.c]\nabout = "x"\ntests = ["tc"]\nsources = ["a/b"]\nuses = ["b"]\n'
-    )
-    paths = ["pins", "a/a", "a/b", "b/b", "ta", "tb", "tc"]
-    chosen = {n: [p for p in paths if a.depends_on(p)] for n, a in load(manifest).items()}
-    assert chosen == {
-        "a": ["pins", "a/a", "ta"],
-        "b": ["pins", "a/a", "b/b", "tb"],
-        "c": ["pins", "a/a", "a/b", "b/b", "tc"],
-    }
-
-
-def test_counts_are_those_of_the_last_word() -> None:
-    """A test passes and its teardown fails: it failed. A skip is counted with its reason."""
-    result = runner.Result(area=area())
-    runner.count(
-        result,
-        [
-            outcome("x", "collected"),
-            outcome("y", "collected"),
-            outcome("z", "collected"),
-            outcome("x", "passed"),
-            outcome("y", "passed"),
-            outcome("y", "failed"),
-            outcome("z", "skipped"),
-        ],
-        code=1,
-    )
-    assert (result.passed, result.failed, result.skipped) == (1, 1, 1)
-    assert result.notes == ["failed y", "skipped z: no GPU"]
-    assert result.verdict == "failed"
-
-
-def test_a_crash_fails_what_had_not_finished() -> None:
-    """pytest dies of a signal in its second test: the first passed, the second did not, and the
-    crash is told."""
-    result = runner.Result(area=area())
-    outcomes = [outcome("x", "collected"), outcome("y", "collected"), outcome("x", "passed")]
-    runner.count(result, outcomes, code=-11)
-    assert (result.passed, result.failed) == (1, 2)
-    assert result.notes == ["never finished: y", "pytest died of SIGSEGV"]
-
-
-@pytest.mark.parametrize(
-    ("code", "told"),
-    [(None, "were over"), (1, "status 1"), (2, "status 2"), (4, "status 4"), (5, "status 5")],
-)
-def test_no_end_but_success_passes(code: int | None, told: str) -> None:
-    """pytest was killed, broke, or found nothing to run: the area fails although no test did."""
-    result = runner.Result(area=area())
-    runner.count(result, [outcome("x", "collected"), outcome("x", "passed")], code)
-    assert result.failed == 1
-    assert told in result.notes[0]
-
-
-def test_an_entry_of_the_matrix_that_nothing_runs_fails_the_area() -> None:
-    """The matrix promises two windows in two dtypes; one of the four is bound to no test, and one
-    only to a test that was skipped, which is said."""
-    axes = {"window": ("gloo", "bus"), "dtype": ("bfloat16", "float32")}
-    result = runner.Result(area=area(axes=axes))
-    runner.count(
-        result,
-        [
-            outcome("x", "passed", window="gloo", dtype="bfloat16", other="1"),
-            outcome("y", "passed", window="gloo", dtype="float32"),
-            outcome("z", "skipped", window="bus", dtype="bfloat16"),
-            outcome("w", "passed", window="bus"),
-        ],
-        code=0,
-    )
-    assert result.notes == [
-        "skipped z: no GPU",
-        "matrix: window=bus dtype=bfloat16 was skipped",
-        "matrix: no test runs window=bus dtype=float32",
-    ]
-    assert result.failed == 1
-
-
 @pytest.mark.parametrize("require", [False, True])
-def test_a_missing_gpu_skips_by_name_or_fails(require: bool) -> None:
+async def test_a_missing_gpu_skips_by_name_or_fails(require: bool) -> None:
     """The area needs four GPUs, two are here: skipped with that reason, or failed if required."""
-    result = runner.run(area(gpus=4), 2, require)
+    result = await runner.run(area(gpus=4), 2, require)
     assert result.notes == ["needs 4 NVIDIA GPU(s), 2 here"]
     assert result.verdict == ("failed" if require else "skipped")
 
 
-def test_a_failing_command_fails_its_area() -> None:
+async def test_a_failing_command_fails_its_area() -> None:
     """One command of two ends with a status: one passed, one failed, and which is said."""
     commands = (("python", "-c", "pass"), ("python", "-c", "raise(SystemExit(3))"))
-    result = runner.run(area(tests=(), commands=commands), 0, False)
+    result = await runner.run(area(tests=(), commands=commands), 0, False)
     assert (result.passed, result.failed) == (1, 1)
     assert result.notes == ["`python -c raise(SystemExit(3))` ended with status 3"]
 
 
-def test_an_area_without_a_test_file_fails() -> None:
+async def test_an_area_without_a_test_file_fails() -> None:
     """The files an area names were moved away: it fails and does not pass empty."""
-    result = runner.run(area(tests=("tests/nowhere/test_*.py",)), 0, False)
+    result = await runner.run(area(tests=("tests/nowhere/test_*.py",)), 0, False)
     assert result.verdict == "failed"
     assert result.notes == ["no test file matches tests/nowhere/test_*.py"]
 
 
 @pytest.mark.parametrize(("end", "code"), [("wait", None), ("exit 7", 7)])
-def test_no_child_outlives_its_area(tmp_path: Path, end: str, code: int | None) -> None:
+async def test_no_child_outlives_its_area(tmp_path: Path, end: str, code: int | None) -> None:
     """A test hangs until the deadline, or ends and leaves a child behind: the child is gone."""
     pid_file = tmp_path / "pid"
     script = f"sleep 600 & echo $! > {pid_file}; {end}"
     started = time.monotonic()
-    assert runner.spawn(["sh", "-c", script], dict(os.environ), started + 1.0) == code
+    assert await runner.spawn(["sh", "-c", script], dict(os.environ), started + 1.0) == code
     assert time.monotonic() - started < 10
-    child = int(pid_file.read_text())
-    for _ in range(100):
-        if not running(child):
-            break
+    assert ends(int(pid_file.read_text()))
+
+
+def ends(pid: int, timeout_s: float = 10.0) -> bool:
+    """Whether a process is gone before long."""
+    deadline = time.monotonic() + timeout_s
+    while running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not running(child)
+    return not running(pid)
 
 
 def running(pid: int) -> bool:
@@ -198,6 +69,109 @@ def running(pid: int) -> bool:
         return False
     stat = Path(f"/proc/{pid}/stat")
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def acting(name: str, script: str, **fields: object) -> Area:
+    """An area whose one command is a shell script."""
+    program = f"import subprocess, sys; sys.exit(subprocess.call(['bash', '-c', {script!r}]))"
+    return area(name=name, tests=(), commands=(("python", "-c", program),), **fields)
+
+
+#: say WORD, and wait until a WORD of somebody else is there: neither goes on without the other.
+TALK = 'say() { echo "$1"; touch "$1"; }; await() { until [ -e "$1" ]; do sleep 0.05; done; }; '
+
+
+async def test_quiet_areas_run_beside_each_other_and_the_others_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two quiet areas speak by turns, so that neither could end alone, and a loud one, the first of
+    the file, comes when both are over: each one's output is whole, results are in the file's order.
+    """
+    talk = f"cd {tmp_path}; {TALK}"
+    loud = acting("loud", f"cd {tmp_path}; ls b2 a3 && touch loud")
+    a = acting("a", f"{talk} say a1; await b1; say a2; await b2; sleep 0.5; say a3", quiet=True)
+    b = acting("b", f"{talk} await a1; say b1 >&2; await a2; say b2; ! ls loud", quiet=True)
+    results = await runner.run_all([loud, a, b], 0, False, lanes=2)
+    assert [(r.area.name, r.verdict) for r in results] == [
+        ("loud", "passed"),
+        ("a", "passed"),
+        ("b", "passed"),
+    ]
+    out = capfd.readouterr().out
+    assert "2 at a time, each shown when it ends: a, b\n" in out
+    assert "── a: an area\na1\na2\na3\n" in out
+    assert "── b: an area\nb1\nb2\n" in out
+    assert out.endswith("── loud: an area\na3\nb2\n")
+
+
+async def test_quiet_areas_take_turns_where_there_are_fewer_lanes(tmp_path: Path) -> None:
+    """Three quiet areas and two lanes: never more than two at once, the longest two begin. With one
+    lane, or with nobody to run beside, they run one by one, in the order of the file."""
+    enter = (
+        f'cd {tmp_path}; touch "$0".in; ls *.in | wc -l >> counts; echo $0 >> order; sleep 0.3; '
+    )
+    script = enter + 'rm "$0".in'
+    areas = [
+        acting(name, script.replace("$0", name), quiet=True, timeout_s=timeout_s)
+        for name, timeout_s in (("short", 60), ("long", 90), ("longer", 120))
+    ]
+
+    def read(name: str) -> list[str]:
+        words = (tmp_path / name).read_text().split()
+        (tmp_path / name).unlink()
+        return words
+
+    await runner.run_all(areas, 0, False, lanes=2)
+    assert max(map(int, read("counts"))) <= 2
+    assert read("order")[2] == "short"
+    for chosen, lanes in ((areas, 1), (areas[:1], 2)):
+        await runner.run_all(chosen, 0, False, lanes=lanes)
+        assert set(read("counts")) == {"1"}
+        assert read("order") == [a.name for a in chosen]
+
+
+async def test_a_quiet_area_that_hangs_costs_only_itself(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of two areas that run beside each other hangs with a child of its own: its deadline ends
+    both, what it wrote is shown, and the other one passes."""
+    pid_file = tmp_path / "pid"
+    script = f"echo so far; sleep 600 & echo $! > {pid_file}; wait"
+    hung = acting("hung", script, quiet=True, timeout_s=3.0)
+    other = acting("other", "sleep 3.5; echo done", quiet=True)
+    results = await runner.run_all([hung, other], 0, False, lanes=2)
+    assert [result.verdict for result in results] == ["failed", "passed"]
+    assert results[0].notes[0].endswith("was killed: the area's 3 s were over")
+    assert ends(int(pid_file.read_text()))
+    out = capfd.readouterr().out
+    assert "── hung: an area\nso far\n" in out
+    assert out.endswith("── other: an area\ndone\n")
+
+
+INTERRUPTED = """
+import asyncio, sys
+from tests import run, test_run
+
+script = "echo $$ > {}.new; mv {}.new {}; exec sleep 600"
+areas = [test_run.acting(name, script.replace("{}", name), quiet=True) for name in sys.argv[1:]]
+asyncio.run(run.run_all(areas, 0, False, lanes=2))
+"""
+
+
+def test_an_interrupt_ends_what_runs(tmp_path: Path) -> None:
+    """Somebody presses ^C while two quiet areas run: neither goes on, and a third never begins."""
+    first, second, third = marks = [tmp_path / name for name in ("first", "second", "third")]
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, marks)]
+    with subprocess.Popen(command, cwd=runner.ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (first.exists() and second.exists()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert told.rstrip().endswith("KeyboardInterrupt")
+    assert process.returncode == -signal.SIGINT
+    assert all(ends(int(mark.read_text())) for mark in (first, second))
+    assert not third.exists()
 
 
 def test_changed_chooses_by_tests_and_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,74 +248,3 @@ def test_the_exit_status_and_the_last_line_tell(
     assert capfd.readouterr().out.splitlines()[-1].startswith("1 failed, 1 passed in ")
     assert runner.main(["--area", "good"]) == 0
     assert capfd.readouterr().out.splitlines()[-1].startswith("1 passed in ")
-
-
-def test_what_tools_leave_behind_is_no_file_of_the_project(tmp_path: Path) -> None:
-    """A virtual environment, caches and build products lie about; only the rest counts."""
-    for name in (
-        "a.py",
-        ".ci/run",
-        ".gitignore",
-        ".venv/lib/x.py",
-        ".git/config",
-        "b/__pycache__/a.pyc",
-        "build/lib/x.py",
-        "s.egg-info/PKG-INFO",
-        "tests/test_a.py",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert files(tmp_path) == [".ci/run", ".gitignore", "a.py", "tests/test_a.py"]
-
-
-STORIES = """
-import pytest, torch
-
-@pytest.fixture
-def broken():
-    yield
-    raise OSError("teardown")
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "window", ["gloo", pytest.param("b", marks=pytest.mark.matrix(window="bus"))]
-)
-def test_bound(window, dtype): pass
-
-@pytest.mark.gpu(99)
-def test_gpu(): raise AssertionError("ran without its GPUs")
-
-def test_torn_down(broken): pass
-"""
-
-
-@pytest.mark.parametrize("require", [False, True])
-def test_outcomes_say_what_ran_and_with_what(tmp_path: Path, require: bool) -> None:
-    """A file of tests with parameters, a marker, a missing GPU and a failing teardown is run, and
-    the outcomes have each test's binding and its last word."""
-    stories = tmp_path / "test_stories.py"
-    stories.write_text(STORIES)
-    report = tmp_path / "outcomes"
-    command = [sys.executable, "-m", "pytest", "-qq", "-p", "harness", f"--outcomes={report}"]
-    command += ["--rootdir", str(tmp_path), "-c", os.devnull, str(stories)]
-    env = os.environ | {"PYTHONPATH": str(runner.ROOT / "tests")}
-    done = subprocess.run(
-        command + ["--require-gpu"] * require,
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        timeout=90,
-    )
-    assert done.returncode == 1, done.stderr
-    last = {o.test.partition("::")[2]: o for o in read_outcomes(report)}
-    bindings = [o.binding for o in last.values() if "test_bound" in o.test]
-    assert bindings == [
-        {"window": "gloo", "dtype": "bfloat16"},
-        {"window": "gloo", "dtype": "float32"},
-        {"window": "bus", "dtype": "bfloat16"},
-        {"window": "bus", "dtype": "float32"},
-    ]
-    assert last["test_gpu"].result == ("failed" if require else "skipped")
-    if not require:
-        assert "needs 99 NVIDIA GPU(s)" in last["test_gpu"].reason
-    assert last["test_torn_down"].result == "failed"

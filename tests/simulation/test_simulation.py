@@ -8,6 +8,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,24 @@ from .planted import PLANTED
 from .world import Result, simulate
 
 SEEDS = range(50)
-#: A planted bug may need a rare course of things: one in fifteen seeds, say.
+#: A planted bug may need a rare course of things: one in fifty seeds, say.
 HUNTED = range(200)
+#: Seeds that have found one lately: tried first, for the time that it saves, and no more than that.
+LATELY = {
+    "base unchecked": 5,
+    "journal not awaited": 7,
+    "log given up": 16,
+    "lower window kept": 10,
+    "unsafe forgotten": 16,
+    "fence down": 6,
+    "resumed as is": 1,
+}
+
+
+@cache
+def played(seed: int) -> Result:
+    """The run of a seed, played once for all tests that look at it."""
+    return simulate(seed)
 
 
 def show(result: Result) -> str:
@@ -38,7 +55,7 @@ def test_the_rules_hold_under_faults(seed: int) -> None:
     and flipped, the broker forgets: no reader sees half an update, no update is applied on a wrong
     base, publish() takes no time, and once the faults are over all hold the newest version.
     """
-    result = simulate(seed)
+    result = played(seed)
     assert not result.violations, show(result)
     assert result.applied
     assert result.reads
@@ -64,7 +81,7 @@ def test_every_kind_of_fault_is_brought() -> None:
 
 def test_most_rounds_go_before_the_journal_is_asked() -> None:
     """What the rules are held against is the short way of a round, with the long one among it."""
-    results = [simulate(seed) for seed in SEEDS[:10]]
+    results = [played(seed) for seed in SEEDS[:10]]
     early = sum(result.early for result in results)
     windows = sum(result.rounds.get(kind, 0) for result in results for kind in ("gloo", "bus"))
     assert 0.5 * windows < early < windows
@@ -74,11 +91,11 @@ def test_a_seed_is_played_the_same_again() -> None:
     """One seed gives one trace, to the letter: in this process, and in another one that hashes
     strings differently.
     """
-    once, again = simulate(7, trace=True), simulate(7, trace=True)
+    once, again = simulate(5, trace=True), simulate(5, trace=True)
     assert len(once.trace) > 500
     assert once.trace == again.trace
     other = subprocess.run(
-        [sys.executable, "-m", "tests.simulate", "--seed", "7", "--trace"],
+        [sys.executable, "-m", "tests.simulate", "--seed", "5", "--trace"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"PYTHONHASHSEED": "12345"},
         capture_output=True,
@@ -96,7 +113,7 @@ def test_a_planted_bug_is_found(bug: str) -> None:
     """The product is broken in one place; one of the seeds finds it, and says what is wrong."""
     plant, words = PLANTED[bug]
     with plant():
-        for seed in HUNTED:
+        for seed in [LATELY.get(bug, 0), *HUNTED]:
             result = simulate(seed)
             if result.violations:
                 told = show(result)

@@ -8,6 +8,7 @@ folder, and the variable is set only then and within these tests: no other test 
 import importlib.util
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -29,7 +30,39 @@ def interpreter() -> Iterator[None]:
         if INTERPRETED:
             patched.setenv("TRITON_INTERPRET", "1")
             _reduce_by_halves(patched)
+            _do_nothing_twice(patched)
         yield
+
+
+def _do_nothing_twice(patched: pytest.MonkeyPatch) -> None:
+    """Spare the interpreter what it does for nothing, which is half of the time of these tests.
+
+    It looks for what to patch in triton.language at every call of a function within a kernel, and
+    most find all patched. It computes every sum and product again in 64 bits, for an assertion that
+    is made under its option `debug` alone. It fills a table of dtypes to look one up.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
+    dtypes: dict[str, Any] = {}
+
+    def patch_once(fn: Any) -> Any:
+        seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        missing = any(tl.core.is_builtin(lang.load) for lang in seen)
+        return patch(fn) if missing else interpreter._LangPatchScope()
+
+    def known_dtype_of(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if (found := dtypes.get(name)) is None:
+            found = dtypes[name] = dtype_of(dtype)
+        return found
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    patched.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+    patched.setattr(interpreter, "_patch_lang", patch_once)
+    patched.setattr(interpreter, "_get_np_dtype", known_dtype_of)
 
 
 def _reduce_by_halves(patched: pytest.MonkeyPatch) -> None:
