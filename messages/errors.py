@@ -329,3 +329,10 @@ class GenerationFailed(SparsecastError):
         detail = f"; prompt {first[0]}: {first[1]}" if first else ""
         super().__init__(f"{len(failures)} prompt(s) were not answered{detail}")
         self.failures = dict(failures)
+
+
+def brief(exc: Exception) -> str:
+    """An error of ours in its own words, a foreign one by its name and first line."""
+    if isinstance(exc, SparsecastError):
+        return str(exc)
+    return f"{type(exc).__name__}: {exc}".split("\n", 1)[0]

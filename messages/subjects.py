@@ -55,6 +55,7 @@ class Subjects:
         #: The log: chunks of patches and anchors, and their index.
         self.log_stream = f"sparsecast-{run}-log"
         self.log_all = f"{self.prefix}.log.>"
+        self.log_chunks_all = f"{self.prefix}.log.chunks.*"
         self.log_index = f"{self.prefix}.log.index"
 
         #: Metrics and events, in JSON.

@@ -14,7 +14,7 @@ from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch, merge
 from ..pipeline.log.base import way
-from ..pipeline.log.retention import leading, needless
+from ..pipeline.log.retention import leading, needless, spare
 from ..pipeline.log.spans import spans
 from .anchors import intact, read
 from .driver import Ports
@@ -65,16 +65,17 @@ class Archive:
         """Store these kept versions as one entry, and let go of them."""
         try:
             entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
-            if await self._has_room(entry.nbytes):
+            if await self._has_room(entry.nbytes, epoch):
                 await self._put(entry, patch)
+                self._crowded = False
             elif self._last_anchor < entry.version:  # else that has what there is no room for
-                self._crowded = True
                 raise LogFull(
                     f"{entry.nbytes} bytes more would leave no room for the next anchor in the "
                     f"run's quota of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); "
                     "an anchor is taken now"
                 )
         except (LogError, BusError) as exc:
+            self._crowded = self._crowded or isinstance(exc, LogFull)
             return ev.LogFailed(versions[-1], str(exc))
         self._stored = entry.version
         await self._ports.run(self._outgoing.release, entry.version)
@@ -99,28 +100,56 @@ class Archive:
                     entry, patch = await self._ports.run(self._outgoing.anchor, began)
                     await self._put(entry, patch)
                 except (LogError, BusError, RuntimeError, MemoryError) as exc:
+                    if isinstance(exc, LogFull) and await self._make_room(began):
+                        continue
                     if failures == 0:
                         self._tell(f"an anchor: {exc}")
                     failures += 1
                     await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
                     continue
-                self._last_anchor = max(self._last_anchor, entry.version)
                 self._crowded = False
                 if await self._prune(began):
+                    self._last_anchor = max(self._last_anchor, entry.version)
                     return
                 failures += 1
                 await asyncio.sleep(self._policy.retry_s * 2.0 ** min(failures, 6))
         finally:
             self._on_their_way -= 1
 
-    async def _has_room(self, nbytes: int) -> bool:
+    async def _has_room(self, nbytes: int, epoch: int) -> bool:
         """Whether so many bytes leave room for the next anchor in the run's quota."""
-        quota = self._policy.quota_nbytes
-        if quota is None:
+        most = self._most_nbytes
+        if most is None:
             return True
         held = await self._ports.log.entries(timeout_s=self._policy.store_s)
-        used = sum(entry.nbytes for entry in held)
-        return used + nbytes + roomy(self._outgoing.manifest.nbytes) <= quota
+        # What is not ours to drop never makes room: an anchor would not help.
+        writers = ("", self._outgoing.writer)
+        ours = [e for e in held if e.epoch < epoch or (e.epoch == epoch and e.writer in writers)]
+        return sum(entry.nbytes for entry in ours) + nbytes <= most
+
+    @property
+    def _most_nbytes(self) -> int | None:
+        """What the log may hold beside the next anchor, within its quota."""
+        quota = self._policy.quota_nbytes
+        return None if quota is None else quota - roomy(self._outgoing.manifest.nbytes)
+
+    async def _make_room(self, epoch: int) -> bool:
+        """Drop what has to go before an anchor fits: a trainer has died between an anchor and its
+        prune, or the quota is smaller than it was. Whether anything went."""
+        most, log = self._most_nbytes, self._ports.log
+        if most is None:
+            return False
+        timeout_s, writer = self._policy.store_s, self._outgoing.writer
+        try:
+            entries = await log.entries(timeout_s=timeout_s)
+            drop = spare(entries, epoch=epoch, writer=writer, nbytes=most)
+            if drop:
+                self._tell(f"{len(drop)} entries go, so that an anchor has room in the quota")
+                await log.prune(drop, timeout_s=timeout_s)
+        except _Trouble as exc:
+            self._failed("pruning", exc)
+            return False
+        return bool(drop)
 
     @property
     def mergeable(self) -> bool:
@@ -168,7 +197,7 @@ class Archive:
             until = [entry for entry in ours if entry.version <= end]
             parts = way(until, epoch=epoch, held=begin, target=end)
             merged = await self._joined(parts, going) if len(parts) > 1 else None
-            if merged is not None and going() and await self._has_room(merged[0].nbytes):
+            if merged is not None and going() and await self._has_room(merged[0].nbytes, epoch):
                 entry, payload = merged
                 await self._ports.log.store(entry, payload, timeout_s=policy.store_s)
                 ours.append(entry)
@@ -246,11 +275,9 @@ class Archive:
     @property
     def _keep_nbytes(self) -> int | None:
         """What the log may keep: there has to be room for the next anchor in its quota."""
-        keep, quota = self._policy.keep_nbytes, self._policy.quota_nbytes
-        if quota is None:
-            return keep
-        most = max(1, quota - roomy(self._outgoing.manifest.nbytes))
-        return most if keep is None else min(keep, most)
+        keep, most = self._policy.keep_nbytes, self._most_nbytes
+        known = [nbytes for nbytes in (keep, most) if nbytes is not None]
+        return min(known, default=None)
 
     async def _damage(self, anchor: LogEntry) -> str:
         """Why an anchor cannot be had from the log as it was stored; "" if it can. Read once."""

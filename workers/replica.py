@@ -18,7 +18,6 @@ from ..messages import codec
 from ..messages.control import (
     Announce,
     Claim,
-    LogEntry,
     Ready,
     Role,
     Sender,
@@ -28,16 +27,13 @@ from ..messages.control import (
     WindowKind,
 )
 from ..messages.errors import (
-    BusError,
     Closed,
     LocalProtocolError,
-    LogError,
-    LogHole,
     PatchError,
     ReplicaLagging,
     SettingsError,
-    SparsecastError,
     WindowError,
+    brief,
 )
 from ..messages.subjects import Subjects, check_token
 from ..pipeline.bus.base import Message
@@ -51,7 +47,7 @@ from .catching import Catching, Progress
 from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .engine import Engine, ModuleEngine
-from .fetching import chosen, shown_by
+from .fetching import Fetching
 from .incoming import Incoming
 from .streams import device_for
 from .telling import Telling
@@ -223,20 +219,21 @@ class Replica:
         #: The newest version whose patch is on its way or here, and that it has become another.
         self._coming = -1
         self._more = asyncio.Event()
-        #: Entries of the log whose bytes were not what they say.
-        self._refused: set[str] = set()
         life.push_async_callback(self._windows.abort_all)
         life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
         self._catching = Catching(
             self.policy, ports.clock, functools.partial(self._telling.event, "catch-up", self.name)
         )
+        journal = Journal(ports.bus, self.run)
+        self._fetching = Fetching(
+            self._core, ports, journal, self._incoming, self._catching, self.policy
+        )
         # Control first: what the trainer says between the journal's reading and a later
         # subscription would be lost.
         subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
         life.push_async_callback(subscription.unsubscribe)
-        self._journal = Journal(ports.bus, self.run)
-        follower = await self._journal.follow(self._announced, timeout_s=self.policy.bus_s)
+        follower = await journal.follow(self._announced, timeout_s=self.policy.bus_s)
         life.push_async_callback(follower.unsubscribe)
         self._driver.post(ev.Tick())
 
@@ -378,7 +375,7 @@ class Replica:
 
     def _broke(self, exc: Exception) -> None:
         self._error = self._error or exc
-        self._catching.broke_off(_brief(exc))
+        self._catching.broke_off(brief(exc))
 
     # ---- what the core asks for
 
@@ -421,7 +418,7 @@ class Replica:
             case cmd.Drop(versions):
                 return self._work(incoming.drop, versions)
             case cmd.Fetch():
-                return self._fetch(command)
+                return self._fetching.fetch(command)
         return None
 
     async def _work(self, function: Callable[..., T], *args: Any) -> T:
@@ -465,7 +462,7 @@ class Replica:
             # Fresh memory for each attempt: an aborted one may still write to its own.
             buffer = self._incoming.staging(announce.nbytes, window.spec.kind)
         except (RuntimeError, TypeError) as exc:  # more than there is, or no size at all
-            reason = f"no staging for the announced {announce.nbytes} bytes: {_brief(exc)}"
+            reason = f"no staging for the announced {announce.nbytes} bytes: {brief(exc)}"
             return ev.ReceiveFailed(*identity, stamp.version, reason, corrupt=False)
         payload = self._incoming.expect(buffer, announce)
         try:
@@ -492,7 +489,7 @@ class Replica:
             else:
                 await self._ports.run(stage)
         except (PatchError, RuntimeError, MemoryError) as exc:
-            return ev.ReceiveFailed(*identity, stamp.version, _brief(exc), corrupt=True)
+            return ev.ReceiveFailed(*identity, stamp.version, brief(exc), corrupt=True)
         claim = self._core.claim if self._core is not None else None
         if claim is None or claim.sender != announce.sender:
             await self._ports.run(self._incoming.drop, (stamp.version,))
@@ -501,76 +498,6 @@ class Replica:
             )
         return ev.Staged(stamp, announce)
 
-    async def _fetch(self, command: cmd.Fetch) -> ev.Fetched | ev.FetchFailed:
-        """Stage the way from the log, as far as staging reaches."""
-        assert self._core is not None
-        claim = self._core.claim
-        assert claim is not None
-        timeout_s = self.policy.store_s
-        catching, since = self._catching, self._ports.clock()
-        items: list[ev.LogItem] = []
-        try:
-            entries = await self._ports.log.entries(timeout_s=timeout_s)
-            earlier: list[Claim] = []
-            if command.reach == "exact" and command.target < claim.version:
-                earlier = await self._journal.claims(timeout_s=self.policy.bus_s)
-                earlier = [one for one in earlier if one.epoch < claim.epoch]
-            shown = shown_by(entries, [*earlier, claim], command)
-            if shown is not None:
-                return ev.Fetched(command.epoch, (), shown)
-            found = self._around(entries, [*earlier, claim], command)
-            catching.begin(command.held, found, since)
-            nbytes = 0
-            for entry in found:
-                nbytes += entry.nbytes
-                if items and nbytes > self.policy.staging_nbytes:
-                    break
-                began = self._ports.clock()
-                data = await self._ports.log.load(
-                    entry, timeout_s=timeout_s, progress=catching.loaded
-                )
-                receive_us = round((self._ports.clock() - began) * 1e6)
-                try:
-                    await self._ports.run(
-                        lambda data=data, entry=entry, us=receive_us: self._incoming.stage_bytes(
-                            data, entry, receive_us=us
-                        )
-                    )
-                except PatchError:
-                    self._refused.add(entry.name)
-                    raise
-                catching.staged(entry)
-                items.append(
-                    ev.LogItem(entry.base_version, entry.version, entry.digest, entry.nbytes)
-                )
-        except (LogError, BusError, PatchError, RuntimeError, MemoryError) as exc:
-            # A hole is what a worker meets that is quicker than the log; the rest is trouble.
-            level = logging.DEBUG if isinstance(exc, LogHole) else logging.WARNING
-            log.log(level, "worker %s: the log gives nothing: %s", self.name, _brief(exc))
-            if not items:
-                catching.broke_off(_brief(exc))
-                return ev.FetchFailed(command.epoch, _brief(exc))
-            catching.loaded(0)  # of the one that failed: the next fetch begins with it
-        if self._core.claim is not claim:
-            await self._ports.run(self._incoming.drop, tuple(item.version for item in items))
-            reason = "another claim came while the log was read"
-            catching.broke_off(reason)
-            return ev.FetchFailed(command.epoch, reason)
-        if self._core.verified is not None:
-            catching.verified(self._core.verified)  # a window may have been quicker
-        return ev.Fetched(command.epoch, tuple(items))
-
-    def _around(
-        self, entries: list[LogEntry], claims: list[Claim], command: cmd.Fetch
-    ) -> list[LogEntry]:
-        """The way around what was refused; if none is left, all of it is tried again."""
-        try:
-            sound = [entry for entry in entries if entry.name not in self._refused]
-            return chosen(sound, claims, command)
-        except LogHole:
-            self._refused.clear()
-            return chosen(entries, claims, command)
-
     def _compared(self, command: cmd.Compared) -> None:
         core, last = self._core, self._incoming.last
         assert core is not None
@@ -578,13 +505,6 @@ class Replica:
             self._catching.verified(command.version)
         if last is not None and last.version == command.version:
             self._telling.compared(self.name, core, last, command)
-
-
-def _brief(exc: Exception) -> str:
-    """An error of ours in its own words, a foreign one by its name and first line."""
-    if isinstance(exc, SparsecastError):
-        return str(exc)
-    return f"{type(exc).__name__}: {exc}".split("\n", 1)[0]
 
 
 def _follow(role: str, text: str) -> Follow:

@@ -134,7 +134,8 @@ def rm(
     """Drop a run: its journal, and its log on the broker. Directories are left alone.
 
     What is dropped cannot be brought back: a trainer that starts this run again begins at version
-    0. Refused while a trainer holds the run. Exit code 1 if the broker knows no such run.
+    0, or above what a directory of its log still has. Refused while a trainer holds
+    the run. Exit code 1 if the broker knows no such run.
     """
     subjects = Subjects(run)
     streams = (subjects.log_stream, subjects.journal_stream)

@@ -13,6 +13,7 @@ from ..messages.control import Announce, Claim, Sender
 from ..messages.errors import (
     BusError,
     Fenced,
+    LogError,
     RunBusy,
     SequenceConflict,
     SparsecastError,
@@ -76,9 +77,10 @@ class Tenure:
         """
         for _ in range(CLAIMS):
             state = await self._journal.open(timeout_s=self._policy.bus_s)
-            epoch, version = 1, 0
             if state.claim is not None and state.head is not None:
                 epoch, version = state.claim.epoch + 1, state.head + 1
+            else:
+                epoch, version = await self._first()
             digest = await self._held_over(self._begin(recall, state, version))
             try:
                 await self._append_claim(epoch, version, digest, state)
@@ -86,6 +88,19 @@ class Tenure:
                 continue  # whoever held the run has not noticed yet, and announced once more
             return ev.Claimed(epoch, version)
         raise RunBusy(self._run, "that still announces in it", lease_s=self._policy.lease_s)
+
+    async def _first(self) -> tuple[int, int]:
+        """Epoch and version of a run that the journal knows nothing of: 1 and 0, or above all that
+        the log has where the bus alone has forgotten (a directory, say). No number is given twice.
+        """
+        try:
+            entries = await self._ports.log.entries(timeout_s=self._policy.store_s)
+        except (LogError, BusError) as exc:
+            log.warning("whether the log knows older versions of the run is not known: %s", exc)
+            return 1, 0
+        if not entries:
+            return 1, 0
+        return max(e.epoch for e in entries) + 1, max(e.version for e in entries) + 1
 
     async def announce(self, announce: Announce) -> ev.Announced | ev.AnnounceFailed:
         """Store an announcement in the journal, behind all that this trainer has said."""

@@ -130,9 +130,13 @@ class Bus(Protocol):
     async def ensure_stream(self, config: StreamConfig, *, timeout_s: float) -> StreamState:
         """Make the stream, or find it there: `created` tells. An existing one is left as it is."""
 
-    async def limit_stream(self, stream: str, max_nbytes: int, *, timeout_s: float) -> None:
+    async def limit_stream(self, stream: str, max_nbytes: int | None, *, timeout_s: float) -> None:
         """Let a stream hold no more than that: what would be more is refused (StreamFull), and
-        nothing that is there is dropped. StreamMissing."""
+        nothing that is there is dropped. None lifts a bound that was set so. StreamMissing."""
+
+    async def subjects(self, stream: str, subject: str, *, timeout_s: float) -> list[str]:
+        """The subjects, of those that `subject` names (wildcards allowed), of which the stream
+        holds messages. StreamMissing."""
 
     async def append(
         self,

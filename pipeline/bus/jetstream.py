@@ -116,9 +116,26 @@ def decode_streams(reply: dict[str, Any]) -> Streams:
         ) from exc
 
 
-def encode_limit(config: dict[str, Any], max_nbytes: int) -> bytes:
-    """The request that bounds the stream of this configuration, as the server told it."""
-    return msgspec.json.encode(config | {"max_bytes": max_nbytes, "discard": "new"})
+def encode_limit(config: dict[str, Any], max_nbytes: int | None) -> bytes | None:
+    """The request that bounds the stream of this configuration, as the server told it; None if
+    nothing is to be changed. A bound that refuses is known by "new", which no stream is made with.
+    """
+    known = config.get("max_bytes"), config.get("discard")
+    wanted: tuple[int, str] = (-1, "old") if max_nbytes is None else (max_nbytes, "new")
+    if known == wanted or (max_nbytes is None and known[1] != "new"):
+        return None
+    return msgspec.json.encode(config | {"max_bytes": wanted[0], "discard": wanted[1]})
+
+
+def decode_subjects(reply: dict[str, Any]) -> tuple[list[str], int]:
+    """A page of a stream's subjects, and how many there are in all."""
+    try:
+        subjects = reply["state"].get("subjects") or {}
+        return [str(subject) for subject in subjects], int(reply.get("total", len(subjects)))
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise RemoteProtocolError(
+            f"not a stream's subjects: {exc!r}", subject=api("STREAM.INFO", "")
+        ) from exc
 
 
 def _bound(max_bytes: Any) -> int | None:

@@ -112,14 +112,27 @@ class NatsBus(Conversation):
             if error.get("err_code") != jetstream.STREAM_NAME_IN_USE:
                 raise self._error(reply, config.name)
 
-    async def limit_stream(self, stream: str, max_nbytes: int, *, timeout_s: float) -> None:
+    async def limit_stream(self, stream: str, max_nbytes: int | None, *, timeout_s: float) -> None:
         """Let a stream hold no more than that: what would be more is refused (StreamFull), and
-        nothing that is there is dropped. StreamMissing."""
+        nothing that is there is dropped. None lifts a bound that was set so. StreamMissing."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         config = (await self._api("STREAM.INFO", stream, b"", deadline))["config"]
-        if (config.get("max_bytes"), config.get("discard")) != (max_nbytes, "new"):
-            body = jetstream.encode_limit(config, max_nbytes)
+        body = jetstream.encode_limit(config, max_nbytes)
+        if body is not None:
             await self._api("STREAM.UPDATE", stream, body, deadline)
+
+    async def subjects(self, stream: str, subject: str, *, timeout_s: float) -> list[str]:
+        """The subjects, of those that `subject` names (wildcards allowed), of which the stream
+        holds messages. StreamMissing."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        found: list[str] = []
+        while True:
+            body = msgspec.json.encode({"subjects_filter": subject, "offset": len(found)})
+            reply = await self._api("STREAM.INFO", stream, body, deadline)
+            page, total = jetstream.decode_subjects(reply)
+            found += page
+            if not page or len(found) >= total:
+                return found
 
     async def append(
         self,

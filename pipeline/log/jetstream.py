@@ -64,8 +64,8 @@ class JetStreamLog:
     """The log of one run on JetStream: implements `Log`.
 
     Give it a connection of its own: the chunks of an anchor would delay a round's messages. What
-    would be more than `quota_nbytes` in all is refused by the server (LogFull); None leaves the
-    stream's bound as it is.
+    would be more than `quota_nbytes` in all is refused by the server (LogFull); None lifts what
+    an earlier quota was.
     """
 
     #: It survives the death of any process; power loss as the server is configured.
@@ -75,7 +75,7 @@ class JetStreamLog:
         self._streams = streams
         self._quota_nbytes = quota_nbytes
         #: Whether the stream has its bound.
-        self._limited = quota_nbytes is None
+        self._limited = False
         self._subjects = Subjects(run)
         self._stream = self._subjects.log_stream
         self._storing = asyncio.Lock()
@@ -100,7 +100,12 @@ class JetStreamLog:
         view = require_size(entry, payload)
         try:
             async with asyncio.timeout(timeout_s), self._storing:
-                await self._store(entry, view, timeout_s)
+                try:
+                    await self._store(entry, view, timeout_s)
+                except StreamFull:
+                    if not await self._drop_orphans(min(timeout_s, ANSWER_S)):
+                        raise
+                    await self._store(entry, view, timeout_s)
         except TimeoutError:
             raise LogError(
                 f"log entry {entry.name!r} ({entry.nbytes} bytes) was not stored within "
@@ -119,7 +124,7 @@ class JetStreamLog:
         deadline = loop.time() + timeout_s
         timeout_s = min(timeout_s, ANSWER_S)
         state = await self._streams.ensure_stream(self._config(), timeout_s=timeout_s)
-        if self._quota_nbytes is not None and (state.created or not self._limited):
+        if state.created or not self._limited:
             quota = self._quota_nbytes
             await self._streams.limit_stream(self._stream, quota, timeout_s=timeout_s)
             self._limited = True
@@ -299,6 +304,17 @@ class JetStreamLog:
                 before_sequence=min(self._begins[name] for name in kept),
                 timeout_s=timeout_s,
             )
+
+    async def _drop_orphans(self, timeout_s: float) -> bool:
+        """Drop all chunks without an entry, wherever they lie; whether there were any. Nothing else
+        may be stored meanwhile: the trainer that holds the run does it where room is short."""
+        kept = {self._chunks(entry) for entry in await self.entries(timeout_s=timeout_s)}
+        chunks = self._subjects.log_chunks_all
+        found = await self._streams.subjects(self._stream, chunks, timeout_s=timeout_s)
+        orphans = [subject for subject in found if subject not in kept]
+        for subject in orphans:
+            await self._streams.purge(self._stream, subject=subject, timeout_s=timeout_s)
+        return bool(orphans)
 
     async def manifest(self, manifest_hash: str, *, timeout_s: float) -> Manifest | None:
         """None: it stores bytes, and the names are in the journal."""

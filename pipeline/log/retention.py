@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...messages.control import LogEntry
 from ...messages.errors import LogHole
-from .base import way
+from .base import reached, way
 
 #: So many anchors stay if bytes allow: a reader may be at the older one.
 ANCHORS = 2
@@ -79,6 +79,35 @@ def _of_the_past(earlier: Sequence[LogEntry], oldest: int, room: int | None) -> 
 
 def _head(chain: Sequence[LogEntry]) -> int:
     return max((entry.version for entry in chain), default=0)
+
+
+def spare(entries: Sequence[LogEntry], *, epoch: int, writer: str, nbytes: int) -> list[LogEntry]:
+    """What may go at the worst, so that the next anchor of `writer` in this epoch has room.
+
+    Of the newest trainer up to this one that has an anchor, the newest anchor that leads on stays,
+    and what follows on it, as far as `nbytes` go; of later ones, which have none yet, the oldest
+    patches too. Other writers of this epoch and later epochs stay. Nothing goes where there is no
+    anchor.
+    """
+    ours = [e for e in entries if e.epoch < epoch or (e.epoch, e.writer) == (epoch, writer)]
+    later: list[LogEntry] = []
+    for chain in sorted({(e.epoch, e.writer) for e in ours}, reverse=True):
+        of_chain = [entry for entry in ours if (entry.epoch, entry.writer) == chain]
+        anchor = leading(of_chain, epoch=chain[0], writer=chain[1])
+        if anchor is None:
+            later = of_chain + later
+            continue
+        patches = [e for e in of_chain if e.base_version is not None]
+        ways = reached(patches, anchor.version)
+        furthest = ways[max(ways)].way if ways else []
+        stays: set[str] = set()
+        for entry in (anchor, *furthest, *later):
+            nbytes -= entry.nbytes
+            if nbytes < 0:
+                break
+            stays.add(entry.name)
+        return [entry for entry in ours if entry.name not in stays | {anchor.name}]
+    return []
 
 
 def leading(entries: Sequence[LogEntry], *, epoch: int, writer: str) -> LogEntry | None:

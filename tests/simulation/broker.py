@@ -176,10 +176,15 @@ class Broker:
             metadata=dict(stream.config.metadata),
         )
 
-    def limit(self, name: str, max_nbytes: int) -> None:
+    def limit(self, name: str, max_nbytes: int | None) -> None:
         """Bound what it may hold."""
         stream = self.stream(name)
-        stream.config = replace(stream.config, max_nbytes=max_nbytes)
+        stream.config = replace(stream.config, max_nbytes=max_nbytes or 0)
+
+    def subjects(self, name: str, pattern: str) -> list[str]:
+        """The subjects that there are messages of."""
+        stream = self.stream(name)
+        return list(dict.fromkeys(stream.messages[n].subject for n in stream.of(pattern)))
 
     def store(
         self,

@@ -323,9 +323,13 @@ class SimBus:
         deadline = self._deadline(timeout_s)
         return await self._call(lambda: self.broker.ensure(config), deadline, again=True)
 
-    async def limit_stream(self, stream: str, max_nbytes: int, *, timeout_s: float) -> None:
+    async def limit_stream(self, stream: str, max_nbytes: int | None, *, timeout_s: float) -> None:
         deadline = self._deadline(timeout_s)
         await self._call(lambda: self.broker.limit(stream, max_nbytes), deadline, again=True)
+
+    async def subjects(self, stream: str, subject: str, *, timeout_s: float) -> list[str]:
+        deadline = self._deadline(timeout_s)
+        return await self._call(lambda: self.broker.subjects(stream, subject), deadline, again=True)
 
     async def append(
         self,

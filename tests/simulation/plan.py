@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -78,13 +78,10 @@ class Plan:
         ]
         workers = rng.randint(1, 4)
         updates = rng.randint(10, 40)
-        # Lots of their own, which shift no other.
-        keeps = random.Random(f"log {seed}")
+        # A lot of its own, which shifts no other.
         patience = random.Random(f"quorum {seed}")
         quorum = patience.choice(["all", "all", 1, 2])
         policy = Policy(
-            merge_every=keeps.choice([1, 2, 2, 3, 8]),
-            keep_versions=keeps.choice([1, 2, 16]),
             quorum=quorum,
             straggler_s=None if quorum == "all" else patience.choice([None, 0.0, 0.05, 0.5]),
             window=rng.choice(["auto", "auto", "gloo"]),
@@ -101,6 +98,10 @@ class Plan:
             anchor_every=rng.choice([2, 5, 100]),
             staging_nbytes=rng.choice([2000, 6000, 1 << 30, 1 << 30]),
         )
+        lot = random.Random(f"log {seed}")
+        if lot.random() < 0.5:
+            merge_every, keep_versions = lot.choice([1, 2, 2, 3]), lot.choice([1, 2, 16])
+            policy = replace(policy, merge_every=merge_every, keep_versions=keep_versions)
         follows = ["latest", "every:2", "every:5", f"version:{rng.randint(0, updates)}"]
         evaluators = {f"e{n}": rng.choice(follows) for n in range(rng.choice([0, 0, 1, 2]))}
         every: tuple[WindowKind, ...] = ("gloo", "bus")

@@ -24,11 +24,13 @@ HUNTED = range(200)
 #: Seeds that have found one lately: tried first, for the time that it saves, and no more than that.
 LATELY = {
     "base unchecked": 5,
-    "journal not awaited": 7,
-    "log given up": 16,
-    "lower window kept": 10,
+    "journal not awaited": 5,
+    "old epoch kept": 1,
+    "log given up": 3,
+    "lower window kept": 5,
     "unsafe forgotten": 16,
     "fence down": 6,
+    "evaluators awaited": 2,
     "resumed as is": 1,
 }
 

@@ -1,6 +1,8 @@
 """Trainers that die, as processes, and come back: from the head, or from an older checkpoint."""
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ from runs import (
 from sparsecast import AsyncPublisher, Fenced, Replica, RunBusy
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.metrics import Event, TrainerMetrics
+from sparsecast.messages.subjects import Subjects
+from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.pipeline.windows.gloo import GlooWindow
 from sparsecast.workers.archive import Archive
 from spawn import Context, Processes
@@ -261,3 +265,32 @@ async def test_a_trainer_that_wakes_up_is_fenced(site: Site) -> None:
         assert "is fenced off" in said
         await replica.wait_version(update.version, timeout_s=10)
         assert same_bits(trained, mine)
+
+
+async def test_a_directory_remembers_what_the_bus_has_forgotten(
+    site: Site, bus: NatsBus, tmp_path: Path
+) -> None:
+    """The broker loses a run whose log is in a directory, and a trainer starts it again: it begins
+    above every epoch and version that is there, and what is there goes in its turn."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    trained = weights()
+    first = await site.publisher(trained, log=f"dir:{folder}")
+    for version in range(1, 4):
+        step(trained, version)
+        await first.publish()
+        await until_stored(first, version)
+    await first.close()
+    await bus.delete_stream(Subjects(site.run).journal_stream, timeout_s=5.0)
+    policy = replace(QUICK, anchor_every=1, keep_versions=1)
+    second = await site.publisher(trained, log=f"dir:{folder}", policy=policy)
+    assert second.version == 4
+    state = weights(9)
+    replica = await site.replica(state, log=f"dir:{folder}")
+    for _ in range(3):
+        step(trained, second.version)
+        await second.publish()
+        await until_stored(second, second.version, anchor=True)
+    await eventually(lambda: replica.verified == second.version)
+    assert same_bits(trained, state)
+    await eventually(lambda: not list((folder / site.run).glob("1-*")))

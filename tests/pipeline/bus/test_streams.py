@@ -100,8 +100,14 @@ async def test_a_full_stream_refuses_and_keeps(bus: NatsBus, run: str) -> None:
     assert sizes[run].max_nbytes == 4000
     assert 3000 < sizes[run].nbytes < 4000
     assert (await bus.ensure_stream(config, timeout_s=S)).metadata["nonce"] == "n"
+    await bus.limit_stream(run, None, timeout_s=S)
+    assert (await bus.streams(timeout_s=S))[run].max_nbytes is None
+    assert sorted(await bus.subjects(run, f"{run}.*", timeout_s=S)) == [f"{run}.{s}" for s in "abc"]
+    assert await bus.subjects(run, f"{run}.x.*", timeout_s=S) == []
     with pytest.raises(StreamMissing):
         await bus.limit_stream(f"{run}-not", 10, timeout_s=S)
+    with pytest.raises(StreamMissing):
+        await bus.subjects(f"{run}-not", ">", timeout_s=S)
 
 
 async def test_a_stream_that_is_not_there_is_missing(bus: NatsBus, run: str) -> None:

@@ -7,7 +7,7 @@ from logs import entry
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.errors import LogHole
 from sparsecast.pipeline.log.base import oldest_first, way
-from sparsecast.pipeline.log.retention import leading, needless
+from sparsecast.pipeline.log.retention import leading, needless, spare
 
 
 @st.composite
@@ -179,3 +179,24 @@ def test_a_promise_reaches_back_over_a_restart() -> None:
     assert kept(versions=4, nbytes=13) == names
     assert kept(versions=4, nbytes=12) == []
     assert len(kept(versions=99)) == 8
+
+
+@given(logs(), st.integers(0, 300))
+def test_at_the_worst_one_anchor_stays_and_what_fits(entries: list[LogEntry], nbytes: int) -> None:
+    """Any log: without an anchor nothing goes; else the newest trainer's newest anchor that leads
+    on stays, alone or with what the bytes allow, and making room again finds nothing."""
+    epoch = max((one.epoch for one in entries), default=1)
+    drop = spare(entries, epoch=epoch, writer="", nbytes=nbytes)
+    kept = [one for one in entries if one not in drop]
+    anchors = [
+        anchor
+        for one in range(epoch, 0, -1)
+        if (anchor := leading(entries, epoch=one, writer="")) is not None
+    ]
+    if not anchors:
+        assert drop == []
+        return
+    assert anchors[0] in kept
+    assert sum(one.nbytes for one in kept) <= max(nbytes, anchors[0].nbytes)
+    assert spare(kept, epoch=epoch, writer="", nbytes=nbytes) == []
+    assert all(one.epoch > 9 for one in spare(entries, epoch=0, writer="x", nbytes=0))
