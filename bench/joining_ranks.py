@@ -16,7 +16,7 @@ from heard import Heard
 from shapes import Cut, Tensors, make_weights, train_step
 from sparsecast import Broker, Policy, Publisher, Replica, digest
 from sparsecast.messages.control import LogEntry
-from sparsecast.pipeline.log.base import Log
+from sparsecast.pipeline.log.base import Log, Progress
 from sparsecast.workers.connect import connect
 from sparsecast.workers.driver import Ports
 
@@ -163,8 +163,10 @@ class _Read:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._log, name)
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes | bytearray:
-        data = await self._log.load(entry, timeout_s=timeout_s)
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes | bytearray:
+        data = await self._log.load(entry, timeout_s=timeout_s, progress=progress)
         self._noted.append(len(data))
         return data
 
