@@ -195,6 +195,9 @@ def worker(
         raise errors.SettingsError(
             "--window nccl: NCCL carries tensors on GPUs; use --device cuda:N"
         )
+    from ..pipeline.core.follow import follow_of
+
+    follow_of(role.value, follow)
     from .service import WorkerOptions, serve
 
     options = WorkerOptions(

@@ -31,7 +31,6 @@ from ..messages.errors import (
     LocalProtocolError,
     PatchError,
     ReplicaLagging,
-    SettingsError,
     WindowError,
     brief,
 )
@@ -40,7 +39,7 @@ from ..pipeline.bus.base import Message
 from ..pipeline.bus.journal import Journal
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
-from ..pipeline.core.follow import Follow
+from ..pipeline.core.follow import follow_of
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.replica import ReplicaCore
 from .catching import Catching, Progress
@@ -110,7 +109,7 @@ class Replica:
         self._tiers = parse_log(log)
         self._offers = tuple(windows) if windows is not None else None
         self.role: Role = role
-        self.follow = _follow(role, follow)
+        self.follow = follow_of(role, follow)
         self._max_lag = max_lag
         self._offline_s = offline_s
         self._open_ports = ports
@@ -505,19 +504,3 @@ class Replica:
             self._catching.verified(command.version)
         if last is not None and last.version == command.version:
             self._telling.compared(self.name, core, last, command)
-
-
-def _follow(role: str, text: str) -> Follow:
-    """What a worker of this role follows. SettingsError."""
-    if role not in get_args(Role):
-        raise SettingsError(f"role is one of {', '.join(get_args(Role))}, not {role!r}")
-    try:
-        follow = Follow.parse(text)
-    except ValueError as exc:
-        raise SettingsError(f"follow: {exc}") from exc
-    if role == "rollout" and not follow.latest:
-        raise SettingsError(
-            f"follow {text!r} is for workers of role 'evaluation': updates wait for a rollout "
-            "worker, which follows the latest"
-        )
-    return follow

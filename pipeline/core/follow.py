@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
+
+from ...messages.control import Role
+from ...messages.errors import SettingsError
 
 #: How far a fetch goes: as far as the log does; to its target, or where no entry ends there to the
 #: first version behind it; to its target or nowhere.
@@ -60,3 +63,19 @@ class Follow:
     def admits(self, version: int) -> bool:
         """Whether weights at this version may be held: patches lead onwards, never back."""
         return self.pinned is None or version <= self.pinned
+
+
+def follow_of(role: str, text: str) -> Follow:
+    """What a worker of this role follows. SettingsError says what there is to type."""
+    if role not in get_args(Role):
+        raise SettingsError(f"role is one of {', '.join(get_args(Role))}, not {role!r}")
+    try:
+        follow = Follow.parse(text)
+    except ValueError as exc:
+        raise SettingsError(f"follow: {exc}") from exc
+    if role == "rollout" and not follow.latest:
+        raise SettingsError(
+            f"follow {text!r} is for workers of role 'evaluation': updates wait for a rollout "
+            "worker, which follows the latest"
+        )
+    return follow

@@ -127,6 +127,11 @@ sys.exit(f"imported {heavy}" if heavy else 0)
             "use --device cuda:N",
             id="nccl-on-cpu",
         ),
+        pytest.param(
+            ["worker", "--run", "r", "--model", "m", "--bus", DEAD, "--follow", "every:3"],
+            "for workers of role 'evaluation'",
+            id="follow",
+        ),
         pytest.param(["log", "ls", "--run", "r", "--log", "tape"], "dir:/PATH", id="log"),
         pytest.param(
             ["log", "ls", "--run", "r", "--log", "dir:/nowhere"], "mkdir -p /nowhere", id="log-dir"
