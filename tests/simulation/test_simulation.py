@@ -112,13 +112,15 @@ def test_a_seed_is_played_the_same_again() -> None:
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug: str) -> None:
-    """The product is broken in one place; one of the seeds finds it, and says what is wrong."""
+    """The product is broken in one place; one of the seeds finds it, and says what is wrong. What
+    else comes of it, in other seeds, is not held against it."""
     plant, words = PLANTED[bug]
+    told = "nothing was found"
     with plant():
         for seed in [LATELY.get(bug, 0), *HUNTED]:
             result = simulate(seed)
             if result.violations:
                 told = show(result)
-                assert any(word in told for word in words), told
-                return
-    pytest.fail(f"{len(HUNTED)} seeds, and nothing was found")
+                if any(word in told for word in words):
+                    return
+    pytest.fail(f"{len(HUNTED)} seeds, and {told}")
