@@ -24,10 +24,10 @@ HUNTED = range(200)
 #: Seeds that have found one lately: tried first, for the time that it saves, and no more than that.
 LATELY = {
     "base unchecked": 5,
-    "journal not awaited": 5,
+    "journal not awaited": 7,
     "old epoch kept": 1,
-    "log given up": 3,
-    "lower window kept": 5,
+    "log given up": 16,
+    "lower window kept": 92,
     "unsafe forgotten": 16,
     "fence down": 6,
     "evaluators awaited": 2,
