@@ -13,6 +13,7 @@ from ..pipeline.core.commands import Fetch
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.replica import ReplicaCore
 from ..pipeline.log.base import reached, way
+from ..pipeline.log.lineage import under
 from .catching import Catching
 from .driver import Ports
 from .incoming import Incoming
@@ -124,7 +125,7 @@ def chosen(entries: Sequence[LogEntry], claims: Sequence[Claim], fetch: Fetch) -
     claim, held = _claim(claims, fetch), fetch.held
     if held is not None and held < claim.version:
         held = None
-    ours = _ours(entries, claim)
+    ours = under(claim, entries)
     newest = max((entry.version for entry in ours), default=0)
     try:
         most = max(newest, fetch.target) if fetch.reach == "newest" else fetch.target
@@ -149,7 +150,7 @@ def shown_by(entries: Sequence[LogEntry], claims: Sequence[Claim], fetch: Fetch)
     return max(
         (
             entry.version
-            for entry in _ours(entries, _claim(claims, fetch))
+            for entry in under(_claim(claims, fetch), entries)
             if entry.digest == fetch.digest and (most is None or entry.version <= most)
         ),
         default=None,
@@ -165,9 +166,3 @@ def _claim(claims: Sequence[Claim], fetch: Fetch) -> Claim:
         reason = f"the journal knows no epoch that had version {fetch.target}"
         raise LogHole(reason, version=fetch.target)
     return began[-1]
-
-
-def _ours(entries: Sequence[LogEntry], claim: Claim) -> list[LogEntry]:
-    # An entry of the same epoch may be of another trainer, whose journal was forgotten.
-    writers = ("", claim.sender.incarnation)
-    return [e for e in entries if e.epoch == claim.epoch and e.writer in writers]

@@ -125,9 +125,11 @@ class Policy:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("join_lag", "straggler_s") else None
-            if isinstance(value, int | float) and (value < 0 if least == 0 else value <= 0):
-                bound = "at least 0" if least == 0 else "above 0"
+            if not isinstance(value, int | float):
+                continue
+            may_be_0 = field.name in ("join_lag", "straggler_s")
+            if value < 0 or (value == 0 and not may_be_0):
+                bound = "at least 0" if may_be_0 else "above 0"
                 raise ValueError(f"Policy.{field.name} must be {bound}, not {value}")
         if self.commit_s <= self.ready_s:
             raise ValueError(

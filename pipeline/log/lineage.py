@@ -12,6 +12,13 @@ from ...messages.control import Claim, LogEntry
 from .base import Step, reached
 
 
+def under(claim: Claim, entries: Sequence[LogEntry]) -> list[LogEntry]:
+    """The entries that were stored under a claim: one of the same epoch may be of another trainer,
+    whose journal was forgotten."""
+    writers = ("", claim.sender.incarnation)
+    return [e for e in entries if e.epoch == claim.epoch and e.writer in writers]
+
+
 def remakeable(
     entries: Sequence[LogEntry], claims: Sequence[Claim], announced: int
 ) -> dict[int, Step]:
@@ -25,10 +32,8 @@ def remakeable(
     by_digest: dict[int, Step] = {}
     for at, claim in enumerate(claims):
         end = claims[at + 1].version if at + 1 < len(claims) else announced + 1
-        writers = ("", claim.sender.incarnation)
-        ours = [e for e in entries if e.epoch == claim.epoch and e.writer in writers]
         earlier = by_digest.get(claim.digest)
-        steps = reached(ours, None if earlier is None else claim.version, earlier)
+        steps = reached(under(claim, entries), None if earlier is None else claim.version, earlier)
         if earlier is not None:
             steps.setdefault(claim.version, earlier)
         for version, step in steps.items():
