@@ -100,8 +100,8 @@ class Archive:
                     entry, patch = await self._ports.run(self._outgoing.anchor, began)
                     await self._put(entry, patch)
                 except (LogError, BusError, RuntimeError, MemoryError) as exc:
-                    if isinstance(exc, LogFull) and await self._make_room(began):
-                        continue
+                    if isinstance(exc, LogFull):
+                        await self._make_room(began)
                     if failures == 0:
                         self._tell(f"an anchor: {exc}")
                     failures += 1
@@ -133,12 +133,12 @@ class Archive:
         quota = self._policy.quota_nbytes
         return None if quota is None else quota - roomy(self._outgoing.manifest.nbytes)
 
-    async def _make_room(self, epoch: int) -> bool:
+    async def _make_room(self, epoch: int) -> None:
         """Drop what has to go before an anchor fits: a trainer has died between an anchor and its
-        prune, or the quota is smaller than it was. Whether anything went."""
+        prune, or the quota is smaller than it was."""
         most, log = self._most_nbytes, self._ports.log
         if most is None:
-            return False
+            return
         timeout_s, writer = self._policy.store_s, self._outgoing.writer
         try:
             entries = await log.entries(timeout_s=timeout_s)
@@ -148,8 +148,6 @@ class Archive:
                 await log.prune(drop, timeout_s=timeout_s)
         except _Trouble as exc:
             self._failed("pruning", exc)
-            return False
-        return bool(drop)
 
     @property
     def mergeable(self) -> bool:
