@@ -22,7 +22,7 @@ from sparsecast import Broker, Policy, Publisher, Replica, digest
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.errors import LogHole
 from sparsecast.messages.manifest import Manifest
-from sparsecast.pipeline.log.base import Log
+from sparsecast.pipeline.log.base import Log, Progress
 from stats import cpu_s
 
 #: Runs of these names; the first one stores.
@@ -61,7 +61,9 @@ class Nothing:
         """None."""
         return []
 
-    async def load(self, entry: LogEntry, *, timeout_s: float) -> bytes:
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes:
         """LogHole."""
         raise LogHole("nothing is stored here", version=entry.version)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..messages.control import LogEntry
@@ -21,6 +21,10 @@ from .driver import Ports
 from .outgoing import Outgoing, describe
 
 log = logging.getLogger("sparsecast.publisher")
+
+#: Patches are merged several at a time, for each merge passes over every tensor that they name: as
+#: many as have this part of the weights' bytes.
+AT_ONCE = 4
 
 #: What may go wrong with what is in the log already; the run goes on without it.
 _Trouble = (LogError, BusError, PatchError, RuntimeError, MemoryError, OSError)
@@ -160,8 +164,8 @@ class Archive:
         """Merge the patches of every span that is complete by now, and drop what that covers.
 
         Behind everything else: read, merged and stored one at a time, beside the torch thread, with
-        no more than the merged patch and one more in memory. Each span is tried once. Gives up when
-        another epoch has begun.
+        no more in memory than the merged patch and a few more (`AT_ONCE`). Each span is tried once.
+        Gives up when another epoch has begun.
         """
         began = epoch()
         while epoch() == began and self.mergeable:
@@ -208,12 +212,13 @@ class Archive:
         """These entries as one; None if it is no smaller than they are, or than an anchor."""
         manifest, last = self._outgoing.manifest, parts[-1]
         patch: Patch | None = None
-        for part in parts:
-            if not going():
-                return None
-            data = await self._ports.log.load(part, timeout_s=self._policy.store_s)
-            patch = await self._aside(_join, patch, data, part, manifest)
-            del data
+        for batch in _batches(parts, manifest.nbytes // AT_ONCE):
+            read_in: list[bytes | bytearray] = []
+            for part in batch:
+                if not going():
+                    return None
+                read_in.append(await self._ports.log.load(part, timeout_s=self._policy.store_s))
+            patch = await self._aside(_join, patch, batch, read_in, manifest)
             if patch.nbytes >= patch.dense_nbytes:
                 return None
         assert patch is not None
@@ -307,12 +312,28 @@ def roomy(nbytes: int) -> int:
     return nbytes + nbytes // 50 + (1 << 16)
 
 
+def _batches(parts: Sequence[LogEntry], nbytes: int) -> Iterator[list[LogEntry]]:
+    """The parts in their order, as many at a time as have so many bytes, or one."""
+    batch: list[LogEntry] = []
+    for part in parts:
+        if batch and sum(one.nbytes for one in batch) + part.nbytes > nbytes:
+            yield batch
+            batch = []
+        batch.append(part)
+    yield batch
+
+
 def _join(
-    before: Patch | None, data: bytes | bytearray, entry: LogEntry, manifest: Manifest
+    before: Patch | None,
+    batch: Sequence[LogEntry],
+    read_in: Sequence[bytes | bytearray],
+    manifest: Manifest,
 ) -> Patch:
-    """What was merged so far and one more entry (PatchError). In host memory, on any thread."""
-    patch = read(intact(data, entry), entry, manifest).patch
-    return patch if before is None else merge([before, patch], manifest=manifest)
+    """What was merged so far and these entries, by their bytes (PatchError). In host memory, on any
+    thread."""
+    pairs = zip(batch, read_in, strict=True)
+    patches = [read(intact(data, entry), entry, manifest).patch for entry, data in pairs]
+    return merge(patches if before is None else [before, *patches], manifest=manifest)
 
 
 def _described(patch: Patch, last: LogEntry, merged: int) -> tuple[LogEntry, memoryview]:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -179,20 +180,30 @@ async def test_one_merge_at_a_time() -> None:
     assert len(stand.log.loaded) == 6
 
 
-async def test_the_memory_of_a_merge_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight patches: each is read when the ones before it are one already."""
+@pytest.mark.parametrize("at_once", [1, 3, 7, 1000], ids=str)
+async def test_the_memory_of_a_merge_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Eight patches: as many at a time as have that part of the weights' bytes, or one; they are
+    read when the ones before them are one already."""
+    monkeypatch.setattr(module, "AT_ONCE", at_once)
     stand = Stand(**SPANS | {"merge_every": 8})
-    given: list[int] = []
+    most = stand.outgoing.manifest.nbytes // at_once
+    given: list[list[Patch]] = []
     real = module.merge
 
     def counted(patches: Any, **options: Any) -> Patch:
-        assert len(stand.log.loaded) == len(given) + 2
-        given.append(len(patches))
+        given.append(list(patches[1:] if given else patches))
+        assert len(stand.log.loaded) == sum(map(len, given))
         return real(patches, **options)
 
     monkeypatch.setattr(module, "merge", counted)
     await live(stand, 8)
-    assert given == [2] * 7
+    assert sum(map(len, given)) == 8
+    for batch in given:
+        assert len(batch) == 1 or sum(patch.nbytes for patch in batch) <= most
+    for batch, following in pairwise(given):
+        assert sum(patch.nbytes for patch in [*batch, following[0]]) > most
     assert merged(stand) == ["1-merged-0-8"]
 
 
