@@ -61,15 +61,21 @@ class DirectoryLog:
     durable = True
 
     def __init__(
-        self, root: Path | str, run: str, payloads: Payloads, *, tell: Tell = log.warning
+        self,
+        root: Path | str,
+        run: str,
+        payloads: Payloads,
+        *,
+        tell: Tell = log.warning,
+        threads: Callable[[str, int], Threads] = Threads,
     ) -> None:
         self._root = Path(root)
         self.path = self._root / check_token("run", run)
         self._payloads = payloads
         self._tell = tell
         #: One writer: a write that hangs is not overtaken by its own repetition.
-        self._writing = Threads("sparsecast-log-write", 1)
-        self._reading = Threads("sparsecast-log-read", READERS)
+        self._writing = threads("sparsecast-log-write", 1)
+        self._reading = threads("sparsecast-log-read", READERS)
         self._token = secrets.token_hex(4)
         self._swept = False
         #: The entries of files as they were read last, None for a damaged one.

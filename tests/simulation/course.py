@@ -64,6 +64,7 @@ class Course:
         world.healed = True
         world.calm()
         world.broker.full = lambda stream: False
+        world.disk.heal()
         world.fabric.faults = Faults(notices=world.fabric.faults.notices)
         if not world.broker.up:
             world.broker.start()

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from .disk import MARK
+
 #: Facts of this machine and this process, or measured by the real clock.
 LEFT_OUT = {
     "pid",
@@ -21,6 +23,8 @@ LEFT_OUT = {
 }
 #: A process and its machine, in the words of an error.
 HERE = re.compile(r"\(pid \d+ on [^)]*\)")
+#: Where the simulated disk is on the real one.
+DISK = re.compile(rf"/[^ ]*/{MARK}[^/]*")
 
 
 def describe(thing: Any) -> str:
@@ -41,9 +45,9 @@ def describe(thing: Any) -> str:
     elif isinstance(thing, float):
         return f"{thing:.4f}"
     elif isinstance(thing, BaseException):
-        return HERE.sub("(pid)", f"{type(thing).__name__}: {thing}")
+        return _here(f"{type(thing).__name__}: {thing}")
     else:
-        return HERE.sub("(pid)", str(thing))
+        return _here(str(thing))
     shown = []
     for name in names:
         value = getattr(thing, name)
@@ -51,3 +55,7 @@ def describe(thing: Any) -> str:
             continue
         shown.append(f"{name}={describe(value)}" if name != "message" else describe(value))
     return f"{type(thing).__name__}({', '.join(shown)})"
+
+
+def _here(text: str) -> str:
+    return DISK.sub("", HERE.sub("(pid)", text))

@@ -88,6 +88,21 @@ async def happen(world: "World", fault: Fault) -> None:
             world.broker.full = lambda stream: stream.endswith("-log")
             await asyncio.sleep(fault.for_s * 2)
             world.broker.full = lambda stream: False
+        case "disk full":
+            world.disk.full = True
+            await asyncio.sleep(fault.for_s * 2)
+            world.disk.full = False
+        case "disk hangs":
+            world.disk.hang()
+            await asyncio.sleep(fault.for_s)
+            world.disk.release()
+        case "disk lost":
+            world.disk.lose()
+            await asyncio.sleep(fault.for_s)
+            world.disk.find()
+        case "file damaged":
+            if world.disk.damage(fault.where):
+                world.count("files damaged")
         case "long reader":
             if isinstance(worker, WorkerLife):
                 worker.hold_s = min(fault.for_s * 2, 12.0)

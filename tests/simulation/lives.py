@@ -19,7 +19,11 @@ from sparsecast.messages.errors import (
     RunBusy,
     WaitTimeout,
 )
+from sparsecast.pipeline.log.base import Log
+from sparsecast.pipeline.log.directory import DirectoryLog
 from sparsecast.pipeline.log.jetstream import JetStreamLog
+from sparsecast.pipeline.log.tiered import TieredLog
+from sparsecast.workers.anchors import PatchPayloads
 from sparsecast.workers.driver import Ports
 from sparsecast.workers.publisher import AsyncPublisher
 from sparsecast.workers.replica import Replica
@@ -93,7 +97,7 @@ class Life:
 
         return Ports(
             bus=bus,
-            log=JetStreamLog(bulk, RUN),
+            log=self.log(bulk),
             windows=world.fabric.factory(process),
             kinds=self.kinds(),
             clock=process.clock,
@@ -103,6 +107,22 @@ class Life:
             token=token,
             close=close,
         )
+
+    def log(self, bulk: SimBus) -> Log:
+        """The log in the tiers that the plan says."""
+        disk = self.world.disk
+        tiers: dict[str, Log] = {}
+        for tier in self.world.plan.tiers:
+            if tier == "jetstream":
+                tiers[tier] = JetStreamLog(bulk, RUN)
+            else:
+                threads = disk.threads(self.process)
+                tiers[tier] = DirectoryLog(disk.root, RUN, self.payloads(), threads=threads)
+        return next(iter(tiers.values())) if len(tiers) == 1 else TieredLog(tiers)
+
+    def payloads(self) -> PatchPayloads:
+        """What reads the log's payloads."""
+        return PatchPayloads()
 
     def kinds(self) -> Any:
         """The kinds of window that this process can open."""
@@ -202,6 +222,10 @@ class TrainerLife(Life):
         await self.publisher.close()
         if loop.time() - began > 60 and not self.stops:
             world.violation(f"{self.name} took {loop.time() - began:.1f} s to close")
+
+    def payloads(self) -> PatchPayloads:
+        """What reads the log's payloads, and stores anchors."""
+        return PatchPayloads(lambda: self.publisher._outgoing.manifest)
 
     async def publish(self) -> None:
         """Change something, and publish it: it must take no time."""

@@ -32,6 +32,8 @@ KINDS = {
     "storage moves": 2,
     "clock jumps": 2,
 }
+#: What happens to a log on a disk, beside what else a seed has.
+DISK_KINDS = ("disk full", "disk hangs", "disk lost", "file damaged")
 
 ODD = [torch.int64, torch.float64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.int16]
 
@@ -56,6 +58,8 @@ class Plan:
     evaluators: Mapping[str, str]
     updates: int
     policy: Policy
+    #: Where the log is, the quickest first.
+    tiers: tuple[str, ...]
     #: Publish fp32 masters as bf16.
     masters: bool
     #: Whether workers start from the trainer's first weights.
@@ -102,6 +106,11 @@ class Plan:
         if lot.random() < 0.5:
             merge_every, keep_versions = lot.choice([1, 2, 2, 3]), lot.choice([1, 2, 16])
             policy = replace(policy, merge_every=merge_every, keep_versions=keep_versions)
+        tiers = lot.choice([("jetstream",)] * 3 + [("directory", "jetstream"), ("directory",)])
+        if "directory" in tiers:
+            for kind in lot.choices(DISK_KINDS, k=lot.randint(0, 4)):
+                at = lot.uniform(0.5, fault_s - 2)
+                faults.append(Fault(at, kind, lot.expovariate(1 / 4) + 0.1, lot.random()))
         follows = ["latest", "every:2", "every:5", f"version:{rng.randint(0, updates)}"]
         evaluators = {f"e{n}": rng.choice(follows) for n in range(rng.choice([0, 0, 1, 2]))}
         every: tuple[WindowKind, ...] = ("gloo", "bus")
@@ -111,6 +120,7 @@ class Plan:
             evaluators=evaluators,
             updates=updates,
             policy=policy,
+            tiers=tiers,
             masters=rng.random() < 0.3,
             same_start=rng.random() < 0.7,
             odd=rng.choice(ODD),

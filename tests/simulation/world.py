@@ -32,6 +32,7 @@ from sparsecast.workers.publisher import Report
 from .broker import Broker
 from .course import Broken, Course
 from .describe import describe
+from .disk import Disk
 from .engine import fingerprint
 from .lives import Life, TrainerLife, WorkerLife
 from .loop import CURRENT, Hung, Process, Stuck, VirtualLoop
@@ -77,6 +78,7 @@ class World:
         self.rng = random.Random(f"world {seed}")
         self.broker = Broker(self.loop, random.Random(f"broker {seed}"))
         self.broker.watch = self._watch
+        self.disk = Disk(self.loop, random.Random(f"disk {seed}"))
         self.fabric = Fabric(self.loop, random.Random(f"fabric {seed}"))
         self.fabric.faults = Faults(notices=self.rng.random())
         self.fabric.on_second = self._in_two_windows
@@ -338,6 +340,7 @@ class World:
             loop.finish()
         except (Stuck, Hung) as exc:
             result.violations.append(f"stuck at the end: {exc}")
+        self.disk.close()
         result.wall_s = time.perf_counter() - began
         return result
 
