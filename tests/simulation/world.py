@@ -340,7 +340,6 @@ class World:
             loop.finish()
         except (Stuck, Hung) as exc:
             result.violations.append(f"stuck at the end: {exc}")
-        self.disk.close()
         result.wall_s = time.perf_counter() - began
         return result
 
@@ -409,5 +408,8 @@ def simulate(seed: int, *, trace: bool = False) -> Result:
     """Play the run of one seed. Deterministic: the same seed gives the same trace."""
     torch.set_num_threads(1)
     world = World(seed, trace=trace)
-    with _observed(world):
-        return world.run()
+    try:
+        with _observed(world):
+            return world.run()
+    finally:
+        world.disk.close()
