@@ -16,7 +16,7 @@ from ..pipeline.log.base import reached, way
 from ..pipeline.log.lineage import under
 from .catching import Catching
 from .driver import Ports
-from .incoming import Incoming
+from .hands import Hands
 
 log = logging.getLogger("sparsecast.replica")
 
@@ -29,14 +29,14 @@ class Fetching:
         core: ReplicaCore,
         ports: Ports,
         journal: Journal,
-        incoming: Incoming,
+        hands: Hands,
         catching: Catching,
         policy: Policy,
     ) -> None:
         self._core = core
         self._ports = ports
         self._journal = journal
-        self._incoming = incoming
+        self._hands = hands
         self._catching = catching
         self._policy = policy
         #: Entries whose bytes were not what they say.
@@ -75,7 +75,7 @@ class Fetching:
                 return ev.FetchFailed(command.epoch, brief(exc))
             catching.loaded(0)  # of the one that failed: the next fetch begins with it
         if self._core.claim is not claim:
-            await self._ports.run(self._incoming.drop, tuple(item.version for item in items))
+            await self._hands.drop(tuple(item.version for item in items))
             reason = "another claim came while the log was read"
             catching.broke_off(reason)
             return ev.FetchFailed(command.epoch, reason)
@@ -102,14 +102,9 @@ class Fetching:
             return chosen(entries, claims, command)
 
     async def _stage(self, entry: LogEntry) -> None:
-        began = self._ports.clock()
-        data = await self._ports.log.load(
-            entry, timeout_s=self._policy.store_s, progress=self._catching.loaded
-        )
-        receive_us = round((self._ports.clock() - began) * 1e6)
         try:
-            await self._ports.run(
-                lambda: self._incoming.stage_bytes(data, entry, receive_us=receive_us)
+            await self._hands.take(
+                entry, timeout_s=self._policy.store_s, progress=self._catching.loaded
             )
         except PatchError:
             self._refused.add(entry.name)

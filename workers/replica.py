@@ -21,7 +21,6 @@ from ..messages.control import (
     Ready,
     Role,
     Sender,
-    Stamp,
     Tags,
     TrainerMessage,
     WindowKind,
@@ -29,9 +28,7 @@ from ..messages.control import (
 from ..messages.errors import (
     Closed,
     LocalProtocolError,
-    PatchError,
     ReplicaLagging,
-    WindowError,
     brief,
 )
 from ..messages.subjects import Subjects, check_token
@@ -47,6 +44,7 @@ from .connect import LoopThread, connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .engine import Engine, ModuleEngine
 from .fetching import Fetching
+from .hands import Hands
 from .incoming import Incoming
 from .streams import device_for
 from .telling import Telling
@@ -56,9 +54,6 @@ log = logging.getLogger("sparsecast.replica")
 
 T = TypeVar("T")
 
-#: For how long a worker that has committed to a round waits for it awake: a small model's takes a
-#: few milliseconds.
-ALERT_S = 0.02
 #: What a trainer says in control messages; claims and announcements come by the journal.
 SAID = tuple(kind for kind in get_args(TrainerMessage) if kind not in (Claim, Announce))
 
@@ -214,11 +209,12 @@ class Replica:
         )
         self._outbox = Outbox(ports.bus)
         life.push_async_callback(self._outbox.close, 1.0)
-        self._windows = Windows(ports, self._subjects)
+        windows = Windows(ports, self._subjects)
+        self._hands = Hands(ports, windows, self._incoming, self._changes.notify)
         #: The newest version whose patch is on its way or here, and that it has become another.
         self._coming = -1
         self._more = asyncio.Event()
-        life.push_async_callback(self._windows.abort_all)
+        life.push_async_callback(windows.abort_all)
         life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
         self._catching = Catching(
@@ -226,7 +222,7 @@ class Replica:
         )
         journal = Journal(ports.bus, self.run)
         self._fetching = Fetching(
-            self._core, ports, journal, self._incoming, self._catching, self.policy
+            self._core, ports, journal, self._hands, self._catching, self.policy
         )
         # Control first: what the trainer says between the journal's reading and a later
         # subscription would be lost.
@@ -381,12 +377,12 @@ class Replica:
     def _perform(
         self, command: cmd.ReplicaCommand
     ) -> Coroutine[Any, Any, ev.ReplicaEvent | None] | None:
-        incoming = self._incoming
+        hands = self._hands
         match command:
             case cmd.Report(message):
                 self._outbox.put(self._subjects.worker_control(self.name), codec.encode(message))
                 if isinstance(message, Ready) and self._ports.device != "cpu":
-                    return self._alert(message.stamp)
+                    return hands.alert(message.stamp)
             case cmd.Tell(kind, member, reason):
                 self._telling.event(kind, member, reason)
             case cmd.Fail(error):
@@ -395,48 +391,36 @@ class Replica:
             case cmd.Compared():
                 self._compared(command)
             case cmd.OpenWindow():
-                return self._windows.open(command)
+                return hands.open(command)
             case cmd.AbortWindow(window):
-                return self._windows.abort(window)
+                return hands.abort(window)
             case cmd.CloseWindow(window):
-                return self._windows.close(window)
+                return hands.close(window)
             case cmd.Receive():
                 return self._receive(command)
             case cmd.Prove(claim):
                 self._catching.broke_off("another claim came")
-                return self._work(incoming.prove, claim)
+                return hands.prove(claim)
             case cmd.Apply(versions):
                 return self._apply(versions)
             case cmd.Digest(version):
                 return self._digest(version)
             case cmd.Hold(version):
-                return self._work(incoming.hold, version)
+                return hands.hold(version)
             case cmd.Quarantine(reason):
                 self._catching.broke_off(reason)
-                return self._work(incoming.quarantine, reason)
+                return hands.quarantine(reason)
             case cmd.Drop(versions):
-                return self._work(incoming.drop, versions)
+                return hands.drop(versions)
             case cmd.Fetch():
                 return self._fetching.fetch(command)
         return None
 
-    async def _work(self, function: Callable[..., T], *args: Any) -> T:
-        result: T = await self._ports.run(function, *args)
-        self._changes.notify()
-        return result
-
     async def _apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
-        event: ev.AppliedHere | ev.ApplyFailed = await self._work(self._incoming.apply, versions)
+        event = await self._hands.apply(versions)
         if isinstance(event, ev.ApplyFailed) and not event.waiting:
             self._catching.broke_off(event.reason)
         return event
-
-    async def _alert(self, stamp: Stamp) -> None:
-        """We have committed: what sleeps wakes up, and what was not looked at for long is."""
-        window = self._windows[stamp.window]
-        if window is not None:
-            window.alert(ALERT_S)
-            await self._ports.run(self._incoming.warm)
 
     async def _digest(self, version: int) -> ev.Digested | ev.DigestFailed:
         # Not at once: on a host with two members the digest of the first, many times longer than
@@ -446,56 +430,23 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.policy.verify_after_s):
                     await self._more.wait()
-        return await self._work(self._incoming.digest, version)
+        return await self._hands.digest(version)
 
     async def _receive(self, command: cmd.Receive) -> ev.Staged | ev.ReceiveFailed:
         stamp, announce = command.stamp, command.announce
         self._coming = max(self._coming, stamp.version)
         self._more.set()
-        identity = (stamp.epoch, stamp.window, stamp.attempt)
-        window = self._windows[stamp.window]
-        if window is None:
-            return ev.ReceiveFailed(*identity, stamp.version, "the window is gone", corrupt=False)
-        began = self._ports.clock()
-        try:
-            # Fresh memory for each attempt: an aborted one may still write to its own.
-            buffer = self._incoming.staging(announce.nbytes, window.spec.kind)
-        except (RuntimeError, TypeError) as exc:  # more than there is, or no size at all
-            reason = f"no staging for the announced {announce.nbytes} bytes: {brief(exc)}"
-            return ev.ReceiveFailed(*identity, stamp.version, reason, corrupt=False)
-        payload = self._incoming.expect(buffer, announce)
-        try:
-            await window.receive(
-                buffer, attempt=stamp.attempt, timeout_s=command.timeout_s, behind=payload
-            )
-        except WindowError as exc:
-            return ev.ReceiveFailed(*identity, stamp.version, exc.reason, corrupt=False)
-        receive_us = round((self._ports.clock() - began) * 1e6)
-        stage = functools.partial(
-            self._incoming.stage,
-            buffer,
-            announce,
-            receive_us=receive_us,
-            transport=window.spec.kind,
-            window=stamp.window,
-            attempt=stamp.attempt,
-            scratch=command.scratch,
-            payload=payload,
-        )
-        try:
-            if payload is not None and payload.settled:
-                stage()  # the window has waited for all of it
-            else:
-                await self._ports.run(stage)
-        except (PatchError, RuntimeError, MemoryError) as exc:
-            return ev.ReceiveFailed(*identity, stamp.version, brief(exc), corrupt=True)
+        event = await self._hands.receive(command)
+        if isinstance(event, ev.ReceiveFailed):
+            return event
         claim = self._core.claim if self._core is not None else None
         if claim is None or claim.sender != announce.sender:
-            await self._ports.run(self._incoming.drop, (stamp.version,))
+            await self._hands.drop((stamp.version,))
+            reason = "another claim came meanwhile"
             return ev.ReceiveFailed(
-                *identity, stamp.version, "another claim came meanwhile", corrupt=False
+                stamp.epoch, stamp.window, stamp.attempt, stamp.version, reason, corrupt=False
             )
-        return ev.Staged(stamp, announce)
+        return event
 
     def _compared(self, command: cmd.Compared) -> None:
         core, last = self._core, self._incoming.last

@@ -42,6 +42,7 @@ from sparsecast.pipeline.delta import Shadow
 from sparsecast.workers.archive import Archive
 from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.fetching import Fetching
+from sparsecast.workers.hands import Hands
 from sparsecast.workers.incoming import Incoming
 from sparsecast.workers.publishing import AsyncPublisher
 from sparsecast.workers.tenure import Tenure
@@ -177,7 +178,7 @@ def trainer_stages(link: Link) -> None:
 
 def worker_stages(link: Link) -> None:
     messages(link)
-    before(Replica, "_receive", link, "broadcast")
+    before(Hands, "receive", link, "broadcast")
     before(Fetching, "fetch", link, "fetch")
     before(Incoming, "stage", link, "check")
     before(ModuleEngine, "after_apply", link, "apply")  # written, and the version has not flipped
