@@ -18,10 +18,11 @@ from runs import (
     until_stored,
     weights,
 )
-from sparsecast import AsyncRollouts, GenerationFailed, Replica, SettingsError
+from sparsecast import AsyncPublisher, AsyncRollouts, GenerationFailed, Replica, SettingsError
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.metrics import Event, TrainerMetrics
 from sparsecast.messages.rollouts import Generate, Sample, Span
+from sparsecast.messages.subjects import Subjects
 from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.pipeline.log.memory import MemoryLog
 from sparsecast.workers.generation import GenerationService
@@ -119,6 +120,33 @@ async def test_a_version_that_is_still_to_come(site: Site) -> None:
     await eventually(lambda: at(later, 3))
     assert same_bits(state, checkpoint(3))
     assert later.refusal() is None
+
+
+async def test_a_version_of_a_run_that_was_dropped(site: Site, bus: NatsBus) -> None:
+    """Version 2 is followed and held when the run is dropped and begun anew, with other weights:
+    what is held is no version 2 any more, and refused as one. When there is one again, that is
+    taken."""
+    trained, state = weights(), weights()
+    async with AsyncPublisher(trained, run=site.run, bus=site.url, policy=QUICK) as first:
+        for version in range(1, 3):
+            step(trained, version)
+            await first.publish()
+            await until_stored(first, version)
+        pinned = await site.replica(state, "pinned", role="evaluation", follow="version:2")
+        await eventually(lambda: at(pinned, 2))
+    for stream in (Subjects(site.run).log_stream, Subjects(site.run).journal_stream):
+        await bus.delete_stream(stream, timeout_s=5.0)
+    assert pinned.refusal() is None
+    others = weights(5)
+    second = await site.publisher(others)
+    await eventually(lambda: pinned.head == 0)
+    assert "version 2 is followed, 0 is the newest" in (pinned.refusal() or "")
+    for version in range(1, 3):
+        step(others, version)
+        await second.publish()
+        await until_stored(second, version)
+    await eventually(lambda: at(pinned, 2) and pinned.refusal() is None)
+    assert same_bits(state, others)
 
 
 async def test_a_version_that_the_log_has_not_any_more(site: Site) -> None:
