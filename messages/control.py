@@ -100,7 +100,8 @@ class Welcome(Control, frozen=True, kw_only=True):
 
 
 class Opening(Control, frozen=True, kw_only=True):
-    """A window is to be opened with these members; rank 0 is the trainer, members[i] rank i + 1.
+    """A window is to be opened with these members, members[i] with ranks[i] ranks: rank 0 is the
+    trainer's, then come those of members[0], those of members[1], and so on.
 
     `enters_at` is the version J: the log up to J, rounds of this window from J + 1.
     Each member answers Ready (attempt 0) or NotReady. Absent: no window, the log alone.
@@ -109,7 +110,21 @@ class Opening(Control, frozen=True, kw_only=True):
     stamp: Stamp
     kind: WindowKind
     members: tuple[Sender, ...]
+    ranks: tuple[int, ...]
     enters_at: int
+
+    def __post_init__(self) -> None:
+        if len(self.ranks) != len(self.members) or any(ranks < 1 for ranks in self.ranks):
+            raise ValueError(f"{len(self.members)} members have {self.ranks} ranks")
+
+    @property
+    def size(self) -> int:
+        """How many ranks the window has."""
+        return 1 + sum(self.ranks)
+
+    def first_rank(self, member: Sender) -> int:
+        """The first of a member's ranks."""
+        return 1 + sum(self.ranks[: self.members.index(member)])
 
 
 class Prepare(Control, frozen=True, kw_only=True):
@@ -202,10 +217,10 @@ class Join(Control, frozen=True, kw_only=True):
     """A member wants in: its model (by manifest hash), what it offers, what it holds.
 
     `version` is None until the digest has shown which version the weights are. `trainer` is the
-    incarnation whose claim the member follows: another of the same epoch is not meant. `gpu` names
-    the GPU that its weights are on (by UUID), "" if they are on none or it cannot be told: an nccl
-    window takes one rank a GPU. Who evaluates takes versions from the log alone, and only those
-    that it follows (`follow`: "latest", "every:K" or "version:N").
+    incarnation whose claim the member follows: another of the same epoch is not meant. `gpus` names
+    the GPU of each of its ranks (by UUID), "" where weights are on none or it cannot be told: an
+    nccl window takes one rank a GPU. Who evaluates takes versions from the log alone, and only
+    those that it follows (`follow`: "latest", "every:K" or "version:N").
     """
 
     epoch: int
@@ -216,7 +231,7 @@ class Join(Control, frozen=True, kw_only=True):
     pid: int
     version: int | None = None
     trainer: str = ""
-    gpu: str = ""
+    gpus: tuple[str, ...] = ("",)
     role: Role = "rollout"
     follow: str = "latest"
 

@@ -155,7 +155,7 @@ class ReplicaTalk:
         self.now = 100.0
         self.core = ReplicaCore(
             run="r", me=A, kinds=("gloo", "bus"), device="cpu", host="h", pid=1, policy=POLICY,
-            started=self.now, gpu="GPU-1",
+            started=self.now, gpus=("GPU-1",),
             role="rollout" if follow is None else "evaluation",
             follow=Follow.parse(follow or "latest"),
         )  # fmt: skip
@@ -191,7 +191,11 @@ class ReplicaTalk:
 
     def open_window(self, window: int = 1) -> None:
         stamp = Stamp(1, window)
-        self.hear(msg.Opening(sender=TRAINER, stamp=stamp, kind="gloo", members=(A,), enters_at=0))
+        self.hear(
+            msg.Opening(
+                sender=TRAINER, stamp=stamp, kind="gloo", members=(A,), ranks=(1,), enters_at=0
+            )
+        )
         self.hear(msg.Go(sender=TRAINER, stamp=stamp))
         self.feed(ev.WindowOpened(1, window))
 

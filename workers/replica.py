@@ -193,7 +193,7 @@ class Replica:
             device=ports.device,
             host=socket.gethostname(),
             pid=os.getpid(),
-            gpu=ports.gpu,
+            gpus=(ports.gpu,),
             role=self.role,
             follow=self.follow,
             policy=self.policy,

@@ -19,7 +19,7 @@ class Belonging:
         device: str,
         host: str,
         pid: int,
-        gpu: str,
+        gpus: tuple[str, ...],
         policy: Policy,
         announced: Announced,
         started: float,
@@ -36,7 +36,7 @@ class Belonging:
         self._device = device
         self._host = host
         self._pid = pid
-        self._gpu = gpu
+        self._gpus = gpus
         self._role = role
         self._follow = follow
         self._policy = policy
@@ -76,7 +76,7 @@ class Belonging:
                 pid=self._pid,
                 version=version,
                 trainer=claim.sender.incarnation if claim is not None else "",
-                gpu=self._gpu,
+                gpus=self._gpus,
                 role=self._role,
                 follow=self._follow,
             )

@@ -22,7 +22,8 @@ from .ledger import RoundRecord
 
 @dataclass(frozen=True, slots=True)
 class OpenWindow:
-    """Open this window and keep it. Ends in WindowOpened or WindowFailed."""
+    """Open this window and keep it; `rank` is the first one of this side's. Ends in WindowOpened or
+    WindowFailed."""
 
     stamp: Stamp
     kind: WindowKind

@@ -21,7 +21,8 @@ class Member:
     offers: tuple[WindowKind, ...]
     device: str
     host: str
-    gpu: str
+    #: Of each of its ranks the GPU that it is on.
+    gpus: tuple[str, ...]
     heard: float
     role: Role = "rollout"
     version: int | None = None
@@ -67,7 +68,7 @@ class Membership:
             offers=join.offers,
             device=join.device,
             host=join.host,
-            gpu=join.gpu,
+            gpus=join.gpus,
             heard=now,
             role=join.role,
             version=join.version,
@@ -200,15 +201,19 @@ class Membership:
         if [kind for kind in self._wanted() if kind in member.offers] != ["nccl"]:
             return None
         others = (m for m in self.awaited if m is not member and "nccl" in m.offers)
-        shared = next((m.sender.name for m in others if m.gpu == member.gpu), None)
+        shared = next(
+            ((gpu, m.sender.name) for m in others for gpu in m.gpus if gpu in member.gpus), None
+        )
         if not self.gpu:
             why = "it is not known which GPU the trainer's weights are on"
-        elif not member.gpu:
+        elif "" in member.gpus:
             why = "it is not known which GPU its weights are on"
-        elif member.gpu == self.gpu:
-            why = f"it shares {member.gpu} with the trainer"
+        elif self.gpu in member.gpus:
+            why = f"it shares {self.gpu} with the trainer"
+        elif len(set(member.gpus)) < len(member.gpus):
+            why = f"two of its {len(member.gpus)} ranks share a GPU"
         elif shared is not None:
-            why = f"it shares {member.gpu} with {shared}"
+            why = "it shares {} with {}".format(*shared)
         else:
             return None
         return (
@@ -226,8 +231,9 @@ class Membership:
         taken, seated = {"", self.gpu}, []
         # Who is in the window stays in: a newcomer on the same GPU would break it.
         for member in sorted(able, key=lambda m: m.sender not in inside):
-            if member.gpu not in taken:
-                taken.add(member.gpu)
+            alone = len(set(member.gpus)) == len(member.gpus)
+            if alone and taken.isdisjoint(member.gpus):
+                taken.update(member.gpus)
                 seated.append(member)
         return sorted(seated, key=lambda m: m.sender.name)
 

@@ -25,9 +25,9 @@ from .seat import Seat
 
 
 class ReplicaCore:
-    """Events in, commands out. `me` is this worker; `kinds` the windows that it can open, `gpu`
-    where its weights are ("": on none). `role`: whether updates wait for it; `follow`: which
-    versions it wants, of which a rollout worker wants all."""
+    """Events in, commands out. `me` is this worker; `kinds` the windows that it can open, `gpus`
+    where the weights of each of its ranks are ("": on none). `role`: whether updates wait for it;
+    `follow`: which versions it wants, of which a rollout worker wants all."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class ReplicaCore:
         pid: int,
         policy: Policy,
         started: float,
-        gpu: str = "",
+        gpus: tuple[str, ...] = ("",),
         role: Role = "rollout",
         follow: Follow = Follow(),  # noqa: B008 - frozen
     ) -> None:
@@ -58,7 +58,7 @@ class ReplicaCore:
             device=device,
             host=host,
             pid=pid,
-            gpu=gpu,
+            gpus=gpus,
             policy=policy,
             announced=self._announced,
             started=started,

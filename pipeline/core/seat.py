@@ -144,7 +144,7 @@ class Seat:
             return [self._decline(stamp, "the commitment has run out")]
         self._going = stamp
         if stamp.attempt == 0:
-            rank, size = opening.members.index(self._me) + 1, len(opening.members) + 1
+            rank, size = opening.first_rank(self._me), opening.size
             return [cmd.OpenWindow(stamp, opening.kind, rank, size, self._policy.open_s)]
         # The journal's word, where it is here already.
         announce = self._announced.announce(stamp.version) or go.announce

@@ -22,12 +22,14 @@ Answer = msg.Ready | msg.NotReady | msg.Opened | msg.Received
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A communicator of one epoch over a fixed list of ranks: the trainer is 0, members follow."""
+    """A communicator of one epoch over a fixed list of ranks: the trainer is 0, then come those of
+    the members, of each as many as `ranks` says."""
 
     epoch: int
     number: int
     kind: WindowKind
     members: tuple[Sender, ...]
+    ranks: tuple[int, ...]
 
     def stamp(self, attempt: int = 0, version: int = 0) -> Stamp:
         """The stamp of an attempt in it; attempt 0 is its opening."""
@@ -76,14 +78,21 @@ class Windows:
         """Ask members to commit to a new window, which they enter at version `head`."""
         out = self.leave("another window follows")
         self._count += 1
-        self._next = Window(epoch, self._count, kind, members)
+        known = [self._membership.get(member) for member in members]
+        ranks = tuple(len(member.gpus) if member is not None else 1 for member in known)
+        self._next = Window(epoch, self._count, kind, members, ranks)
         stamp = self._next.stamp(version=head)
         self.exchange = Exchange(stamp, members, now, self._policy.ready_s, self._policy.open_s)
         if any(self._membership.struck(member) for member in members):
             # Who was put out before does not hold the others up again.
             self._hurry(self.exchange)
         opening = msg.Opening(
-            sender=self._me, stamp=stamp, kind=kind, members=members, enters_at=head
+            sender=self._me,
+            stamp=stamp,
+            kind=kind,
+            members=members,
+            ranks=ranks,
+            enters_at=head,
         )
         return [*out, cmd.Say(opening)]
 
@@ -182,8 +191,8 @@ class Windows:
             return [said, cmd.Send(stamp, work_s)]
         window = self._next
         assert window is not None
-        ranks = len(window.members) + 1
-        return [said, cmd.OpenWindow(stamp, window.kind, 0, ranks, work_s)]
+        size = 1 + sum(window.ranks)
+        return [said, cmd.OpenWindow(stamp, window.kind, 0, size, work_s)]
 
     def local(self, stamp: Stamp, error: str | None, now: float) -> None:
         """Our own part of the exchange is over, well or with `error`."""

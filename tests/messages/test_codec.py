@@ -53,7 +53,15 @@ def _of(kind: type[Any]) -> st.SearchStrategy[Any]:
             )
         else:
             fields[field.name] = _value(field.type)
+    if kind is control.Opening:
+        del fields["ranks"]
+        return st.builds(_opening, **fields)
     return st.builds(kind, **fields)
+
+
+def _opening(**fields: Any) -> control.Opening:
+    """An opening in which every member has ranks."""
+    return control.Opening(**fields, ranks=tuple(range(1, len(fields["members"]) + 1)))
 
 
 def _value(annotation: Any) -> st.SearchStrategy[Any]:
@@ -148,3 +156,20 @@ def test_fields_of_a_later_version_are_ignored() -> None:
     beat = control.Beat(sender=control.Sender("trainer", "a"), epoch=1, version=2)
     newer = {**msgspec.to_builtins(beat), "type": "Beat", "mood": "good"}
     assert codec.decode(msgspec.msgpack.encode(newer)) == beat
+
+
+@pytest.mark.parametrize("ranks", [(), (1,), (1, 0), (1, -1), (1, 1, 1)], ids=str)
+def test_an_opening_says_how_many_ranks_each_member_has(ranks: tuple[int, ...]) -> None:
+    """Two members, and ranks for fewer or more, or for one of them none: no rank could be told from
+    that, and the message is refused."""
+    sender = control.Sender("trainer", "1")
+    members = (control.Sender("a", "1"), control.Sender("b", "1"))
+    fields = {"type": "Opening", "sender": sender, "stamp": control.Stamp(1, 1), "kind": "gloo"}
+    garbage = msgspec.msgpack.encode(fields | {"members": members, "ranks": ranks, "enters_at": 0})
+    with pytest.raises(RemoteProtocolError, match="2 members have"):
+        codec.decode(garbage)
+    sound = msgspec.msgpack.encode(fields | {"members": members, "ranks": (2, 3), "enters_at": 0})
+    opening = codec.decode(sound)
+    assert isinstance(opening, control.Opening)
+    assert [opening.first_rank(member) for member in members] == [1, 3]
+    assert opening.size == 6

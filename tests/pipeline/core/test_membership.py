@@ -21,7 +21,7 @@ def join(
     """A worker's Join."""
     return Join(
         sender=Sender(name, life), epoch=1, manifest_hash="m", offers=offers, device="cpu",
-        host="h", pid=1, version=version, gpu=gpu,
+        host="h", pid=1, version=version, gpus=tuple(gpu.split(",")),
     )  # fmt: skip
 
 
@@ -149,8 +149,20 @@ def test_the_kind_is_the_best_for_the_most(
         ("GPU-0", ["GPU-1", "GPU-0"], ("gloo", ["m0", "m1"])),
         ("GPU-0", ["GPU-1", ""], ("gloo", ["m0", "m1"])),
         ("", ["GPU-1", "GPU-2"], ("gloo", ["m0", "m1"])),
+        ("GPU-0", ["GPU-1,GPU-2", "GPU-3"], ("nccl", ["m0", "m1"])),
+        ("GPU-0", ["GPU-1,GPU-2", "GPU-2"], ("gloo", ["m0", "m1"])),
+        ("GPU-0", ["GPU-1,GPU-1", "GPU-2"], ("gloo", ["m0", "m1"])),
     ],
-    ids=["distinct", "two-workers", "with-the-trainer", "unknown", "trainer-unknown"],
+    ids=[
+        "distinct",
+        "two-workers",
+        "with-the-trainer",
+        "unknown",
+        "trainer-unknown",
+        "two-ranks",
+        "two-ranks-one-shared",
+        "two-ranks-on-one",
+    ],
 )
 def test_nccl_wants_a_gpu_for_each_rank(
     trainer: str, gpus: list[str], expected: tuple[object, list[str]]
@@ -185,8 +197,10 @@ def test_a_newcomer_on_a_taken_gpu_does_not_break_the_window() -> None:
         ("GPU-0", "GPU-0", "shares GPU-0 with the trainer"),
         ("GPU-0", "", "not known which GPU its weights are on"),
         ("", "GPU-1", "not known which GPU the trainer's weights are on"),
+        ("GPU-0", "GPU-1,GPU-1", "two of its 2 ranks share a GPU"),
+        ("GPU-0", "GPU-1,", "not known which GPU its weights are on"),
     ],
-    ids=["shared", "unknown", "trainer-unknown"],
+    ids=["shared", "unknown", "trainer-unknown", "among-its-ranks", "unknown-of-one"],
 )
 def test_who_offers_nccl_alone_and_has_no_gpu_is_told(trainer: str, gpu: str, why: str) -> None:
     """A worker offers nothing but nccl: no window has a place for it, and the reason says why."""

@@ -19,7 +19,7 @@ def test_a_join_says_what_the_trainer_must_know_to_choose_a_window() -> None:
     """The first Join: what this worker can open, where it is, and on which GPU its weights are."""
     (join,) = Talk().joined_with
     assert (join.offers, join.device, join.host) == (("gloo", "bus"), "cpu", "h")
-    assert (join.gpu, join.version) == ("GPU-1", 0)
+    assert (join.gpus, join.version) == (("GPU-1",), 0)
 
 
 def test_a_round_from_announcement_to_verified() -> None:
@@ -65,20 +65,35 @@ def test_what_is_said_twice_is_done_once() -> None:
     assert talk.only(cmd.Receive).stamp == second
 
 
+def test_the_ranks_of_others_come_before_ours() -> None:
+    """A window is opened with a member of two ranks before us: our first rank is behind theirs."""
+    talk = Talk()
+    stamp = Stamp(1, 1)
+    opening = msg.Opening(
+        sender=TRAINER, stamp=stamp, kind="gloo", members=(OTHER, ME), ranks=(2, 3), enters_at=0
+    )
+    talk.hear(opening)
+    talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+    opened = talk.only(cmd.OpenWindow)
+    assert (opened.rank, opened.size) == (3, 6)
+
+
 def test_only_the_highest_window_counts() -> None:
     """A higher opening breaks the lower window off before it is committed to; words of the lower
     one find nobody, and neither do those of a window that it is not in."""
     talk = Talk(window=True)
     higher = Stamp(1, 3)
     opening = msg.Opening(
-        sender=TRAINER, stamp=higher, kind="gloo", members=(ME, OTHER), enters_at=0
+        sender=TRAINER, stamp=higher, kind="gloo", members=(ME, OTHER), ranks=(1, 1), enters_at=0
     )
     out = talk.hear(opening)
     assert [type(c) for c in out] == [cmd.AbortWindow, cmd.Report]
-    lower = msg.Opening(sender=TRAINER, stamp=Stamp(1, 2), kind="gloo", members=(ME,), enters_at=0)
+    lower = msg.Opening(
+        sender=TRAINER, stamp=Stamp(1, 2), kind="gloo", members=(ME,), ranks=(1,), enters_at=0
+    )
     assert talk.hear(lower) == talk.hear(msg.Go(sender=TRAINER, stamp=Stamp(1, 1))) == []
     without = msg.Opening(
-        sender=TRAINER, stamp=Stamp(1, 4), kind="gloo", members=(OTHER,), enters_at=0
+        sender=TRAINER, stamp=Stamp(1, 4), kind="gloo", members=(OTHER,), ranks=(1,), enters_at=0
     )
     assert isinstance(talk.hear(without)[0], cmd.AbortWindow)
     assert talk.hear(msg.Go(sender=TRAINER, stamp=Stamp(1, 4))) == []
@@ -309,7 +324,7 @@ def test_words_of_a_trainer_that_was_replaced_are_ignored() -> None:
     talk.hear(claim(2, 1, Sender("trainer", "t2")))
     talk.feed(ev.Proved(2, MANIFEST.hash, 1))
     opening = msg.Opening(
-        sender=TRAINER, stamp=Stamp(2, 9), kind="gloo", members=(ME,), enters_at=1
+        sender=TRAINER, stamp=Stamp(2, 9), kind="gloo", members=(ME,), ranks=(1,), enters_at=1
     )
     assert talk.hear(opening) == []
     assert talk.hear(msg.Resync(sender=TRAINER, to=ME, reason="it is wrong")) == []

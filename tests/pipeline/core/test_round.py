@@ -90,7 +90,7 @@ def test_go_may_come_before_the_announcement_is_known() -> None:
 def test_the_record_says_by_which_road_it_went() -> None:
     """Through a window it names window and kind; after attempts that failed, the log."""
     through, by_log = sealed(), sealed()
-    record = through.end(Window(1, 2, "gloo", (A, B)), (A, B), 15.0)
+    record = through.end(Window(1, 2, "gloo", (A, B), (1, 1)), (A, B), 15.0)
     assert (record.window, record.transport, record.attempt) == (2, "gloo", 1)
     by_log.attempt = 3
     record = by_log.end(None, (A,), 15.0)

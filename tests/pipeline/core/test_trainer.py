@@ -310,15 +310,35 @@ def test_who_can_never_have_a_place_in_a_window_is_told_once() -> None:
     """A worker offers nccl alone, and the trainer's GPU is not known: the event says so when it
     joins, and not with every Join; a worker that offers more as well is told nothing."""
     talk = Talk(policy=Policy(window="auto"))
-    alone = changed(talk.join(A), offers=("nccl",), gpu="GPU-1")
+    alone = changed(talk.join(A), offers=("nccl",), gpus=("GPU-1",))
     talk.hear(alone)
     assert [m.to for m in talk.said(msg.Welcome)] == [A]
     (reason,) = talk.told("log-only")
     assert "the trainer's weights are on" in reason
     talk.hear(alone)
     assert talk.told("log-only") == []
-    talk.hear(changed(talk.join(B), offers=("nccl", "gloo"), gpu="GPU-1"))
+    talk.hear(changed(talk.join(B), offers=("nccl", "gloo"), gpus=("GPU-1",)))
     assert talk.told("log-only") == []
+
+
+def test_a_member_may_have_several_ranks() -> None:
+    """A worker of two ranks comes, then one of one: the window has a place for each rank, in the
+    order of the members' names, and the trainer opens it with as many."""
+    talk = Talk()
+    talk.hear(changed(talk.join(B), gpus=("", "")))
+    (alone,) = talk.said(msg.Opening)
+    assert (alone.members, alone.ranks) == ((B,), (2,))
+    talk.hear(msg.Ready(sender=B, stamp=alone.stamp, expires_s=5))
+    opened = talk.only(cmd.OpenWindow)
+    assert (opened.rank, opened.size) == (0, 3)
+    talk.feed(ev.WindowOpened(1, 1))
+    talk.hear(msg.Opened(sender=B, stamp=alone.stamp))
+    talk.hear(talk.join(A))
+    (both,) = talk.said(msg.Opening)
+    assert (both.members, both.ranks) == ((A, B), (1, 2))
+    for member in (A, B):
+        talk.hear(msg.Ready(sender=member, stamp=both.stamp, expires_s=5))
+    assert talk.only(cmd.OpenWindow).size == 4
 
 
 def changed(join: msg.Join, **fields: Any) -> msg.Join:
