@@ -377,6 +377,7 @@ class WorkerLife(Life):
             return replica.refusal() is not None
         return (
             wanted is not None
+            and replica.version is not None
             and (self.follow is not None or wanted == trainer.publisher.version)
             and replica.verified == replica.version
             and replica.version >= wanted
