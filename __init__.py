@@ -50,6 +50,7 @@ from .messages.errors import (
     WorkerDied,
     WrongBase,
 )
+from .messages.layout import Layout, Padding, Part, require_whole
 
 if TYPE_CHECKING:
     from .pipeline.bus.broker import Broker
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .pipeline.delta import Patch, apply, diff, digest, merge
     from .pipeline.log.memory import MemoryLog
     from .workers.engine import Engine
+    from .workers.layouts import config_manifest, engine_layout, layout_of
     from .workers.publisher import AsyncPublisher, Publisher, Report
     from .workers.replica import Replica
     from .workers.rollouts import AsyncRollouts, Rollouts
@@ -73,6 +75,9 @@ _HOMES = {
     "merge": ".pipeline.delta",
     "MemoryLog": ".pipeline.log.memory",
     "Engine": ".workers.engine",
+    "config_manifest": ".workers.layouts",
+    "engine_layout": ".workers.layouts",
+    "layout_of": ".workers.layouts",
     "AsyncPublisher": ".workers.publisher",
     "Publisher": ".workers.publisher",
     "Report": ".workers.publisher",
@@ -95,6 +100,7 @@ __all__ = [
     "Fenced",
     "GenerationFailed",
     "InvalidName",
+    "Layout",
     "LocalProtocolError",
     "LogError",
     "LogFull",
@@ -102,6 +108,8 @@ __all__ = [
     "ManifestMismatch",
     "MemoryLog",
     "NameInUse",
+    "Padding",
+    "Part",
     "Patch",
     "PatchError",
     "PayloadTooLarge",
@@ -132,9 +140,13 @@ __all__ = [
     "WorkerDied",
     "WrongBase",
     "apply",
+    "config_manifest",
     "diff",
     "digest",
+    "engine_layout",
+    "layout_of",
     "merge",
+    "require_whole",
 ]
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from .control import Lease, LogEntry, TrainerMessage, WorkerMessage
 from .errors import RemoteProtocolError
+from .layout import Layout
 from .metrics import Metric
 from .rollouts import RolloutMessage
 
@@ -21,6 +22,7 @@ _control = msgspec.msgpack.Decoder(Message)
 _rollouts = msgspec.msgpack.Decoder(RolloutMessage)
 _leases = msgspec.msgpack.Decoder(Lease)
 _entries = msgspec.msgpack.Decoder(LogEntry)
+_layouts = msgspec.msgpack.Decoder(Layout)
 _json_encoder = msgspec.json.Encoder()
 _metrics = msgspec.json.Decoder(Metric)
 
@@ -34,8 +36,8 @@ def _decode(decoder: Any, data: bytes, subject: str) -> Any:
         ) from exc
 
 
-def encode(message: Message | RolloutMessage | Lease | LogEntry) -> bytes:
-    """Encode a control or rollout message, a lease or a log entry as msgpack."""
+def encode(message: Message | RolloutMessage | Lease | LogEntry | Layout) -> bytes:
+    """Encode a control or rollout message, a lease, a log entry or a layout as msgpack."""
     return _encoder.encode(message)
 
 
@@ -61,6 +63,12 @@ def decode_entry(data: bytes, *, subject: str = "") -> LogEntry:
     """Decode a log entry; RemoteProtocolError if it is none."""
     entry: LogEntry = _decode(_entries, data, subject)
     return entry
+
+
+def decode_layout(data: bytes, *, subject: str = "") -> Layout:
+    """Decode the layout of a rank; RemoteProtocolError if it is none."""
+    layout: Layout = _decode(_layouts, data, subject)
+    return layout
 
 
 def encode_metric(metric: Metric) -> bytes:

@@ -7,9 +7,14 @@ coordinates of the published tensors; each rank takes what its layout names.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
-from .manifest import TensorSpec
+from .boxes import Box, first_miscount, gap_at
+from .errors import ManifestMismatch
+from .manifest import Manifest, TensorSpec
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -31,6 +36,33 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: Whether its share of the digest is this rank's: of what several hold, one counts it.
     counted: bool = True
 
+    def __post_init__(self) -> None:
+        if not len(self.begin) == len(self.shape) == len(self.axes):
+            raise ValueError(
+                f"a part of tensor {self.tensor!r} has {len(self.begin)} first indices, "
+                f"{len(self.shape)} extents and {len(self.axes)} axes"
+            )
+        if min((*self.begin, *self.shape, *self.at), default=0) < 0:
+            raise ValueError(f"a part of tensor {self.tensor!r} has a negative index or extent")
+        if len(set(self.axes)) < len(self.axes) or not set(self.axes) <= set(range(len(self.at))):
+            raise ValueError(
+                f"a part of tensor {self.tensor!r} has axes {list(self.axes)}, which are not "
+                f"distinct dimensions of {self.local!r}, a tensor of {len(self.at)}"
+            )
+
+    @property
+    def box(self) -> Box:
+        """What it is of the published tensor."""
+        return Box(self.begin, self.shape)
+
+    @property
+    def local_box(self) -> Box:
+        """What it is of the local tensor."""
+        extent = [1] * len(self.at)
+        for axis, size in zip(self.axes, self.shape, strict=True):
+            extent[axis] = size
+        return Box(self.at, tuple(extent))
+
 
 class Padding(msgspec.Struct, frozen=True, kw_only=True):
     """A box of a local tensor that holds nothing published: rows of a padded vocabulary, say."""
@@ -39,6 +71,20 @@ class Padding(msgspec.Struct, frozen=True, kw_only=True):
     at: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.at) != len(self.shape):
+            raise ValueError(
+                f"padding of {self.local!r} has {len(self.at)} first indices "
+                f"and {len(self.shape)} extents"
+            )
+        if min((*self.at, *self.shape), default=0) < 0:
+            raise ValueError(f"padding of {self.local!r} has a negative index or extent")
+
+    @property
+    def local_box(self) -> Box:
+        """What it is of the local tensor."""
+        return Box(self.at, self.shape)
+
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The local tensors of one rank, and where each element of them comes from."""
@@ -46,3 +92,127 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tensors: tuple[TensorSpec, ...]
     parts: tuple[Part, ...]
     padding: tuple[Padding, ...] = ()
+
+    def __post_init__(self) -> None:
+        Manifest(tensors=self.tensors)  # refuses names, dtypes and sizes that no tensors have
+
+    def require_fit(self, manifest: Manifest) -> None:
+        """ManifestMismatch unless the parts are of published tensors and fill the local ones.
+
+        Parts lie within both tensors, which have one dtype, and with the padding they cover every
+        local element once. What the manifest has and this rank does not hold is no error:
+        require_whole() asks it of all ranks together.
+        """
+        published = {spec.name: spec for spec in manifest.tensors}
+        local = {spec.name: spec for spec in self.tensors}
+        holders: defaultdict[str, list[Part | Padding]] = defaultdict(list)
+        everything: tuple[Part | Padding, ...] = (*self.parts, *self.padding)
+        for holder in everything:
+            spec = local.get(holder.local)
+            if spec is None:
+                raise ManifestMismatch(f"{_named(holder)} lies in no local tensor of the layout")
+            if isinstance(holder, Part):
+                _require_published(holder, published, dtype=spec.dtype)
+            if not holder.local_box.within(spec.shape):
+                raise ManifestMismatch(
+                    f"{_named(holder)} would be {holder.local_box} of local tensor {spec.name!r}, "
+                    f"which has shape {list(spec.shape)}"
+                )
+            holders[spec.name].append(holder)
+        for spec in self.tensors:
+            held = holders[spec.name]
+            boxes = [holder.local_box for holder in held]
+            wrong = first_miscount(spec.shape, boxes)
+            if wrong is None:
+                continue
+            if wrong.times == 0:
+                gap = gap_at(wrong.element, spec.shape, boxes)
+                raise ManifestMismatch(
+                    f"{gap} of local tensor {spec.name!r} is in no part and in no padding"
+                )
+            one, other = [h for h in held if h.local_box.holds(wrong.element)][:2]
+            raise ManifestMismatch(
+                f"element {list(wrong.element)} of local tensor {spec.name!r} is in {_named(one)} "
+                f"and in {_named(other)}"
+            )
+
+    def is_identity(self, manifest: Manifest) -> bool:
+        """Whether the local tensors are the published ones, whole and under their own names."""
+        whole = identity(manifest)
+        return (
+            not self.padding
+            and len(self.parts) == len(whole.parts)
+            and set(self.tensors) == set(whole.tensors)
+            and set(self.parts) == set(whole.parts)
+        )
+
+
+def identity(manifest: Manifest) -> Layout:
+    """The layout of a rank that holds what is published, as it is published."""
+    parts = tuple(
+        Part(
+            tensor=spec.name,
+            begin=(0,) * len(spec.shape),
+            shape=spec.shape,
+            local=spec.name,
+            at=(0,) * len(spec.shape),
+            axes=tuple(range(len(spec.shape))),
+        )
+        for spec in manifest.tensors
+    )
+    return Layout(tensors=manifest.tensors, parts=parts)
+
+
+def require_whole(layouts: Sequence[Layout], manifest: Manifest) -> None:
+    """ManifestMismatch unless the ranks' counted parts cover every published element once.
+
+    Then the digests of the ranks add up to that of the whole. `layouts` are those of all ranks of
+    a group, in their order; each fits the manifest (Layout.require_fit).
+    """
+    published = {spec.name: spec for spec in manifest.tensors}
+    holders: defaultdict[str, list[tuple[int, Part]]] = defaultdict(list)
+    for rank, layout in enumerate(layouts):
+        for part in layout.parts:
+            if part.counted:
+                _require_published(part, published)
+                holders[part.tensor].append((rank, part))
+    for spec in manifest.tensors:
+        boxes = [part.box for _, part in holders[spec.name]]
+        wrong = first_miscount(spec.shape, boxes)
+        if wrong is None:
+            continue
+        if wrong.times == 0:
+            gap = gap_at(wrong.element, spec.shape, boxes)
+            raise ManifestMismatch(f"{gap} of tensor {spec.name!r} is counted by no rank")
+        held = [h for h in holders[spec.name] if h[1].box.holds(wrong.element)]
+        (one, first), (other, second) = held[:2]
+        raise ManifestMismatch(
+            f"element {list(wrong.element)} of tensor {spec.name!r} is counted by rank {one} "
+            f"({first.box}) and by rank {other} ({second.box})"
+        )
+
+
+def _require_published(
+    part: Part, published: Mapping[str, TensorSpec], *, dtype: str | None = None
+) -> None:
+    spec = published.get(part.tensor)
+    if spec is None:
+        raise ManifestMismatch(
+            f"local tensor {part.local!r} is to hold tensor {part.tensor!r}, which is not published"
+        )
+    if not part.box.within(spec.shape):
+        raise ManifestMismatch(
+            f"local tensor {part.local!r} is to hold {part.box} of tensor {part.tensor!r}, "
+            f"which has shape {list(spec.shape)}"
+        )
+    if dtype not in (None, spec.dtype):
+        raise ManifestMismatch(
+            f"tensor {part.tensor!r} has dtype {spec.dtype}, and {dtype} in local tensor "
+            f"{part.local!r}"
+        )
+
+
+def _named(holder: Part | Padding) -> str:
+    if isinstance(holder, Part):
+        return f"{holder.box} of tensor {holder.tensor!r}"
+    return f"padding, {holder.local_box} of {holder.local!r}"

@@ -1,4 +1,4 @@
-"""The README's snippets run as written, and its links lead somewhere."""
+"""The snippets of README and docs run as written, and their links lead somewhere."""
 
 import re
 import subprocess
@@ -11,11 +11,12 @@ from sparsecast import Broker
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+LAYOUTS = (ROOT / "docs/layouts.md").read_text()
 
 
-def _snippet(name: str) -> str:
+def _snippet(name: str, page: str = README) -> str:
     """The Python block whose first line names this file."""
-    found = re.search(rf"```python\n(# {re.escape(name)}\n.*?)```", README, re.S)
+    found = re.search(rf"```python\n(# {re.escape(name)}\n.*?)```", page, re.S)
     assert found, name
     return found[1]
 
@@ -46,6 +47,17 @@ def test_trainer_and_worker_run_as_written(tmp_path: Path) -> None:
     assert "version 3:" in trainer
     assert "applied by ['worker-0'], missing {}" in trainer
     assert "version 3 answers with (1, 512)" in worker
+
+
+def test_the_example_of_layouts_prints_what_the_page_says(tmp_path: Path) -> None:
+    """The page on layouts shows an example and its output: run it, and compare."""
+    (tmp_path / "layouts.py").write_text(_snippet("layouts.py", LAYOUTS))
+    done = subprocess.run(
+        [sys.executable, "layouts.py"], cwd=tmp_path, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    (expected,) = re.findall(r"```text\n(.*?)```", LAYOUTS, re.S)
+    assert done.stdout == expected
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/protocol.md", "docs/metrics.md"])

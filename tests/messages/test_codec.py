@@ -23,6 +23,7 @@ DECODERS = {
     "rollout": codec.decode_rollout,
     "lease": codec.decode_lease,
     "entry": codec.decode_entry,
+    "layout": codec.decode_layout,
     "metric": codec.decode_metric,
 }
 
@@ -144,7 +145,7 @@ def test_truncated_and_flipped_messages_never_crash(kind: type[Any], data: st.Da
     assert decoded is None or isinstance(decoded, CONTROL)
 
 
-@pytest.mark.parametrize("decoder", ["control", "rollout", "lease", "entry"])
+@pytest.mark.parametrize("decoder", ["control", "rollout", "lease", "entry", "layout"])
 def test_deep_nesting_is_refused(decoder: str) -> None:
     """A bomb of nested arrays is refused instead of overflowing the stack."""
     with pytest.raises(RemoteProtocolError):

@@ -1,0 +1,121 @@
+"""The layout of the tensors that a rank holds, read off the tensors: plain ones and DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ...messages.errors import UnsupportedTensor
+from ...messages.layout import Layout, Part
+from ...pipeline.delta import manifest_of
+from ...pipeline.delta.tensors import Rename, choose, distinct, renamed
+from .placements import boxes_of, held, is_first_copy
+
+
+def layout_of(
+    source: nn.Module | Mapping[str, torch.Tensor],
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    rename: Rename | None = None,
+    mesh: DeviceMesh | None = None,
+) -> Layout:
+    """The layout of a model as this rank holds it: plain tensors whole, DTensors by placement.
+
+    A Module means its state_dict; names, ties, `include` and `exclude` are as in a Publisher.
+    `rename` (a function or a mapping) says under which name the trainer publishes a local tensor.
+    Local tensors are what to_local() of a DTensor gives; uneven and empty shards are torch's own.
+
+    Of what several ranks hold, the one at the lowest coordinate counts it. `mesh` is the mesh of
+    all ranks; it is needed where DTensors lie on different meshes, and then has theirs as named
+    dimensions: over the dimensions that a tensor's own mesh lacks, it is held by each. Plain
+    tensors are held by each over the whole mesh. Without any DTensor and mesh all is counted here.
+
+    UnsupportedTensor names what cannot be published, a tensor with a Partial placement, and one
+    whose mesh is not part of `mesh` or has not this rank.
+    """
+    chosen = choose(source, include=include, exclude=exclude)
+    sharded = {name: value for name, value in chosen.items() if isinstance(value, DTensor)}
+    with torch.no_grad():
+        local = distinct(
+            {n: v.to_local() if isinstance(v, DTensor) else v for n, v in chosen.items()}
+        )
+    specs = manifest_of(local).tensors
+    published = dict(zip(local, renamed(local, rename), strict=True))
+    whole = mesh if mesh is not None else _only_mesh(sharded)
+    parts: list[Part] = []
+    for spec in specs:
+        tensor = published[spec.name]
+        if spec.name in sharded:
+            parts += _parts(spec.name, tensor, sharded[spec.name], whole)
+        else:
+            counted = whole is None or not any(_coordinate(spec.name, whole))
+            zeros = (0,) * len(spec.shape)
+            parts.append(
+                Part(
+                    tensor=tensor,
+                    begin=zeros,
+                    shape=spec.shape,
+                    local=spec.name,
+                    at=zeros,
+                    axes=tuple(range(len(spec.shape))),
+                    counted=counted,
+                )
+            )
+    return Layout(tensors=specs, parts=tuple(parts))
+
+
+def _parts(name: str, tensor: str, value: DTensor, whole: DeviceMesh | None) -> Iterator[Part]:
+    mesh = value.device_mesh
+    coordinate = _coordinate(name, mesh)
+    try:
+        indices = held(value.shape, mesh.shape, coordinate, value.placements)
+    except ValueError as exc:
+        raise UnsupportedTensor(name, f"{exc}: redistribute() it first") from exc
+    counted = is_first_copy(coordinate, value.placements) and _is_first_mesh(name, mesh, whole)
+    for box, at in boxes_of(indices):
+        yield Part(
+            tensor=tensor,
+            begin=box.begin,
+            shape=box.shape,
+            local=name,
+            at=at,
+            axes=tuple(range(len(at))),
+            counted=counted,
+        )
+
+
+def _only_mesh(sharded: Mapping[str, DTensor]) -> DeviceMesh | None:
+    """The mesh of all DTensors."""
+    found: DeviceMesh | None = None
+    for name, value in sharded.items():
+        if found is not None and value.device_mesh != found:
+            raise UnsupportedTensor(
+                name, "lies on another mesh than those before it: give mesh=, the mesh of all ranks"
+            )
+        found = value.device_mesh
+    return found
+
+
+def _is_first_mesh(name: str, mesh: DeviceMesh, whole: DeviceMesh | None) -> bool:
+    """Whether this rank lies in the first of the meshes that together make up the whole one."""
+    if whole is None or whole == mesh:
+        return True
+    own, names = mesh.mesh_dim_names, whole.mesh_dim_names
+    if own is None or names is None or not set(own) <= set(names):
+        raise UnsupportedTensor(
+            name, f"lies on a mesh of {own}, which is no part of the mesh of all ranks, {names}"
+        )
+    places = zip(names, _coordinate(name, whole), strict=True)
+    return not any(place for dim, place in places if dim not in own)
+
+
+def _coordinate(name: str, mesh: DeviceMesh) -> Sequence[int]:
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise UnsupportedTensor(name, "lies on a mesh that does not have this rank")
+    return list(coordinate)
