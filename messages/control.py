@@ -295,8 +295,9 @@ class Refused(Control, frozen=True, kw_only=True):
 class Heartbeat(Control, frozen=True, kw_only=True):
     """Alive, and at these versions: counts as acknowledgement of both.
 
-    `follow`: which versions it follows, if it evaluates. Absent for silence_s: the member is put
-    out of the membership.
+    `follow`: which versions it follows, if it evaluates. `stranded`: it holds nothing, and the log
+    leads to nothing that it could hold. Absent for silence_s: the member is put out of the
+    membership.
     """
 
     epoch: int
@@ -304,6 +305,7 @@ class Heartbeat(Control, frozen=True, kw_only=True):
     verified: int | None
     lagging: str | None = None
     follow: str | None = None
+    stranded: bool = False
 
 
 class Leave(Control, frozen=True, kw_only=True):

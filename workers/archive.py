@@ -120,6 +120,33 @@ class Archive:
         finally:
             self._on_their_way -= 1
 
+    async def mend(self, epoch: Callable[[], int]) -> None:
+        """Store another anchor if the one that leads to the newest version is damaged or gone."""
+        if self._on_their_way:
+            return
+        began, log, timeout_s = epoch(), self._ports.log, self._policy.store_s
+        self._on_their_way += 1
+        try:
+            entries = await log.entries(timeout_s=timeout_s)
+            anchor = leading(entries, epoch=began, writer=self._outgoing.writer)
+            damage = "no anchor in the log leads to the newest version"
+            if anchor is not None:
+                self._proven = ""
+                damage = await self._damage(anchor)
+            if not damage:
+                return  # it is the member that cannot read it
+            self._tell(f"{damage}; a member needs one, and another is stored")
+            if anchor is not None:
+                # Its name may be the new one's, and readers would take it.
+                await log.prune([anchor], timeout_s=timeout_s)
+        except _Trouble as exc:
+            self._failed("mending", exc)
+            return
+        finally:
+            self._on_their_way -= 1
+        self._failing.discard("mending")
+        await self.anchor(epoch)
+
     async def _has_room(self, nbytes: int, epoch: int) -> bool:
         """Whether so many bytes leave room for the next anchor in the run's quota."""
         most = self._most_nbytes

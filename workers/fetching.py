@@ -72,7 +72,7 @@ class Fetching:
             log.log(level, "worker %s: the log gives nothing: %s", self._core.me.name, brief(exc))
             if not items:
                 catching.broke_off(brief(exc))
-                return ev.FetchFailed(command.epoch, brief(exc))
+                return ev.FetchFailed(command.epoch, brief(exc), isinstance(exc, LogHole))
             catching.loaded(0)  # of the one that failed: the next fetch begins with it
         if self._core.claim is not claim:
             await self._hands.drop(tuple(item.version for item in items))

@@ -511,6 +511,8 @@ class AsyncPublisher:
                 return self._windows.close(window)
             case cmd.Send():
                 return self._send(command)
+            case cmd.Mend():
+                return self._archive.mend(self._epoch)
             case cmd.Store(versions):
                 return self._store(versions)
             case cmd.Reclaim(epoch):

@@ -327,11 +327,9 @@ class Replica:
         pinned = self.follow.pinned
         if pinned is not None and self.version != pinned:
             return f"version {pinned} is followed, the weights are at {self.version}"
-        if pinned is not None and core.claim is not None and core.goal is None:
+        if pinned is not None and core.unproven is not None:
             # What an earlier run called so, which the bus has forgotten.
-            return (
-                f"version {pinned} is followed, {core.head} is the newest; the weights are others"
-            )
+            return f"the weights are not known to be version {pinned}: {core.unproven}"
         if self._max_lag is not None and core.goal is not None:
             lag = core.goal - (self.version if self.version is not None else -1)
             if lag > self._max_lag:

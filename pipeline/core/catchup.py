@@ -17,6 +17,8 @@ class CatchUp:
     under_way: bool = False
     #: Why the log gave nothing the last time; "" if it did, or was not asked.
     trouble: str = ""
+    #: Whether it had no way, not for the first time: it may have been asked too early then.
+    hole: bool = False
     _at: float = 0.0
     _failures: int = 0
     _held_back_until: float = 0.0
@@ -32,7 +34,7 @@ class CatchUp:
         """A new epoch, a new log: it may be asked at once."""
         self._at = self._held_back_until = now
         self._failures = self._setbacks = 0
-        self.trouble = ""
+        self.trouble, self.hole = "", False
 
     def announced(self, now: float) -> None:
         """A version is new: its round may still bring it; the log is asked a little later."""
@@ -45,12 +47,12 @@ class CatchUp:
     def found(self, now: float) -> None:
         """The log gave something that is of use."""
         self._failures = 0
-        self.trouble = ""
+        self.trouble, self.hole = "", False
         self._at = max(self._at, now)
 
-    def failed(self, now: float, trouble: str) -> None:
+    def failed(self, now: float, trouble: str, *, hole: bool = False) -> None:
         """The log gave nothing that is."""
-        self.trouble = trouble
+        self.trouble, self.hole = trouble, hole and self._failures > 0
         self._at = now + self.policy.retry_s * 2.0 ** min(self._failures, 4)
         self._failures += 1
 

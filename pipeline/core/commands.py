@@ -108,6 +108,11 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
+class Mend:
+    """A member holds nothing, and finds no way in the log: see to it that an anchor can be had."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reclaim:
     """The bus has forgotten the run: make its streams anew at `epoch`, with anchor and claim.
 
@@ -232,6 +237,7 @@ TrainerCommand = (
     | Append
     | Send
     | Store
+    | Mend
     | Reclaim
     | Settled
 )

@@ -241,10 +241,11 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailed:
-    """The log gave nothing."""
+    """The log gave nothing; `hole`: it has no way to what was asked for."""
 
     epoch: int
     reason: str
+    hole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

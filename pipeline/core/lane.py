@@ -269,11 +269,11 @@ class Lane:
             self._catchup.failed(now, "it has nothing that fits")
         return out
 
-    def fetch_failed(self, epoch: int, reason: str, now: float) -> None:
+    def fetch_failed(self, event: ev.FetchFailed, now: float) -> None:
         """The log gave nothing."""
         self._catchup.under_way = False
-        if epoch == self._announced.epoch:
-            self._catchup.failed(now, reason)
+        if event.epoch == self._announced.epoch:
+            self._catchup.failed(now, event.reason, hole=event.hole)
 
     @property
     def trouble(self) -> str:
@@ -381,8 +381,14 @@ class Lane:
                 verified=self.verified,
                 lagging=self.lagging,
                 follow=str(self._follow) if self._role == "evaluation" else None,
+                stranded=self._stranded,
             )
         )
+
+    @property
+    def _stranded(self) -> bool:
+        # One old version may be gone for good.
+        return self.version is None and self._catchup.hole and self._follow.pinned is None
 
     def refused(self, version: int, reason: str) -> Report:
         """What this version's bytes, or our model, were refused for."""

@@ -135,6 +135,17 @@ class ReplicaCore:
         return self._lane.lagging
 
     @property
+    def unproven(self) -> str | None:
+        """Why the weights are no version of the claim that is followed, as far as that was to be
+        found out; None: they are one, or are being compared."""
+        lane = self._lane
+        if self._announced.claim is None or lane.version is not None:
+            return None
+        if lane.proving or lane.to_prove or (lane.goal is not None and not lane.trouble):
+            return None
+        return self.why()
+
+    @property
     def trainer_heard(self) -> float | None:
         """When the trainer was last heard, on the clock of `now`."""
         return self._belonging.heard
@@ -189,8 +200,8 @@ class ReplicaCore:
                 self._out += self._seat.receive_failed(event)
             case ev.Fetched():
                 self._out += self._lane.fetched(event, now)
-            case ev.FetchFailed(epoch, reason):
-                self._lane.fetch_failed(epoch, reason, now)
+            case ev.FetchFailed():
+                self._lane.fetch_failed(event, now)
             case ev.AppliedHere():
                 self._out += self._lane.applied(event)
             case ev.ApplyFailed():

@@ -13,6 +13,9 @@ from .ledger import Ledger
 from .membership import Member, Membership
 from .policy import Policy
 
+#: The log is looked at at least so often while a member is stranded.
+MEND_MAX_S = 600.0
+
 
 class Roster:
     """Brings the membership and the ledger up to date. Methods return what is to be said."""
@@ -30,6 +33,9 @@ class Roster:
         self._policy = policy
         self._membership = membership
         self._ledger = ledger
+        #: The log is not looked at before, and how long it is left alone after that.
+        self._mend_at = 0.0
+        self._mend_s = policy.settle_s
 
     # ---- in and out
 
@@ -124,6 +130,11 @@ class Roster:
         if beat.lagging is not None and member.lagging is None:
             out.append(cmd.Tell("lagging", member.sender.name, beat.lagging))
         self._membership.beat(beat)
+        if beat.stranded and now >= self._mend_at:
+            # Looking is a read of a whole anchor, and a member may be stranded by its own fault.
+            self._mend_at = now + self._mend_s
+            self._mend_s = min(2 * self._mend_s, MEND_MAX_S)
+            out.append(cmd.Mend())
         if beat.version is not None:
             self._advanced(member, beat.version, beat.verified, now)
         return out

@@ -372,7 +372,7 @@ class WorkerLife(Life):
         if not self.live or core is None or core._lane.applying is not None:
             return False
         wanted = core.goal
-        if replica.follow.pinned is not None and (wanted is None or replica.version != wanted):
+        if replica.follow.pinned is not None and (wanted is None or core.version != wanted):
             # Not announced yet, or not in the log any more: it says so.
             return replica.refusal() is not None
         return (

@@ -251,3 +251,43 @@ async def test_a_damaged_file_of_an_anchor(tmp_path: Path) -> None:
     assert names == ["1-patch-1-2", "1-anchor-2", "1-patch-2-3", "1-patch-3-4", "1-anchor-4"]
     [anchor] = [one for one in await log.entries(timeout_s=5) if one.name == "1-anchor-4"]
     assert payloads.checksum(await load(anchor, timeout_s=5)) == anchor.checksum
+
+
+async def test_a_damaged_anchor_is_mended_when_a_member_needs_one() -> None:
+    """A bit of the only anchor flips in the log: asked to see to it, the archive reads it, says
+    what is wrong, and stores another of the newest version; asked again, it reads that, and it is
+    well."""
+    stand = Stand(anchor_every=100)
+    await stand.anchor()
+    await stand.publish()
+    stand.log.flip("1-anchor-0")
+    await stand.archive.mend(lambda: stand.epoch)
+    assert stand.names == ["1-patch-0-1", "1-anchor-1"]
+    (told,) = stand.told
+    assert "'1-anchor-0' is damaged" in told
+    assert "another is stored" in told
+    stand.log.loaded.clear()
+    await stand.archive.mend(lambda: stand.epoch)
+    assert stand.log.loaded == ["1-anchor-1"]
+    assert len(stand.told) == 1
+
+
+async def test_a_lost_anchor_is_mended() -> None:
+    """Somebody has removed the only anchor: another one is stored."""
+    stand = Stand(anchor_every=100)
+    await stand.anchor()
+    await stand.publish()
+    del stand.log._held["1-anchor-0"]
+    await stand.archive.mend(lambda: stand.epoch)
+    assert stand.names == ["1-patch-0-1", "1-anchor-1"]
+    assert "no anchor" in stand.told[0]
+
+
+async def test_a_log_that_cannot_be_read_is_not_mended() -> None:
+    """The anchor cannot be read just now: it is told, and stays, for it may be sound."""
+    stand = Stand()
+    await stand.anchor()
+    stand.log.failing_loads = 1
+    await stand.archive.mend(lambda: stand.epoch)
+    assert stand.names == ["1-anchor-0"]
+    assert stand.told == ["mending: cannot be read"]

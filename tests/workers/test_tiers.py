@@ -113,3 +113,30 @@ async def test_a_directory_that_vanishes_is_told_and_the_run_goes_on(
     replica = await site.replica(later, name="later", log="jetstream")
     await replica.wait_version(1, timeout_s=20)
     assert same_bits(later, trained)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "removed"])
+async def test_a_joiner_gets_in_though_the_only_anchor_is_lost(
+    site: Site, ear: Ear, tmp_path: Path, how: str
+) -> None:
+    """The log is a directory, and the one anchor in it is damaged or gone, which nobody knows until
+    a worker needs it: the trainer hears of that, says what is wrong, and stores another."""
+    log = f"dir:{tmp_path}"
+    trained, state = weights(), weights(9)
+    publisher = await site.publisher(trained, log=log)
+    await until_stored(publisher, 0, anchor=True)
+    step(trained, 1)
+    await publisher.publish()
+    await until_stored(publisher, 1)
+    (anchor,) = (tmp_path / site.run).glob("*anchor*")
+    data = anchor.read_bytes()
+    if how == "removed":
+        anchor.unlink()
+    else:
+        flipped = data[:-1] + bytes([data[-1] ^ 1])
+        anchor.write_bytes(flipped if how == "flipped" else data[:-9])
+    replica = await site.replica(state, log=log)
+    await replica.wait_version(1, timeout_s=20)
+    assert same_bits(trained, state)
+    told = [e.reason for e in ear.heard if isinstance(e, Event) and e.kind == "log-failed"]
+    assert any("another is stored" in reason for reason in told), told

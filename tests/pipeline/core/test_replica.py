@@ -229,6 +229,25 @@ def test_a_log_that_has_nothing_is_asked_ever_more_rarely_until_stored() -> None
     assert talk.only(cmd.Fetch) is not None
 
 
+def test_who_holds_nothing_and_finds_no_way_says_so() -> None:
+    """Weights of no version, and a log without an anchor: not the first time that it is asked,
+    which may be too early, but from the second on heartbeats tell the trainer, until there is a
+    way."""
+    talk = Talk(digest=99)
+
+    def stranded(event: ev.FetchFailed | ev.Fetched) -> list[bool]:
+        talk.wait(5.0)
+        talk.feed(event)
+        talk.wait(1.0)
+        return [beat.stranded for beat in talk.said(msg.Heartbeat)]
+
+    assert not any(stranded(ev.FetchFailed(1, "none yet", hole=True)))
+    assert all(stranded(ev.FetchFailed(1, "none yet", hole=True)))
+    assert not any(stranded(ev.FetchFailed(1, "the disk is slow")))
+    assert all(stranded(ev.FetchFailed(1, "none yet", hole=True)))
+    assert not any(stranded(ev.Fetched(1, (ev.LogItem(None, 0, 0, 10),))))
+
+
 def test_window_and_log_bring_the_same_version_with_different_bases() -> None:
     """The wider patch counts, whichever came last: the narrow one would not fit the weights."""
     talk = Talk(window=True)

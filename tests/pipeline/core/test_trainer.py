@@ -321,6 +321,25 @@ def test_who_can_never_have_a_place_in_a_window_is_told_once() -> None:
     assert talk.told("log-only") == []
 
 
+def test_the_log_is_looked_at_while_a_member_is_stranded() -> None:
+    """A member holds nothing and finds no way in the log: the log is looked at, and again later,
+    ever more rarely; a word of another epoch, or one that is well, has nobody look."""
+    talk = Talk(A)
+
+    def beat(after: float = 0.0, epoch: int = 1, stranded: bool = True) -> int:
+        fields = {"version": None if stranded else 0, "verified": None, "stranded": stranded}
+        out = talk.hear(msg.Heartbeat(sender=A, epoch=epoch, **fields), after)
+        return sum(isinstance(command, cmd.Mend) for command in out)
+
+    assert beat(stranded=False) == beat(epoch=0) == 0
+    assert beat() == 1
+    settle_s = talk.core.policy.settle_s
+    assert beat(settle_s / 2) == 0
+    assert beat(settle_s / 2) == 1
+    assert beat(settle_s) == 0
+    assert beat(settle_s) == 1
+
+
 def test_a_member_may_have_several_ranks() -> None:
     """A worker of two ranks comes, then one of one: the window has a place for each rank, in the
     order of the members' names, and the trainer opens it with as many."""
