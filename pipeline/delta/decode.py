@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,25 @@ def spans_of(section: Section, counts_K: Tensor, blocks_each: int | None = None)
         for i in range(len(block_edges) - 1)
         if value_edges[i] < value_edges[i + 1]
     ]
+
+
+def spans_within(
+    section: Section, counts_K: Tensor, ends_K: Tensor, first_block: int, stop_block: int
+) -> list[Span]:
+    """spans_of() of the blocks first_block … stop_block - 1; `ends_K` is the sum up to each."""
+    before = int(ends_K[first_block - 1].item()) if first_block else 0
+    count = int(ends_K[stop_block - 1].item()) - before
+    if not count:
+        return []
+    numel = min(stop_block << 16, section.numel) - (first_block << 16)
+    part = replace(section, numel=numel, count=count)
+    return [
+        Span(
+            first_block + span.first_block, first_block + span.stop_block,
+            before + span.first_value, before + span.stop_value,
+        )
+        for span in spans_of(part, counts_K[first_block:stop_block])
+    ]  # fmt: skip
 
 
 def span_mask(patch: Patch, section: Section, span: Span, device: torch.device) -> Tensor:
