@@ -73,30 +73,24 @@ def _apply_section(checked: Checked, at: int, target: Target) -> None:
         target.put(span_index(patch, section, span, target.device), values_N)
 
 
-def _apply_parts(checked: Checked, at: int, run: Run, targets: Sequence[Target]) -> None:
+def _apply_parts(
+    checked: Checked, at: int, counts_K: Tensor, run: Run, targets: Sequence[Target]
+) -> None:
     """Write what the boxes of a run have of a section, each to its own of `targets`."""
     patch, section = checked.patch, checked.sections[at]
     if section.encoding is Encoding.DENSE:
-        shape = checked.manifest.tensors[section.index].shape
-        values = patch.values(section).view(shape)
+        values = patch.values(section).view(checked.manifest.tensors[section.index].shape)
         for box, target in zip(run.boxes, targets, strict=True):
             target.put_all(values[box.slices])
         return
-    (counts_K,) = section_counts(patch, [section])
-    devices = dict.fromkeys(target.device for target in targets)
-    for span in spans_within(
-        section, counts_K, counts_K.cumsum(0), run.first_block, run.stop_block
-    ):
-        for device in devices:
+    for span in spans_within(section, counts_K, run.first_block, run.stop_block):
+        for device in dict.fromkeys(target.device for target in targets):
             idx_N = span_index(patch, section, span, device)
             values_N = span_values(patch, section, span, device)
             here = [
-                (box, target)
-                for box, target in zip(run.boxes, targets, strict=True)
-                if target.device == device
+                pair for pair in zip(run.boxes, targets, strict=True) if pair[1].device == device
             ]
-            edges = [(box.low, box.high) for box, _ in here]
-            edges_B2 = torch.tensor(edges, dtype=torch.int64, device=device)
+            edges_B2 = torch.tensor([(box.low, box.high) for box, _ in here], device=device)
             ends: list[tuple[int, int]] = torch.searchsorted(idx_N, edges_B2).tolist()
             for (box, target), (start, stop) in zip(here, ends, strict=True):
                 if start < stop:
@@ -164,18 +158,31 @@ def _apply_by_layout(
     begin: Callable[[], None] | None,
 ) -> list[str]:
     require_manifest(tensors, parts.local)
-    names = parts.names(checked.index)
-    whole = {name: Target(name, tensors[name]) for name in names}
-    steps = [
-        (at, run, [whole[box.part.local].of(box) for box in run.boxes])
-        for at, index in enumerate(checked.index)
-        for run in parts.runs.get(index, ())
+    readied = checked.readied
+    by_torch = None if readied is None else readied.beyond_parts(tensors, parts)
+    index = checked.index
+    runs = [
+        (at, run)
+        for at, tensor in enumerate(index if by_torch is None or by_torch else ())
+        for run in parts.runs_of(tensor, by_torch)
     ]
+    locals_ = {box.part.local for _, run in runs for box in run.boxes}
+    whole = {name: Target(name, tensors[name]) for name in locals_}
+    steps = [(at, run, [whole[box.part.local].of(box) for box in run.boxes]) for at, run in runs]
+    cut = list(dict.fromkeys(at for at, run in runs if not run.whole))
+    found = section_counts(checked.patch, [checked.sections[at] for at in cut])
+    counts = dict(zip(cut, found, strict=True))
     if begin is not None:
         begin()
+    if readied is not None:
+        with on(checked.patch.buffer.device):
+            readied.write_parts(tensors, parts)
     for at, run, targets in steps:
-        _apply_parts(checked, at, run, targets)
-    return names
+        if run.whole:
+            _apply_section(checked, at, targets[0])
+        else:
+            _apply_parts(checked, at, counts[at], run, targets)
+    return parts.names(index)
 
 
 def apply(

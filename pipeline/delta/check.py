@@ -51,8 +51,11 @@ class Checked:
     def index(self) -> list[int]:
         """The same by their places in the manifest."""
         if self.readied is not None:
-            return self.readied.index(self.manifest).tolist()
-        return self.patch.table_of(self.manifest).index.tolist()
+            index = self.readied.index(self.manifest)
+        else:
+            index = self.patch.table_of(self.manifest).index
+        found: list[int] = index.tolist()
+        return found
 
     def spans(self, at: int) -> Sequence[Span]:
         """The bounded steps in which section `at` is applied."""

@@ -67,11 +67,13 @@ def spans_of(section: Section, counts_K: Tensor, blocks_each: int | None = None)
 
 
 def spans_within(
-    section: Section, counts_K: Tensor, ends_K: Tensor, first_block: int, stop_block: int
+    section: Section, counts_K: Tensor, first_block: int, stop_block: int
 ) -> list[Span]:
-    """spans_of() of the blocks first_block … stop_block - 1; `ends_K` is the sum up to each."""
-    before = int(ends_K[first_block - 1].item()) if first_block else 0
-    count = int(ends_K[stop_block - 1].item()) - before
+    """spans_of() the blocks first_block … stop_block - 1 of it."""
+    if stop_block - first_block == section.blocks:
+        return spans_of(section, counts_K)
+    before = int(counts_K[:first_block].sum().item())
+    count = int(counts_K[first_block:stop_block].sum().item())
     if not count:
         return []
     numel = min(stop_block << 16, section.numel) - (first_block << 16)

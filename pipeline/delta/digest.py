@@ -17,7 +17,7 @@ Sums live in int64, which wraps; shapes: R rows of 256 elements, K blocks of 65,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -241,12 +241,12 @@ def digest(
         if layout is not None:
             if manifest is None:
                 raise TypeError("digest() by a layout takes the manifest of the published tensors")
-            return _share(tensors, parts_of(layout, manifest))
+            return _share(tensors, parts_of(layout, manifest), pause)
         if manifest is not None:
             require_manifest(tensors, manifest)
         else:
             manifest = manifest_of(tensors)
-        device = next((t.device for t in tensors.values() if t.is_cuda), torch.device("cpu"))
+        device = _device_of(tensors)
         total = 0
         rest: Sequence[int] = range(len(manifest.tensors))
         if kernels.usable(device):
@@ -259,14 +259,28 @@ def digest(
         return (total + _total(sums)) & _MASK
 
 
-def _share(tensors: Mapping[str, Tensor], parts: Parts) -> int:
+def _share(tensors: Mapping[str, Tensor], parts: Parts, pause: Callable[[], None] | None) -> int:
     """The share of a layout's local tensors in the digest of the published ones."""
     require_manifest(tensors, parts.local)
-    return _total(
+    device = _device_of(tensors)
+    total = 0
+    rest: Container[int] = range(len(parts.boxes))
+    if kernels.usable(device):
+        from .slices import digest_parts_in_slices
+
+        with on(device):
+            total, rest = digest_parts_in_slices(tensors, parts, device, pause)
+    sums = (
         box_sum(box, tensors[box.part.local], parts.manifest.tensors[box.tensor])
         for box in parts.boxes
-        if box.part.counted
+        if box.part.counted and box.number in rest
     )
+    return (total + _total(sums)) & _MASK
+
+
+def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
+    """The device whose kernels read them, if it has some."""
+    return next((t.device for t in tensors.values() if t.is_cuda), torch.device("cpu"))
 
 
 def _total(parts: Iterable[Tensor]) -> int:

@@ -6,8 +6,8 @@ N: elements of a patch that are looked at together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import NamedTuple
@@ -123,11 +123,15 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Boxes of one published tensor that touch its blocks first_block … stop_block - 1."""
+    """Boxes of one published tensor that touch its blocks first_block … stop_block - 1.
+
+    `whole`: it is one box, and that is the tensor.
+    """
 
     first_block: int
     stop_block: int
     boxes: tuple[Box, ...]
+    whole: bool
 
 
 class Parts:
@@ -143,7 +147,19 @@ class Parts:
         for box in self.boxes:
             of.setdefault(box.tensor, []).append(box)
         #: By the place of a published tensor in the manifest.
-        self.runs: Mapping[int, tuple[Run, ...]] = {at: tuple(_runs(of[at])) for at in of}
+        self.runs: Mapping[int, tuple[Run, ...]] = {
+            at: tuple(_runs(boxes, manifest.tensors[at].numel)) for at, boxes in of.items()
+        }
+
+    def runs_of(self, tensor: int, numbers: Container[int] | None) -> Sequence[Run]:
+        """The runs of a published tensor; of the boxes with these numbers alone, unless None."""
+        runs = self.runs.get(tensor, ())
+        if numbers is None:
+            return runs
+        some = ([box for box in run.boxes if box.number in numbers] for run in runs)
+        return [
+            replace(run, boxes=tuple(boxes)) for run, boxes in zip(runs, some, strict=True) if boxes
+        ]
 
     @cached_property
     def held_by(self) -> Mapping[int, frozenset[int]]:
@@ -244,15 +260,20 @@ def _dims(part: Part, whole: TensorSpec, strides: Sequence[int]) -> tuple[Dim, .
     return tuple(found)
 
 
-def _runs(boxes: Sequence[Box]) -> Iterator[Run]:
+def _runs(boxes: Sequence[Box], numel: int) -> Iterator[Run]:
     """Boxes of one published tensor by the blocks that they lie in; no two runs share a block."""
     together: list[Box] = []
     stop_block = 0
+
+    def run() -> Run:
+        whole = len(boxes) == 1 and boxes[0].flat and boxes[0].high - boxes[0].low == numel
+        return Run(together[0].low >> 16, stop_block, tuple(together), whole)
+
     for box in sorted(boxes, key=lambda box: box.low):
         if together and box.low >> 16 >= stop_block:
-            yield Run(together[0].low >> 16, stop_block, tuple(together))
+            yield run()
             together, stop_block = [], 0
         together.append(box)
         stop_block = max(stop_block, ((box.high - 1) >> 16) + 1)
     if together:
-        yield Run(together[0].low >> 16, stop_block, tuple(together))
+        yield run()
