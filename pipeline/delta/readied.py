@@ -203,7 +203,7 @@ class Readied:
         room.read = Mark(plan.device)
 
     def beyond_parts(self, tensors: Mapping[str, Tensor], parts: Parts) -> frozenset[int]:
-        """The boxes of a layout that the kernels cannot write to, by number; in the full form all."""
+        """A layout's boxes that the kernels cannot write to, by number: in the full form all."""
         if self.patch.full:
             return frozenset(range(len(parts.boxes)))
         return beyond(tensors, parts, self.checking.room.plan.device)

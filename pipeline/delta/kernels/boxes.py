@@ -66,9 +66,9 @@ class Boxes:
     """The boxes of a layout, and the tasks: a block of a published tensor and a box that may have
     some of it; as tables on the device of a plan.
 
-    `table`: int64 [boxes · COLUMNS]; `task_block`, `task_box`: int32 [tasks], 8 bytes for each block
-    that a box reaches into. `others`: the numbers of the boxes that the kernels cannot take, those of too
-    many dimensions, or too large ones.
+    `table`: int64 [boxes · COLUMNS]; `task_block`, `task_box`: int32 [tasks], 8 bytes for each
+    block that a box reaches into. `others`: the numbers of the boxes that the kernels cannot take,
+    those of too many dimensions, or too large ones.
     """
 
     def __init__(self, parts: Parts, plan: Plan) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layouts import fill, held, layouts
+from dealt import fill, held, layouts
 from sparsecast.messages.errors import UnsupportedTensor
 from sparsecast.messages.layout import Layout, Part
 from sparsecast.messages.manifest import TensorSpec
