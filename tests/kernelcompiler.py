@@ -7,6 +7,7 @@ launch. It prints a line for each kernel that was compiled, and fails at the fir
 import inspect
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from sparsecast.pipeline.delta.kernels import (
     bitmap,
+    boxes,
     check,
     checksum,
     dense,
@@ -122,6 +124,21 @@ def launch_all(kind: Kind) -> None:
     launch(bitmap.bitmap, counts=of_blocks)
     for into in (True, False):
         launch(dense.dense, into=into)
+    if kind.aligned:
+        for dims in range(1, boxes.MOST_DIMS + 1):
+            of_parts = {"boxes": tables_of(plan), "tasks": 2}
+            of_parts["group"] = boxes.BoxGroup(kind.itemsize, dims, 0, 2, 2)
+            launch(digest.digest_parts, **of_parts)
+            launch(scatter.scatter_parts, counts=of_blocks, **of_parts)
+            launch(bitmap.bitmap_parts, counts=of_blocks, **of_parts)
+            launch(dense.dense_parts, **of_parts)
+
+
+def tables_of(plan: Plan) -> SimpleNamespace:
+    """Tables of boxes as their launchers take them."""
+    tasks = torch.zeros(2, dtype=torch.int32)
+    table = torch.zeros(boxes.COLUMNS.value, dtype=torch.int64)
+    return SimpleNamespace(plan=plan, table=table, task_block=tasks, task_box=tasks)
 
 
 def main() -> None:

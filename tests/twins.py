@@ -43,7 +43,8 @@ def by_torch() -> Iterator[None]:
 def by_kernels() -> Iterator[list[str]]:
     """Within, the device has kernels; gives the names of those that are launched.
 
-    The readers of weights are noted: find, digest, scatter, bitmap, dense and checksum.
+    The readers of weights are noted: find, digest, scatter, bitmap, dense and checksum, and those
+    of parts.
     """
     launched: list[str] = []
 
@@ -60,7 +61,8 @@ def by_kernels() -> Iterator[list[str]]:
             full = f"sparsecast.pipeline.delta.{module}"
             __import__(full)
             for name, value in list(vars(sys.modules[full]).items()):
-                if getattr(value, "__module__", "").startswith(f"{kernels.__name__}.{name}"):
+                home = f"{kernels.__name__}.{name.removesuffix('_parts')}"
+                if getattr(value, "__module__", "").startswith(home):
                     patched.setattr(sys.modules[full], name, noting(name, value))
         yield launched
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ...messages.manifest import Manifest
 from .digest import seed_of
+from .parts import Parts
 from .patch import columns_of
 from .timing import Mark, host_numbers
 
 if TYPE_CHECKING:
+    from .kernels.boxes import Boxes
     from .kernels.plan import Plan
 
 #: Sets of addresses and plans that are remembered: a process has one or two models.
@@ -37,6 +39,27 @@ def plan_of(manifest: Manifest, device: torch.device) -> Plan:
         )
         _remember(_plans, key, plan)
     return plan
+
+
+def boxes_of(parts: Parts, device: torch.device) -> Boxes:
+    """The kernels' tables of a layout's parts; remembered."""
+    from .kernels.boxes import Boxes
+
+    key = (parts, device)
+    boxes = _boxes.get(key)
+    if boxes is None:
+        boxes = Boxes(parts, plan_of(parts.manifest, device))
+        Mark(device).wait()  # other streams will read the tables
+        _remember(_boxes, key, boxes)
+    return boxes
+
+
+def beyond(tensors: Mapping[str, Tensor], parts: Parts, device: torch.device) -> frozenset[int]:
+    """The boxes that the kernels cannot take, by number: where their local tensors lie elsewhere,
+    strided or not at a multiple of 16 bytes, or those of boxes_of() that they never can."""
+    others = addresses_of(tensors, parts.local, device).others
+    askew = (box.number for box in parts.boxes if box.local in others) if others else ()
+    return boxes_of(parts, device).others.union(askew)
 
 
 def seeds_of(manifest: Manifest) -> list[int]:
@@ -93,6 +116,7 @@ def table_of(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 _plans: dict[tuple[str, torch.device], Plan] = {}
+_boxes: dict[tuple[Parts, torch.device], Boxes] = {}
 _addresses: dict[tuple[str, torch.device], tuple[object, Addresses]] = {}
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ...messages.errors import UnsupportedTensor, WrongBase
+from ...messages.layout import Layout
 from ...messages.manifest import Manifest
-from .bits import bits
+from .bits import bare, bits
 from .check import Checked, check
-from .decode import span_index, span_values
+from .decode import section_counts, span_index, span_values, spans_within
 from .layout import Encoding
+from .parts import Box, Parts, Run, parts_of
 from .patch import Patch
 from .tensors import manifest_of, overlaps_itself, require_manifest
 from .timing import on
@@ -32,10 +34,12 @@ class Target:
             )
         self.name = name
         self.device = tensor.device
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            tensor = tensor.detach().as_subclass(Tensor)
-        self._bits = bits(tensor.detach())
+        self._bits = bits(bare(tensor))
         self._flat = self._bits.view(-1) if self._bits.is_contiguous() else None
+
+    def of(self, box: Box) -> Target:
+        """The part of it that a box is, to be written to by C-order index in the box."""
+        return Target(self.name, box.of(self._bits))
 
     def put(self, idx_N: Tensor, values_N: Tensor) -> None:
         """Write integer bits at element indices (C order, int64, unique)."""
@@ -55,11 +59,8 @@ class Target:
         memory.scatter_(0, offsets_N, values_N)
 
     def put_all(self, values: Tensor) -> None:
-        """Write the whole tensor's bits, from any device."""
-        if self._flat is not None:
-            self._flat.copy_(values)
-        else:
-            self._bits.copy_(values.view(self._bits.shape))
+        """Write the whole tensor's bits, from any device: 1-D, or of its shape with any strides."""
+        self._bits.copy_(values.view(self._bits.shape))
 
 
 def _apply_section(checked: Checked, at: int, target: Target) -> None:
@@ -72,10 +73,37 @@ def _apply_section(checked: Checked, at: int, target: Target) -> None:
         target.put(span_index(patch, section, span, target.device), values_N)
 
 
+def _apply_parts(
+    checked: Checked, at: int, counts_K: Tensor, run: Run, targets: Sequence[Target]
+) -> None:
+    """Write what the boxes of a run have of a section, each to its own of `targets`."""
+    patch, section = checked.patch, checked.sections[at]
+    if section.encoding is Encoding.DENSE:
+        values = patch.values(section).view(checked.manifest.tensors[section.index].shape)
+        for box, target in zip(run.boxes, targets, strict=True):
+            target.put_all(values[box.slices])
+        return
+    for span in spans_within(section, counts_K, run.first_block, run.stop_block):
+        for device in dict.fromkeys(target.device for target in targets):
+            idx_N = span_index(patch, section, span, device)
+            values_N = span_values(patch, section, span, device)
+            here = [
+                pair for pair in zip(run.boxes, targets, strict=True) if pair[1].device == device
+            ]
+            edges_B2 = torch.tensor([(box.low, box.high) for box, _ in here], device=device)
+            ends: list[tuple[int, int]] = torch.searchsorted(idx_N, edges_B2).tolist()
+            for (box, target), (start, stop) in zip(here, ends, strict=True):
+                if start < stop:
+                    found, at_N = box.find(idx_N[start:stop])
+                    part_N = values_N[start:stop]
+                    target.put(at_N, part_N if found is None else part_N.index_select(0, found))
+
+
 def apply_checked(
     checked: Checked,
     tensors: Mapping[str, Tensor],
     *,
+    layout: Layout | None = None,
     begin: Callable[[], None] | None = None,
 ) -> list[str]:
     """Write a checked patch into `tensors`, in place; the names of the changed ones.
@@ -85,9 +113,17 @@ def apply_checked(
     strided. All of them are validated before the first write, and `begin` is called between the
     two: what is raised before it has changed nothing. Temporaries are bounded. Applying twice is
     harmless. Queued on the current streams of the devices; nothing waits for them.
+
+    With a layout of the manifest's tensors (ManifestMismatch if it is none), `tensors` are its
+    local ones, likewise, and take what their parts hold: for each part the changes between its
+    first element and its last are looked at, and no tensor as published is ever made. The names are
+    those of the local tensors that hold some of a changed one, whether or not it is that which
+    changed. What kernels cannot write waits for a CUDA device.
     """
     # Inference mode, because tensors that were made under it can be written to nowhere else.
     with torch.inference_mode():
+        if layout is not None:
+            return _apply_by_layout(checked, tensors, parts_of(layout, checked.manifest), begin)
         manifest = checked.manifest
         require_manifest(tensors, manifest)
         readied = checked.readied
@@ -116,16 +152,61 @@ def _targets(
     return {place: Target(names[place], tensors[names[place]]) for place in at}
 
 
-def apply(patch: Patch, tensors: Mapping[str, Tensor], *, version: int | None = None) -> list[str]:
+def _apply_by_layout(
+    checked: Checked,
+    tensors: Mapping[str, Tensor],
+    parts: Parts,
+    begin: Callable[[], None] | None,
+) -> list[str]:
+    require_manifest(tensors, parts.local)
+    readied = checked.readied
+    by_torch = None if readied is None else readied.beyond_parts(tensors, parts)
+    index = checked.index
+    runs = [
+        (at, run)
+        for at, tensor in enumerate(index if by_torch is None or by_torch else ())
+        for run in parts.runs_of(tensor, by_torch)
+    ]
+    locals_ = {box.part.local for _, run in runs for box in run.boxes}
+    whole = {name: Target(name, tensors[name]) for name in locals_}
+    steps = [(at, run, [whole[box.part.local].of(box) for box in run.boxes]) for at, run in runs]
+    cut = list(dict.fromkeys(at for at, run in runs if not run.whole))
+    found = section_counts(checked.patch, [checked.sections[at] for at in cut])
+    counts = dict(zip(cut, found, strict=True))
+    if begin is not None:
+        begin()
+    if readied is not None:
+        with on(checked.patch.buffer.device):
+            readied.write_parts(tensors, parts)
+    for at, run, targets in steps:
+        if run.whole:
+            _apply_section(checked, at, targets[0])
+        else:
+            _apply_parts(checked, at, counts[at], run, targets)
+    return parts.names(index)
+
+
+def apply(
+    patch: Patch,
+    tensors: Mapping[str, Tensor],
+    *,
+    version: int | None = None,
+    layout: Layout | None = None,
+    manifest: Manifest | None = None,
+) -> list[str]:
     """Check a patch and write it into `tensors`, in place; the names of the changed ones.
 
     `version`, if given, is the one that the tensors hold: WrongBase unless it is the patch's base
-    (an anchor fits any). CorruptPatch, ManifestMismatch, UnsupportedTensor, WrongBase: nothing
-    was changed.
+    (an anchor fits any). With a layout, which takes the manifest of the published tensors, as
+    apply_checked(). CorruptPatch, ManifestMismatch, UnsupportedTensor, WrongBase: nothing was
+    changed.
     """
-    manifest: Manifest = manifest_of(tensors)
+    if manifest is None:
+        if layout is not None:
+            raise TypeError("apply() by a layout takes the manifest of the published tensors, too")
+        manifest = manifest_of(tensors)
     checked = check(patch, manifest)
     base = patch.base_version
     if version is not None and base is not None and version != base:
         raise WrongBase(base_version=base, version=patch.version, held=version)
-    return apply_checked(checked, tensors)
+    return apply_checked(checked, tensors, layout=layout)

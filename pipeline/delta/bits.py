@@ -34,6 +34,13 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
+def bare(tensor: Tensor) -> Tensor:
+    """The same memory as a Tensor, detached: what a subclass does with operators is not asked."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return tensor.detach().as_subclass(Tensor)
+    return tensor.detach()
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The same memory, of which a copy has the same bits: one of bools makes their bytes 0 or 1."""
     return bits(tensor) if tensor.dtype == torch.bool else tensor

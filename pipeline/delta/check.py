@@ -45,11 +45,17 @@ class Checked:
     @property
     def names(self) -> list[str]:
         """The tensors that it changes, in the order of its sections."""
+        return [self.manifest.tensors[at].name for at in self.index]
+
+    @property
+    def index(self) -> list[int]:
+        """The same by their places in the manifest."""
         if self.readied is not None:
             index = self.readied.index(self.manifest)
         else:
             index = self.patch.table_of(self.manifest).index
-        return [self.manifest.tensors[at].name for at in index.tolist()]
+        found: list[int] = index.tolist()
+        return found
 
     def spans(self, at: int) -> Sequence[Span]:
         """The bounded steps in which section `at` is applied."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,27 @@ def spans_of(section: Section, counts_K: Tensor, blocks_each: int | None = None)
         for i in range(len(block_edges) - 1)
         if value_edges[i] < value_edges[i + 1]
     ]
+
+
+def spans_within(
+    section: Section, counts_K: Tensor, first_block: int, stop_block: int
+) -> list[Span]:
+    """spans_of() the blocks first_block … stop_block - 1 of it."""
+    if stop_block - first_block == section.blocks:
+        return spans_of(section, counts_K)
+    before = int(counts_K[:first_block].sum().item())
+    count = int(counts_K[first_block:stop_block].sum().item())
+    if not count:
+        return []
+    numel = min(stop_block << 16, section.numel) - (first_block << 16)
+    part = replace(section, numel=numel, count=count)
+    return [
+        Span(
+            first_block + span.first_block, first_block + span.stop_block,
+            before + span.first_value, before + span.stop_value,
+        )
+        for span in spans_of(part, counts_K[first_block:stop_block])
+    ]  # fmt: skip
 
 
 def span_mask(patch: Patch, section: Section, span: Span, device: torch.device) -> Tensor:

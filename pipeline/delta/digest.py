@@ -17,15 +17,17 @@ Sums live in int64, which wraps; shapes: R rows of 256 elements, K blocks of 65,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ...messages.manifest import Manifest
+from ...messages.layout import Layout
+from ...messages.manifest import Manifest, TensorSpec
 from . import kernels
-from .bits import BLOCK, Source, quiet, unsigned
+from .bits import BLOCK, Source, bare, bits, quiet, unsigned
+from .parts import Box, Parts, parts_of, strides_of
 from .tensors import manifest_of, require_manifest
 from .timing import on
 
@@ -94,7 +96,12 @@ def block_factors(name: str, first: int, count: int, device: torch.device) -> Te
             device=device,
         )
     b_K = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    return _splitmix64_tensor(b_K * _signed(GAMMA) + _signed(seed)) | 1
+    return _factors_of(name, b_K)
+
+
+def _factors_of(name: str, block_B: Tensor) -> Tensor:
+    """G(name, b) for each of these blocks: int64 [B]."""
+    return _splitmix64_tensor(block_B * _signed(GAMMA) + _signed(seed_of(name))) | 1
 
 
 def dense_sum(bits_N: Tensor, name: str, start: int) -> Tensor:
@@ -174,10 +181,47 @@ def partial_at(bits: Tensor, name: str, index: Tensor) -> int:
         return int(sparse_sum(flat, idx_N - (base << 16), g_K).item()) & _MASK
 
 
+def box_sum(box: Box, local: Tensor, spec: TensorSpec) -> Tensor:
+    """Σ bits · h over what a box has, at its places in the published tensor `spec`.
+
+    Returns a 0-d int64 tensor on the device of the local tensor that holds it. Temporaries stay
+    within a few chunks.
+    """
+    held = box.of(bits(bare(local)))
+    total = torch.zeros((), dtype=torch.int64, device=held.device)
+    steps = strides_of(spec.shape)
+    for slices in box.pieces(_CHUNK):
+        piece = held[slices]
+        first = [begin + cut.start for begin, cut in zip(box.part.begin, slices, strict=True)]
+        low = sum(at * step for at, step in zip(first, steps, strict=True))
+        high = low + 1 + sum((n - 1) * step for n, step in zip(piece.shape, steps, strict=True))
+        flat_N = piece.reshape(-1)
+        if high - low == flat_N.numel():
+            total += dense_sum(flat_N, spec.name, low)
+            continue
+        idx_N = torch.full((1,), low & (BLOCK - 1), dtype=torch.int64, device=held.device)
+        for n, step in zip(piece.shape, steps, strict=True):
+            ahead_n = torch.arange(0, n * step, step, dtype=torch.int64, device=held.device)
+            idx_N = (idx_N[:, None] + ahead_n).view(-1)
+        total += sparse_sum(addends(flat_N), *_within(spec.name, low >> 16, high, idx_N))
+    return total
+
+
+def _within(name: str, first: int, high: int, idx_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What sparse_sum() takes for ascending elements, counted from block `first`."""
+    blocks = ((high - 1) >> 16) - first + 1
+    if blocks <= idx_N.numel():
+        return idx_N, block_factors(name, first, blocks, idx_N.device)
+    # Rows of many blocks, of which each has an element or two.
+    block_B, at_N = torch.unique_consecutive(idx_N >> 16, return_inverse=True)
+    return (idx_N & (BLOCK - 1)).add_(at_N << 16), _factors_of(name, block_B + first)
+
+
 def digest(
     tensors: Mapping[str, Tensor],
     *,
     manifest: Manifest | None = None,
+    layout: Layout | None = None,
     pause: Callable[[], None] | None = None,
 ) -> int:
     """The 64-bit digest of a state; 0 ≤ digest < 2⁶⁴. Order of the mapping does not matter.
@@ -187,13 +231,22 @@ def digest(
     enqueued at a time, so that work of other streams comes between; `pause` is called after each.
     Temporaries stay within a chunk of 8 MiB (for what kernels cannot read), and one tensor's size
     for a tensor that is not contiguous.
+
+    With a layout of that manifest's tensors (ManifestMismatch if it is none) the tensors are its
+    local ones, and the result is their share: what the counted parts hold, at its places in the
+    published tensors. Shares of ranks that count each published element once, together, add up mod
+    2⁶⁴ to the digest of the whole. Temporaries stay within a few chunks.
     """
     with quiet():
+        if layout is not None:
+            if manifest is None:
+                raise TypeError("digest() by a layout takes the manifest of the published tensors")
+            return _share(tensors, parts_of(layout, manifest), pause)
         if manifest is not None:
             require_manifest(tensors, manifest)
         else:
             manifest = manifest_of(tensors)
-        device = next((t.device for t in tensors.values() if t.is_cuda), torch.device("cpu"))
+        device = _device_of(tensors)
         total = 0
         rest: Sequence[int] = range(len(manifest.tensors))
         if kernels.usable(device):
@@ -201,12 +254,41 @@ def digest(
 
             with on(device):
                 total, rest = digest_in_slices(tensors, manifest, device, pause)
-        sums: dict[torch.device, Tensor] = {}
-        for at in rest:
-            name = manifest.tensors[at].name
-            part = dense_sum(Source(name, tensors[name]).whole(), name, 0)
-            sums[part.device] = sums[part.device] + part if part.device in sums else part
-        return (total + sum(int(value.item()) for value in sums.values())) & _MASK
+        names = [manifest.tensors[at].name for at in rest]
+        sums = (dense_sum(Source(name, tensors[name]).whole(), name, 0) for name in names)
+        return (total + _total(sums)) & _MASK
+
+
+def _share(tensors: Mapping[str, Tensor], parts: Parts, pause: Callable[[], None] | None) -> int:
+    """The share of a layout's local tensors in the digest of the published ones."""
+    require_manifest(tensors, parts.local)
+    device = _device_of(tensors)
+    total = 0
+    rest: Container[int] = range(len(parts.boxes))
+    if kernels.usable(device):
+        from .slices import digest_parts_in_slices
+
+        with on(device):
+            total, rest = digest_parts_in_slices(tensors, parts, device, pause)
+    sums = (
+        box_sum(box, tensors[box.part.local], parts.manifest.tensors[box.tensor])
+        for box in parts.boxes
+        if box.part.counted and box.number in rest
+    )
+    return (total + _total(sums)) & _MASK
+
+
+def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
+    """The device whose kernels read them, if it has some."""
+    return next((t.device for t in tensors.values() if t.is_cuda), torch.device("cpu"))
+
+
+def _total(parts: Iterable[Tensor]) -> int:
+    """The sum of 0-d tensors mod 2⁶⁴: one wait for each device that they are on."""
+    sums: dict[torch.device, Tensor] = {}
+    for part in parts:
+        sums[part.device] = sums[part.device] + part if part.device in sums else part
+    return sum(int(value.item()) for value in sums.values()) & _MASK
 
 
 def checksum(buffer: Tensor) -> int:

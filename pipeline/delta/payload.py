@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ...messages.errors import CorruptPatch
+from ...messages.layout import Layout
 from ...messages.manifest import Manifest
 from . import kernels
 from .bits import quiet
 from .check import Checked, check
 from .digest import checksum as checksum_of
 from .layout import HEADER
+from .parts import parts_of
 from .patch import Patch
 from .timing import Mark, on
 
@@ -107,9 +109,19 @@ def ready(manifest: Manifest, device: torch.device) -> None:
             Payload(nothing, manifest).prepare()
 
 
-def warm(tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device) -> None:
-    """Look tensors up on a device as apply_checked() will."""
+def warm(
+    tensors: Mapping[str, Tensor],
+    manifest: Manifest,
+    device: torch.device,
+    layout: Layout | None = None,
+) -> None:
+    """Look tensors up on a device as apply_checked() will: those of the manifest, or a layout's."""
     if manifest.numel and kernels.usable(device):
-        from .addresses import addresses_of
+        from .addresses import addresses_of, boxes_of
 
-        addresses_of(tensors, manifest, device)
+        if layout is None:
+            addresses_of(tensors, manifest, device)
+        else:
+            parts = parts_of(layout, manifest)
+            boxes_of(parts, device)
+            addresses_of(tensors, parts.local, device)

@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .addresses import addresses_of, plan_of
+from .addresses import addresses_of, beyond, boxes_of, plan_of
 from .digest import LENGTH_FACTOR
 from .graphs import Repeated
 from .kernels import sections as fact
-from .kernels.bitmap import bitmap
+from .kernels.bitmap import bitmap, bitmap_parts
 from .kernels.check import check, counts_of
 from .kernels.checksum import checksum
-from .kernels.dense import dense
+from .kernels.dense import dense, dense_parts
 from .kernels.ends import ends_of
 from .kernels.find import SUMS
 from .kernels.places import ROWS
 from .kernels.plan import Plan
-from .kernels.scatter import scatter
+from .kernels.scatter import scatter, scatter_parts
 from .kernels.sections import sections
 from .layout import ENTRY, HEADER, Column, Encoding
+from .parts import Parts
 from .patch import Patch
 from .slices import total
 from .timing import Mark, host_numbers
@@ -200,3 +201,26 @@ class Readied:
             if Encoding.DENSE in self.present:
                 dense(plan, group, weights, table, spot, into=True)
         room.read = Mark(plan.device)
+
+    def beyond_parts(self, tensors: Mapping[str, Tensor], parts: Parts) -> frozenset[int]:
+        """A layout's boxes that the kernels cannot write to, by number: in the full form all."""
+        if self.patch.full:
+            return frozenset(range(len(parts.boxes)))
+        return beyond(tensors, parts, self.checking.room.plan.device)
+
+    def write_parts(self, tensors: Mapping[str, Tensor], parts: Parts) -> None:
+        """Enqueue the writing to all other boxes on the device's current stream."""
+        if not self.present:
+            return
+        room = self.checking.room
+        table, spot, counts, ends = room.table, room.spot, room.counts, room.ends
+        boxes = boxes_of(parts, room.plan.device)
+        weights = addresses_of(tensors, parts.local, room.plan.device).table
+        for group in boxes.groups:
+            if Encoding.SPARSE in self.present:
+                scatter_parts(boxes, group, weights, table, spot, counts, ends)
+            if Encoding.BITMAP in self.present:
+                bitmap_parts(boxes, group, weights, table, spot, counts, ends)
+            if Encoding.DENSE in self.present:
+                dense_parts(boxes, group, weights, table, spot)
+        room.read = Mark(room.plan.device)

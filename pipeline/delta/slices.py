@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .addresses import addresses_of, plan_of, table_of
+from .addresses import addresses_of, beyond, boxes_of, plan_of, table_of
 from .kernels.checksum import checksum
-from .kernels.digest import PROGRAMS, digest
+from .kernels.digest import PROGRAMS, digest, digest_parts
 from .kernels.find import SUMS
+from .parts import Parts
 from .timing import Mark, to_host
 
 #: Bytes of a slice: 16 blocks of bf16 for each program, a quarter of a millisecond at 4.4 TB/s.
@@ -32,14 +34,45 @@ def digest_in_slices(
     addresses = addresses_of(tensors, manifest, device)
     sums = torch.zeros(SUMS, dtype=torch.int64, device=device)
     slices = [
-        (group, first, min(step, group.blocks - first))
+        partial(digest, plan, group, addresses.table, sums, first=first, blocks=blocks)
         for group in plan.groups
-        for step in [_SLICE_NBYTES // (65_536 * group.kind.itemsize)]
-        for first in range(0, group.blocks, step)
+        for first, blocks in _sliced(group.blocks, group.kind.itemsize)
     ]
+    _one_by_one(slices, device, pause)
+    return _total(sums), sorted(addresses.others)
+
+
+def digest_parts_in_slices(
+    tensors: Mapping[str, Tensor],
+    parts: Parts,
+    device: torch.device,
+    pause: Callable[[], None] | None,
+) -> tuple[int, frozenset[int]]:
+    """The same of the counted parts of a layout, and the numbers of the boxes that are left."""
+    boxes = boxes_of(parts, device)
+    weights = addresses_of(tensors, parts.local, device).table
+    sums = torch.zeros(SUMS, dtype=torch.int64, device=device)
+    slices = [
+        partial(digest_parts, boxes, group, weights, sums, first=first, tasks=tasks)
+        for group in boxes.groups
+        for first, tasks in _sliced(group.counted, group.itemsize)
+    ]
+    _one_by_one(slices, device, pause)
+    return _total(sums), beyond(tensors, parts, device)
+
+
+def _sliced(blocks: int, itemsize: int) -> list[tuple[int, int]]:
+    """The first block of each slice, and how many it has."""
+    step = _SLICE_NBYTES // (65_536 * itemsize)
+    return [(first, min(step, blocks - first)) for first in range(0, blocks, step)]
+
+
+def _one_by_one(
+    slices: Sequence[Callable[[], None]], device: torch.device, pause: Callable[[], None] | None
+) -> None:
     last: Mark | None = None
-    for group, first, blocks in slices:
-        digest(plan, group, addresses.table, sums, first=first, blocks=blocks)
+    for queue in slices:
+        queue()
         # One slice ahead: else the device would idle while the host takes notice.
         mark = Mark(device)
         if last is not None:
@@ -47,7 +80,6 @@ def digest_in_slices(
             if pause is not None:
                 pause()
         last = mark
-    return _total(sums), sorted(addresses.others)
 
 
 def checksum_on(buffer: Tensor) -> int:

@@ -1,0 +1,279 @@
+"""The parts of one layout, worked out once: boxes of published tensors, and where they are held.
+
+N: elements of a patch that are looked at together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...messages.errors import ManifestMismatch
+from ...messages.layout import Layout, Part
+from ...messages.manifest import Manifest, TensorSpec
+from .bits import indices
+
+#: Layouts that are remembered: a process has one or two.
+_KNOWN = 8
+
+
+def strides_of(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor, in elements."""
+    return [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+
+
+class Dim(NamedTuple):
+    """A dimension of a box: the tensor's size, the box's first index and extent in it, and how far
+    apart neighbours lie where it is held, in elements."""
+
+    size: int
+    begin: int
+    extent: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part that has elements.
+
+    `number` is its place among the boxes, `tensor` the published tensor's in the manifest, `local`
+    the local one's in the layout. Of the published tensor's elements in C order it has some of
+    low … high - 1: all of them if it is flat.
+    """
+
+    number: int
+    part: Part
+    tensor: int
+    local: int
+    low: int
+    high: int
+    #: How the published tensor is walked through to find an element's C-order index in the box.
+    dims: tuple[Dim, ...]
+    #: The same for its place in the contiguous local tensor, from `offset` on.
+    held: tuple[Dim, ...]
+    offset: int
+
+    @property
+    def flat(self) -> bool:
+        """Whether it has all elements of low … high - 1."""
+        return len(self.dims) == 1
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box in its published tensor."""
+        ends = zip(self.part.begin, self.part.shape, strict=True)
+        return tuple(slice(begin, begin + extent) for begin, extent in ends)
+
+    def of(self, local: Tensor) -> Tensor:
+        """The box in its local tensor: a view, its dimensions in the published order."""
+        steps = local.stride()
+        offset = sum(at * step for at, step in zip(self.part.at, steps, strict=True))
+        strides = [steps[axis] for axis in self.part.axes]
+        return local.as_strided(self.part.shape, strides, local.storage_offset() + offset)
+
+    def pieces(self, numel: int) -> Iterator[tuple[slice, ...]]:
+        """The box in a few pieces of at most so many elements, each by its slices of the box."""
+        shape = self.part.shape
+        #: The outermost dimension that is cut to ranges: within it all fits, around it one by one.
+        cut = next(
+            (at for at in range(len(shape)) if math.prod(shape[at + 1 :]) <= numel), len(shape)
+        )
+        around = [[slice(at, at + 1) for at in range(n)] for n in shape[:cut]]
+        if cut < len(shape):
+            step = numel // math.prod(shape[cut + 1 :])
+            around.append(
+                [slice(at, min(at + step, shape[cut])) for at in range(0, shape[cut], step)]
+            )
+        within = [slice(0, n) for n in shape[cut + 1 :]]
+        for outer in product(*around):
+            yield *outer, *within
+
+    def find(self, idx_N: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which of the elements idx_N (int64, all of low … high - 1) it has, and where in the box.
+
+        The first are places in idx_N (None: all of them), the second C-order indices in the box.
+        """
+        if self.flat:
+            return None, idx_N - self.low if self.low else idx_N
+        found: Tensor | None = None
+        at_N = torch.zeros_like(idx_N)
+        rest_N = idx_N
+        for size, begin, extent, stride in reversed(self.dims[1:]):
+            outer_N = torch.div(rest_N, size, rounding_mode="trunc")
+            here_N = (rest_N - outer_N * size).sub_(begin)
+            rest_N = outer_N
+            if extent < size:
+                kept = indices((here_N >= 0).logical_and_(here_N < extent))
+                found = kept if found is None else found.index_select(0, kept)
+                here_N, rest_N, at_N = (
+                    each.index_select(0, kept) for each in (here_N, rest_N, at_N)
+                )
+            at_N.add_(here_N, alpha=stride)
+        # Between low and high, so within the outermost dimension's extent.
+        _, begin, _, stride = self.dims[0]
+        return found, at_N.add_(rest_N - begin, alpha=stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Boxes of one published tensor that touch its blocks first_block … stop_block - 1.
+
+    `whole`: it is one box, and that is the tensor.
+    """
+
+    first_block: int
+    stop_block: int
+    boxes: tuple[Box, ...]
+    whole: bool
+
+
+class Parts:
+    """The boxes of one layout of the tensors that a manifest publishes."""
+
+    def __init__(self, layout: Layout, manifest: Manifest) -> None:
+        self.layout = layout
+        self.manifest = manifest
+        #: The local tensors.
+        self.local = Manifest(tensors=layout.tensors)
+        self.boxes = tuple(_boxes(layout, manifest))
+        of: dict[int, list[Box]] = {}
+        for box in self.boxes:
+            of.setdefault(box.tensor, []).append(box)
+        #: By the place of a published tensor in the manifest.
+        self.runs: Mapping[int, tuple[Run, ...]] = {
+            at: tuple(_runs(boxes, manifest.tensors[at].numel)) for at, boxes in of.items()
+        }
+
+    def runs_of(self, tensor: int, numbers: Container[int] | None) -> Sequence[Run]:
+        """The runs of a published tensor; of the boxes with these numbers alone, unless None."""
+        runs = self.runs.get(tensor, ())
+        if numbers is None:
+            return runs
+        some = ([box for box in run.boxes if box.number in numbers] for run in runs)
+        return [
+            replace(run, boxes=tuple(boxes)) for run, boxes in zip(runs, some, strict=True) if boxes
+        ]
+
+    @cached_property
+    def held_by(self) -> Mapping[int, frozenset[int]]:
+        """The local tensors that hold some of each published one, all by their places."""
+        return {
+            at: frozenset(box.local for run in runs for box in run.boxes)
+            for at, runs in self.runs.items()
+        }
+
+    def names(self, published: Sequence[int]) -> list[str]:
+        """The local tensors that hold some of these published ones, in the layout's order."""
+        none: frozenset[int] = frozenset()
+        held = none.union(*(self.held_by.get(at, none) for at in published))
+        return [self.local.tensors[at].name for at in sorted(held)]
+
+
+def parts_of(layout: Layout, manifest: Manifest) -> Parts:
+    """The parts of a layout, remembered; ManifestMismatch where it does not fit the manifest."""
+    key = id(layout), manifest.hash
+    found = _parts.get(key)
+    # Held by what is remembered, so that no other layout can come to have its id.
+    if found is None or found.layout is not layout:
+        found = Parts(layout, manifest)
+        if len(_parts) >= _KNOWN:
+            _parts.pop(next(iter(_parts)))
+        _parts[key] = found
+    return found
+
+
+_parts: dict[tuple[int, str], Parts] = {}
+
+
+# ---- boxes
+
+
+def _boxes(layout: Layout, manifest: Manifest) -> Iterator[Box]:
+    published = {spec.name: (at, spec) for at, spec in enumerate(manifest.tensors)}
+    local = {spec.name: (at, spec) for at, spec in enumerate(layout.tensors)}
+    number = 0
+    for part in layout.parts:
+        if part.tensor not in published:
+            raise ManifestMismatch(f"the layout has a part of {part.tensor!r}, which is not there")
+        if part.local not in local:
+            raise ManifestMismatch(f"the layout has a part in {part.local!r}, which is not there")
+        tensor, whole = published[part.tensor]
+        place, holder = local[part.local]
+        _require_fit(part, whole, holder)
+        if not math.prod(part.shape):
+            continue
+        steps = strides_of(whole.shape)
+        low = sum(begin * step for begin, step in zip(part.begin, steps, strict=True))
+        high = low + 1 + sum((n - 1) * step for n, step in zip(part.shape, steps, strict=True))
+        local_steps = strides_of(holder.shape)
+        offset = sum(at * step for at, step in zip(part.at, local_steps, strict=True))
+        dims = _dims(part, whole, strides_of(part.shape))
+        held = _dims(part, whole, [local_steps[axis] for axis in part.axes])
+        yield Box(number, part, tensor, place, low, high, dims, held, offset)
+        number += 1
+
+
+def _require_fit(part: Part, whole: TensorSpec, holder: TensorSpec) -> None:
+    what = f"the part of {part.tensor!r} in {part.local!r}"
+    if whole.dtype != holder.dtype:
+        raise ManifestMismatch(f"{what} is {whole.dtype} as published and {holder.dtype} here")
+    ranks = {len(part.begin), len(part.shape), len(part.axes)}
+    if ranks != {len(whole.shape)} or len(part.at) != len(holder.shape):
+        raise ManifestMismatch(
+            f"{what} has not the dimensions of {list(whole.shape)} and of {list(holder.shape)}"
+        )
+    if len(set(part.axes)) < len(part.axes) or not set(part.axes) <= set(range(len(part.at))):
+        raise ManifestMismatch(f"{what} runs along dimensions {list(part.axes)} of it")
+    ends = zip(part.begin, part.shape, whole.shape, strict=True)
+    if any(begin < 0 or n < 0 or begin + n > size for begin, n, size in ends):
+        raise ManifestMismatch(f"{what} reaches beyond {list(whole.shape)} as published")
+    reach = [1] * len(part.at)
+    for axis, n in zip(part.axes, part.shape, strict=True):
+        reach[axis] = n
+    ends = zip(part.at, reach, holder.shape, strict=True)
+    if any(at < 0 or at + n > size for at, n, size in ends):
+        raise ManifestMismatch(f"{what} reaches beyond {list(holder.shape)} here")
+
+
+def _dims(part: Part, whole: TensorSpec, strides: Sequence[int]) -> tuple[Dim, ...]:
+    """The fewest dimensions by which the box is found, the outermost first: at least one."""
+    found = [Dim(1, 0, 1, 0)]
+    for dim in map(Dim, whole.shape, part.begin, part.shape, strides):
+        if dim.size == 1:
+            continue
+        outer = found[-1]
+        follows = dim.extent == dim.size and outer.stride == dim.extent * dim.stride
+        # Of one index alone, or of whole rows that lie one behind the other where they are held.
+        if outer.extent == 1 or follows:
+            begin = outer.begin * dim.size + dim.begin
+            extent = outer.extent * dim.extent
+            found[-1] = Dim(outer.size * dim.size, begin, extent, dim.stride)
+        else:
+            found.append(dim)
+    return tuple(found)
+
+
+def _runs(boxes: Sequence[Box], numel: int) -> Iterator[Run]:
+    """Boxes of one published tensor by the blocks that they lie in; no two runs share a block."""
+    together: list[Box] = []
+    stop_block = 0
+
+    def run() -> Run:
+        whole = len(boxes) == 1 and boxes[0].flat and boxes[0].high - boxes[0].low == numel
+        return Run(together[0].low >> 16, stop_block, tuple(together), whole)
+
+    for box in sorted(boxes, key=lambda box: box.low):
+        if together and box.low >> 16 >= stop_block:
+            yield run()
+            together, stop_block = [], 0
+        together.append(box)
+        stop_block = max(stop_block, ((box.high - 1) >> 16) + 1)
+    if together:
+        yield run()
