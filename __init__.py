@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .workers.publisher import AsyncPublisher, Publisher, Report
     from .workers.replica import Replica
     from .workers.rollouts import AsyncRollouts, Rollouts
+    from .workers.shard import Shard
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ _HOMES = {
     "Replica": ".workers.replica",
     "AsyncRollouts": ".workers.rollouts",
     "Rollouts": ".workers.rollouts",
+    "Shard": ".workers.shard",
 }
 
 __all__ = [
@@ -128,6 +130,7 @@ __all__ = [
     "RunBusy",
     "SequenceConflict",
     "SettingsError",
+    "Shard",
     "SparsecastError",
     "StreamFull",
     "StreamMissing",

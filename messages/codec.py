@@ -13,6 +13,7 @@ from .control import Lease, LogEntry, TrainerMessage, WorkerMessage
 from .errors import RemoteProtocolError
 from .layout import Layout
 from .metrics import Metric
+from .ranks import AnyRankMessage
 from .rollouts import RolloutMessage
 
 Message = TrainerMessage | WorkerMessage
@@ -20,6 +21,7 @@ Message = TrainerMessage | WorkerMessage
 _encoder = msgspec.msgpack.Encoder()
 _control = msgspec.msgpack.Decoder(Message)
 _rollouts = msgspec.msgpack.Decoder(RolloutMessage)
+_ranks = msgspec.msgpack.Decoder(AnyRankMessage)
 _leases = msgspec.msgpack.Decoder(Lease)
 _entries = msgspec.msgpack.Decoder(LogEntry)
 _layouts = msgspec.msgpack.Decoder(Layout)
@@ -36,8 +38,10 @@ def _decode(decoder: Any, data: bytes, subject: str) -> Any:
         ) from exc
 
 
-def encode(message: Message | RolloutMessage | Lease | LogEntry | Layout) -> bytes:
-    """Encode a control or rollout message, a lease, a log entry or a layout as msgpack."""
+def encode(
+    message: Message | RolloutMessage | AnyRankMessage | Lease | LogEntry | Layout,
+) -> bytes:
+    """Encode a control, rollout or rank message, a lease, a log entry or a layout as msgpack."""
     return _encoder.encode(message)
 
 
@@ -50,6 +54,12 @@ def decode(data: bytes, *, subject: str = "") -> Message:
 def decode_rollout(data: bytes, *, subject: str = "") -> RolloutMessage:
     """Decode a generation request or its answer; RemoteProtocolError if it is none."""
     message: RolloutMessage = _decode(_rollouts, data, subject)
+    return message
+
+
+def decode_rank(data: bytes, *, subject: str = "") -> AnyRankMessage:
+    """Decode what one rank of a worker says to another; RemoteProtocolError if it is nothing."""
+    message: AnyRankMessage = _decode(_ranks, data, subject)
     return message
 
 

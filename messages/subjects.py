@@ -72,6 +72,15 @@ class Subjects:
         """Control of one member (member → trainer)."""
         return f"{self.prefix}.worker.{check_token('worker', name)}.control"
 
+    def orders(self, name: str) -> str:
+        """What the first rank of a worker tells the others."""
+        return f"{self.prefix}.worker.{check_token('worker', name)}.orders"
+
+    def rank(self, name: str, rank: int | None) -> str:
+        """What another rank of a worker tells the first one; None: any of them."""
+        which = "*" if rank is None else rank
+        return f"{self.prefix}.worker.{check_token('worker', name)}.rank.{which}"
+
     def metrics(self, name: str) -> str:
         """Metrics of one worker."""
         return f"{self.prefix}.metrics.{check_token('worker', name)}"

@@ -25,5 +25,5 @@ def contents(layout: Layout, published: Mapping[str, Tensor]) -> dict[str, Tenso
             size = part.shape[part.axes.index(dim)] if dim in part.axes else 1
             place = place.narrow(dim, begin, size)
         others = [dim for dim in range(place.ndim) if dim not in part.axes]
-        place.permute(*others, *part.axes).copy_(box)
+        place.permute((*others, *part.axes)).copy_(box)
     return local

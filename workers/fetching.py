@@ -16,7 +16,7 @@ from ..pipeline.log.base import reached, way
 from ..pipeline.log.lineage import under
 from .catching import Catching
 from .driver import Ports
-from .hands import Hands
+from .group import AnyHands
 
 log = logging.getLogger("sparsecast.replica")
 
@@ -29,7 +29,7 @@ class Fetching:
         core: ReplicaCore,
         ports: Ports,
         journal: Journal,
-        hands: Hands,
+        hands: AnyHands,
         catching: Catching,
         policy: Policy,
     ) -> None:

@@ -127,9 +127,11 @@ class Hands:
         """Serve nothing until the next apply has committed."""
         await self._work(self._incoming.quarantine, reason)
 
-    async def apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
-        """Apply staged versions in order, in one hold of the guard."""
-        return await self._work(self._incoming.apply, versions)
+    async def apply(
+        self, versions: tuple[int, ...], together: Callable[[], None] | None = None
+    ) -> ev.AppliedHere | ev.ApplyFailed:
+        """Apply staged versions in order, in one hold of the guard; see `Incoming.apply`."""
+        return await self._work(self._incoming.apply, versions, together)
 
     async def digest(self, version: int) -> ev.Digested | ev.DigestFailed:
         """Digest the whole state, if it still is `version`."""

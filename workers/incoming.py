@@ -24,6 +24,7 @@ from ..messages.errors import (
     WaitTimeout,
     WrongBase,
 )
+from ..messages.layout import Layout
 from ..messages.manifest import Manifest
 from ..pipeline.core import events as ev
 from ..pipeline.delta import (
@@ -67,7 +68,8 @@ class Staged:
 
 
 class Incoming:
-    """Staging, and the way from there into the weights of one engine.
+    """Staging, and the way from there into the weights of one engine: those that are published, or
+    the parts of them that `layout` says.
 
     Payloads stage on `device`, up to `device_nbytes` in all, and beyond that in host memory.
     """
@@ -78,10 +80,12 @@ class Incoming:
         *,
         clock: Callable[[], float],
         guard_s: float,
+        layout: Layout | None = None,
         device: str = "cpu",
         device_nbytes: int = 0,
     ) -> None:
         self._engine = engine
+        self._layout = layout
         self._clock = clock
         self._guard_s = guard_s
         self._device = torch.device(device)
@@ -126,7 +130,7 @@ class Incoming:
         """Look at all that an apply will look at, which it does the quicker for it."""
         with contextlib.suppress(Exception):  # the apply will meet it again, and tell
             tensors = self._engine.tensors()
-            if self._manifest is not None:
+            if self._manifest is not None and self._layout is None:
                 warm(tensors, self._manifest, self._device)
 
     def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -148,13 +152,13 @@ class Incoming:
     def prove(self, claim: Claim) -> ev.Proved | ev.Unfit:
         """Compare the engine's tensors with the claim's manifest, and digest them as a reader."""
         try:
-            manifest_of(self._engine.tensors()).require_same(claim.manifest)
+            self._require_fit(claim.manifest)
             self._manifest = claim.manifest
             with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first payload tries again
                 ready(claim.manifest, self._device)
             try:
                 with self._engine.guard().reading(timeout_s=self._guard_s):
-                    found = digest(self._engine.tensors())
+                    found = self._digest()
             except (ReplicaTorn, WaitTimeout):
                 found = -1  # no state has this digest: the anchor decides
         except ManifestMismatch as exc:
@@ -164,6 +168,22 @@ class Incoming:
         except Exception as exc:
             return ev.Unfit(claim.epoch, f"its weights cannot be read: {type(exc).__name__}: {exc}")
         return ev.Proved(claim.epoch, claim.manifest.hash, found)
+
+    def _require_fit(self, manifest: Manifest) -> None:
+        """ManifestMismatch unless the engine's tensors are the published ones, or their parts."""
+        mine = manifest_of(self._engine.tensors())
+        if self._layout is None:
+            mine.require_same(manifest)
+        else:
+            mine.require_same(Manifest(tensors=self._layout.tensors))
+            self._layout.require_fit(manifest)
+
+    def _digest(self) -> int:
+        """Of the weights as they stand, or this rank's share of it. Inside the guard."""
+        tensors = self._engine.tensors()
+        if self._layout is None:
+            return digest(tensors)
+        return digest(tensors, manifest=self._manifest, layout=self._layout)
 
     def hold(self, version: int) -> None:
         """Serve the weights, as they stand, as `version`."""
@@ -300,8 +320,14 @@ class Incoming:
 
     # ---- into the weights
 
-    def apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
-        """Apply staged versions in order, in one hold of the guard; the version flips last."""
+    def apply(
+        self, versions: tuple[int, ...], together: Callable[[], None] | None = None
+    ) -> ev.AppliedHere | ev.ApplyFailed:
+        """Apply staged versions in order, in one hold of the guard; the version flips last.
+
+        `together` is called within it, before the first write here: it returns when other ranks
+        have written, or raises.
+        """
         patches = [self._staged[version] for version in versions if version in self._staged]
         if len(patches) != len(versions):
             return ev.ApplyFailed("a resync has dropped what was staged", torn=False)
@@ -323,10 +349,20 @@ class Incoming:
                 tensors = self._engine.tensors()
                 self._order(tensors)
                 names: dict[str, None] = {}
+
+                def begin() -> None:
+                    nonlocal together
+                    writer.begin_write()
+                    if together is not None:
+                        others, together = together, None
+                        others()
+
                 for patch in patches:
                     assert patch.checked is not None
                     own(patch.checked.patch.buffer)
-                    changed = apply_checked(patch.checked, tensors, begin=writer.begin_write)
+                    changed = apply_checked(
+                        patch.checked, tensors, layout=self._layout, begin=begin
+                    )
                     names.update(dict.fromkeys(changed))
                 last = patches[-1]
                 self._engine.after_apply(last.version, list(names))
@@ -353,7 +389,7 @@ class Incoming:
             with self._engine.guard().holding(version, timeout_s=self._guard_s) as holds:
                 if not holds:
                     return ev.DigestFailed(version, "the weights are another version by now")
-                found = digest(self._engine.tensors())
+                found = self._digest()
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
         return ev.Digested(version, found, round((self._clock() - began) * 1e6))

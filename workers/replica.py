@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -25,13 +25,8 @@ from ..messages.control import (
     TrainerMessage,
     WindowKind,
 )
-from ..messages.errors import (
-    Closed,
-    LocalProtocolError,
-    ReplicaLagging,
-    brief,
-)
-from ..messages.subjects import Subjects, check_token
+from ..messages.errors import Closed, ReplicaLagging, SettingsError, brief
+from ..messages.layout import Layout
 from ..pipeline.bus.base import Message
 from ..pipeline.bus.journal import Journal
 from ..pipeline.core import commands as cmd
@@ -40,25 +35,21 @@ from ..pipeline.core.follow import follow_of
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.replica import ReplicaCore
 from .catching import Catching, Progress
-from .connect import LoopThread, connect
-from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
-from .engine import Engine, ModuleEngine
+from .driver import Driver, Ports, decoded
+from .engine import Engine
 from .fetching import Fetching
-from .hands import Hands
-from .incoming import Incoming
-from .streams import device_for
+from .group import AnyHands, Group
+from .rank import Rank
 from .telling import Telling
-from .tiers import DEFAULT_LOG, LogSetting, parse_log
+from .tiers import DEFAULT_LOG, LogSetting
 
 log = logging.getLogger("sparsecast.replica")
-
-T = TypeVar("T")
 
 #: What a trainer says in control messages; claims and announcements come by the journal.
 SAID = tuple(kind for kind in get_args(TrainerMessage) if kind not in (Claim, Announce))
 
 
-class Replica:
+class Replica(Rank):
     """One worker's weights, patched in place as the trainer publishes.
 
     `model` is a Module, a mapping of names to tensors, or an `Engine`. Use `async with replica`
@@ -68,6 +59,11 @@ class Replica:
     `device` is where windows carry payloads to: None means the weights' CUDA device, else the host.
     `windows` narrows the kinds of window that this worker offers. `max_lag` versions, or a trainer
     unheard for `offline_s`, make `refusal()` say so. `log` is the trainer's.
+
+    `layout`: the model's tensors are not the published ones but parts of them, fused ones say; in
+    an engine of several `ranks` those of the first one, which leads, and to which the others belong
+    as `Shard`s: it is they all together that hold the weights, apply an update or do not, and are
+    proven. Readers of the guard are the first rank's.
 
     `role`: updates are for workers of role "rollout", and wait for them. One of role "evaluation"
     delays nobody: it is in no window, and takes from the log the versions that it follows:
@@ -83,6 +79,8 @@ class Replica:
         bus: str,
         name: str,
         device: str | None = None,
+        layout: Layout | None = None,
+        ranks: int = 1,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
@@ -95,105 +93,70 @@ class Replica:
         policy: Policy | None = None,
         ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
     ) -> None:
-        self.run = run
-        self.name = check_token("worker", name)
-        self.policy = policy or Policy()
-        self._subjects = Subjects(run)
-        self._bus_url = bus
-        self._device = device
-        self._tiers = parse_log(log)
-        self._offers = tuple(windows) if windows is not None else None
+        super().__init__(
+            model,
+            run=run,
+            bus=bus,
+            name=name,
+            device=device,
+            layout=layout,
+            include=include,
+            exclude=exclude,
+            rename=rename,
+            windows=windows,
+            log=log,
+            policy=policy,
+            ports=ports,
+        )
         self.role: Role = role
         self.follow = follow_of(role, follow)
+        self.ranks = ranks
         self._max_lag = max_lag
         self._offline_s = offline_s
-        self._open_ports = ports
-        if isinstance(model, torch.nn.Module | Mapping):
-            self.engine: Engine = ModuleEngine(
-                model, include=include, exclude=exclude, rename=rename
+        if ranks < 1 or (ranks > 1 and layout is None):
+            raise SettingsError(
+                f"worker {name!r} of {ranks} ranks: give the layout of the first one, and run the "
+                "others as Shard(rank=1 …)"
             )
-        else:
-            self.engine = model
+        self._group: Group | None = None
         self._error: Exception | None = None
         self._core: ReplicaCore | None = None
-        #: What is to be undone on leaving, the youngest first; None while this does not run.
-        self._life: contextlib.AsyncExitStack | None = None
-        self._thread: LoopThread | None = None
 
     # ---- life
 
-    async def __aenter__(self) -> Self:
-        if self._life is not None:
-            raise LocalProtocolError(f"replica {self.name!r} is running already")
-        async with contextlib.AsyncExitStack() as life:
-            await self._start(life)
-            self._life = life.pop_all()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    def start(self) -> None:
-        """Enter from synchronous code."""
-        if self._thread is None:
-            self._thread = LoopThread(f"sparsecast-{self.name}")
-            try:
-                self._thread.call(self.__aenter__())
-            except BaseException:
-                self._thread.stop()
-                self._thread = None
-                raise
-
-    def stop(self) -> None:
-        """Leave from synchronous code. Idempotent."""
-        if self._thread is not None:
-            thread, self._thread = self._thread, None
-            try:
-                thread.call(self.close())
-            finally:
-                thread.stop()
-
     async def _start(self, life: contextlib.AsyncExitStack) -> None:
         self._error = None
-        self._changes = Changes()
-        life.callback(self._changes.notify)
-        if self._open_ports is not None:
-            ports = await self._open_ports()
-        else:
-            ports = await connect(
-                self._bus_url,
-                run=self.run,
+        await self._reach(life)
+        ports = self._ports
+        me = Sender(self.name, ports.token())
+        kinds: tuple[WindowKind, ...] = self._kinds
+        gpus: tuple[str, ...] = (ports.gpu,)
+        hands: AnyHands = self._hands
+        self._group = None
+        if self.layout is not None:
+            hands = self._group = Group(
+                self._hands,
+                ports=ports,
+                outbox=self._outbox,
+                subjects=self._subjects,
                 name=self.name,
-                device=lambda: device_for(self._device, self.engine.tensors),
-                tiers=self._tiers,
-                timeout_s=self.policy.bus_s,
+                life=me.incarnation,
+                ranks=self.ranks,
+                layout=self.layout,
+                policy=self.policy,
+                broke=self._broke,
             )
-        self._ports = ports
-        life.push_async_callback(ports.close)
-        # Of another life, since when anything may have been written to them.
-        self.engine.guard().declare(None)
-        offers = ports.kinds if self._offers is None else self._offers
-        self._incoming = Incoming(
-            self.engine,
-            clock=ports.clock,
-            guard_s=self.policy.guard_s,
-            device=ports.device,
-            device_nbytes=self.policy.staging_device_nbytes,
-        )
-        if ports.device != "cpu":
-            await ports.run(self._incoming.start)
-            if self._thread is not None:
-                # A window orders what it receives behind its caller's current stream: on a thread
-                # of our own that need not be the one on which the engine computes.
-                self._incoming.adopt_thread()
+            await hands.start(life)
+            kinds, gpus = hands.common(kinds), hands.gpus
+        self._all = hands
         self._core = ReplicaCore(
             run=self.run,
-            me=Sender(self.name, ports.token()),
-            kinds=tuple(kind for kind in offers if kind in ports.kinds),
+            me=me,
+            kinds=kinds,
             device=ports.device,
             host=socket.gethostname(),
             pid=os.getpid(),
-            gpus=(ports.gpu,),
+            gpus=gpus,
             role=self.role,
             follow=self.follow,
             policy=self.policy,
@@ -207,23 +170,16 @@ class Replica:
             on_change=self._changes.notify,
             on_error=self._broke,
         )
-        self._outbox = Outbox(ports.bus)
-        life.push_async_callback(self._outbox.close, 1.0)
-        windows = Windows(ports, self._subjects)
-        self._hands = Hands(ports, windows, self._incoming, self._changes.notify)
         #: The newest version whose patch is on its way or here, and that it has become another.
         self._coming = -1
         self._more = asyncio.Event()
-        life.push_async_callback(windows.abort_all)
         life.push_async_callback(self._driver.stop)
         self._telling = Telling(self.run, ports, self._outbox)
         self._catching = Catching(
             self.policy, ports.clock, functools.partial(self._telling.event, "catch-up", self.name)
         )
         journal = Journal(ports.bus, self.run)
-        self._fetching = Fetching(
-            self._core, ports, journal, self._hands, self._catching, self.policy
-        )
+        self._fetching = Fetching(self._core, ports, journal, hands, self._catching, self.policy)
         # Control first: what the trainer says between the journal's reading and a later
         # subscription would be lost.
         subscription = await ports.bus.subscribe(self._subjects.trainer_control, self._heard)
@@ -232,13 +188,9 @@ class Replica:
         life.push_async_callback(follower.unsubscribe)
         self._driver.post(ev.Tick())
 
-    async def close(self) -> None:
-        """Leave the run in order; the weights stay as they are. Idempotent."""
-        life, self._life = self._life, None
-        if life is not None:
-            async with life:
-                self._catching.broke_off("the worker left")
-                self._driver.post(ev.Close("the worker left"))
+    def _leaving(self) -> None:
+        self._catching.broke_off("the worker left")
+        self._driver.post(ev.Close("the worker left"))
 
     # ---- the user's face
 
@@ -294,10 +246,7 @@ class Replica:
 
         May be awaited on any event loop.
         """
-        waiting = self._wait_version(version, timeout_s)
-        if self._thread is not None and asyncio.get_running_loop() is not self._thread.loop:
-            return await asyncio.wrap_future(self._thread.submit(waiting))
-        return await waiting
+        return await self._on_own_loop(self._wait_version(version, timeout_s))
 
     async def _wait_version(self, version: int, timeout_s: float) -> int:
         def reached() -> int | None:
@@ -320,6 +269,9 @@ class Replica:
             return "the replica is not running"
         if self.engine.guard().torn is not None:
             return f"the weights are being resynced: {self.engine.guard().torn}"
+        silent = self._group.silent() if self._group is not None else None
+        if silent is not None:
+            return silent
         if self._offline_s is not None:
             away = core.trainer_away_s(self._ports.clock())
             if away is not None and away > self._offline_s:
@@ -380,7 +332,7 @@ class Replica:
     def _perform(
         self, command: cmd.ReplicaCommand
     ) -> Coroutine[Any, Any, ev.ReplicaEvent | None] | None:
-        hands = self._hands
+        hands = self._all
         match command:
             case cmd.Report(message):
                 self._outbox.put(self._subjects.worker_control(self.name), codec.encode(message))
@@ -420,7 +372,7 @@ class Replica:
         return None
 
     async def _apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
-        event = await self._hands.apply(versions)
+        event = await self._all.apply(versions)
         if isinstance(event, ev.ApplyFailed) and not event.waiting:
             self._catching.broke_off(event.reason)
         return event
@@ -433,18 +385,18 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.policy.verify_after_s):
                     await self._more.wait()
-        return await self._hands.digest(version)
+        return await self._all.digest(version)
 
     async def _receive(self, command: cmd.Receive) -> ev.Staged | ev.ReceiveFailed:
         stamp, announce = command.stamp, command.announce
         self._coming = max(self._coming, stamp.version)
         self._more.set()
-        event = await self._hands.receive(command)
+        event = await self._all.receive(command)
         if isinstance(event, ev.ReceiveFailed):
             return event
         claim = self._core.claim if self._core is not None else None
         if claim is None or claim.sender != announce.sender:
-            await self._hands.drop((stamp.version,))
+            await self._all.drop((stamp.version,))
             reason = "another claim came meanwhile"
             return ev.ReceiveFailed(
                 stamp.epoch, stamp.window, stamp.attempt, stamp.version, reason, corrupt=False

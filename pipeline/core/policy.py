@@ -22,6 +22,9 @@ class Policy:
     silence_s: float = 4.0
     """A member unheard for so long is put out of the membership."""
 
+    gather_s: float = 60.0
+    """How long the first rank of a worker waits for the others when it starts."""
+
     ready_s: float = 2.0
     """From asking for commitments until whoever has not committed is left out."""
 

@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecast.messages import codec, control, metrics, rollouts
+from sparsecast.messages import codec, control, metrics, ranks, rollouts
 from sparsecast.messages.errors import RemoteProtocolError
 from sparsecast.messages.manifest import ITEMSIZE, Manifest, TensorSpec
 
 CONTROL = get_args(control.TrainerMessage) + get_args(control.WorkerMessage)
 METRICS = get_args(metrics.Metric)
+RANKS = get_args(ranks.AnyRankMessage)
 ROLLOUTS = get_args(rollouts.RolloutMessage)
 
 DECODERS = {
     "control": codec.decode,
+    "rank": codec.decode_rank,
     "rollout": codec.decode_rollout,
     "lease": codec.decode_lease,
     "entry": codec.decode_entry,
@@ -69,6 +71,8 @@ def _value(annotation: Any) -> st.SearchStrategy[Any]:
     """Any value of an annotation as our messages use them."""
     if annotation is Manifest:
         return _manifests
+    if annotation is msgspec.Raw:
+        return _text.map(msgspec.msgpack.encode).map(msgspec.Raw)
     if annotation is int:
         return st.integers(0, 2**40)
     if annotation is float:
@@ -100,6 +104,14 @@ def test_rollouts_round_trip(kind: type[Any], data: st.DataObject) -> None:
     """Requests and samples arrive as they were sent, log-probabilities to the bit."""
     message = data.draw(_of(kind))
     assert codec.decode_rollout(codec.encode(message)) == message
+
+
+@pytest.mark.parametrize("kind", RANKS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_what_ranks_say_round_trips(kind: type[Any], data: st.DataObject) -> None:
+    """Orders and answers between the ranks of a worker arrive as they were sent."""
+    message = data.draw(_of(kind))
+    assert codec.decode_rank(codec.encode(message)) == message
 
 
 @pytest.mark.parametrize("kind", METRICS, ids=lambda kind: kind.__name__)

@@ -1,0 +1,89 @@
+"""Messages between the ranks of one worker: the first one leads, the others follow its orders.
+
+Each docstring says who sends the message, who receives it, and what its absence means.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .control import WindowKind
+
+#: What a rank can be told to do; what comes with it is typed in workers/orders.py.
+Deed = Literal[
+    "open", "abort", "close", "alert", "receive",
+    "take", "drop", "prove", "hold", "quarantine", "apply", "digest",
+]  # fmt: skip
+
+
+class RankMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """What every message between ranks carries: the life of the first rank that is meant."""
+
+    leader: str
+
+
+class Lead(RankMessage, frozen=True, kw_only=True):
+    """The first rank lives (first rank → others, with each heartbeat).
+
+    Every order up to `done` was answered by all. While `gathering`, ranks say what they are. Absent
+    for silence_s: others may follow another life of it.
+    """
+
+    done: int
+    gathering: bool = False
+
+
+class Over(RankMessage, frozen=True, kw_only=True):
+    """The first rank leaves (first rank → others): nothing follows. Absent: they find out."""
+
+
+class Order(RankMessage, frozen=True, kw_only=True):
+    """The first rank wants something done (first rank → others), which all begin in the order of
+    the numbers, from 1 on. Absent: said again when a rank tells that it has not seen it."""
+
+    number: int
+    deed: Deed
+    what: msgspec.Raw
+
+
+class Answer(RankMessage, frozen=True, kw_only=True):
+    """What came of an order (other rank → first rank). Absent: asked for again.
+
+    `kind` names the event or error in `what`; "" is done, and nothing to tell.
+    """
+
+    rank: int
+    number: int
+    kind: str = ""
+    what: msgspec.Raw = msgspec.Raw(b"\xc0")
+
+
+class Here(RankMessage, frozen=True, kw_only=True):
+    """A rank lives (other rank → first rank, with each heartbeat). `leader` is "" while it follows
+    nobody.
+
+    Absent for silence_s: what is asked of the worker fails, and says that this rank is silent.
+    """
+
+    rank: int
+    incarnation: str
+
+
+class Fellow(RankMessage, frozen=True, kw_only=True):
+    """What a rank is (other rank → first rank, which gathers): its part of the weights, the windows
+    that it can open, and the GPU that it is on (by UUID; "" for none).
+
+    Absent: the first rank waits, up to Policy.gather_s, and says Lead meanwhile.
+    """
+
+    rank: int
+    incarnation: str
+    #: A Layout in msgpack, deflated: with many experts it would be larger than a message may be.
+    layout: bytes
+    kinds: tuple[WindowKind, ...]
+    gpu: str
+
+
+AnyRankMessage = Lead | Over | Order | Answer | Here | Fellow

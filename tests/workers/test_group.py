@@ -1,0 +1,381 @@
+"""Workers whose weights are spread over several ranks, and what becomes of them all together."""
+
+import asyncio
+import signal
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from ranks import held, same, split
+from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, step, until_stored, weights
+from sparsecast import (
+    Layout,
+    Padding,
+    Part,
+    Replica,
+    ReplicaRefused,
+    SettingsError,
+    Shard,
+    WaitTimeout,
+    WorkerDied,
+)
+from sparsecast.messages.manifest import TensorSpec
+from sparsecast.messages.metrics import Event, WorkerMetrics
+from sparsecast.pipeline.delta import manifest_of
+from sparsecast.workers.engine import ModuleEngine
+from spawn import Context, Processes
+
+
+class Team:
+    """A worker of several ranks: the first one's replica, and the others' shards."""
+
+    def __init__(self, site: Site, start: Tensors, ranks: int, name: str = "w0") -> None:
+        self.site = site
+        self.name = name
+        self.layouts = split(start, ranks)
+        self.held = [held(layout, start) for layout in self.layouts]
+        self.engines = [ModuleEngine(mine) for mine in self.held]
+
+    def first(self, **options: Any) -> Replica:
+        """The first rank, not yet entered."""
+        given = {"name": self.name, "policy": QUICK, "layout": self.layouts[0]} | options
+        return Replica(
+            self.engines[0],
+            run=self.site.run,
+            bus=self.site.url,
+            ranks=len(self.layouts),
+            **given,
+        )
+
+    def other(self, rank: int, **options: Any) -> Shard:
+        """Another rank, not yet entered."""
+        given = {"name": self.name, "policy": QUICK, "layout": self.layouts[rank]} | options
+        return Shard(self.engines[rank], run=self.site.run, bus=self.site.url, rank=rank, **given)
+
+    async def start(self, **options: Any) -> tuple[Replica, list[Shard]]:
+        """All ranks, running until the test ends."""
+        first = self.first(**options)
+        others = [self.other(rank) for rank in range(1, len(self.layouts))]
+        await asyncio.gather(*(rank.__aenter__() for rank in (*others, first)))
+        for rank in (*others, first):
+            self.site.ends(rank)
+        return first, others
+
+    def same(self, tensors: Tensors) -> bool:
+        """Whether every rank holds its part of these weights."""
+        return same(self.layouts, self.held, tensors)
+
+
+async def train(publisher: Any, trained: Tensors, versions: range) -> None:
+    """Publish these versions, each once the one before it is applied everywhere."""
+    for version in versions:
+        step(trained, version)
+        update = await publisher.publish()
+        report = await update.wait_applied(timeout_s=20)
+        assert report.complete, report
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+async def test_updates_reach_every_rank(site: Site, ear: Ear, ranks: int) -> None:
+    """A worker of one to three ranks beside a plain one: one member, with a place in the window for
+    each rank; after five updates each rank holds its part, and the worker proves the trainer's
+    digest by the sum of theirs."""
+    trained, plain = weights(), weights()
+    team = Team(site, trained, ranks)
+    publisher = await site.publisher(trained)
+    first, others = await team.start()
+    await site.replica(plain, "w1")
+    await publisher.wait_members(2, timeout_s=10)
+    await eventually(
+        lambda: publisher.window == "gloo" and len(publisher._begun().membership.members) == 2
+    )
+    await train(publisher, trained, range(1, 6))
+    await eventually(lambda: first.verified == 5)
+    assert team.same(trained)
+    assert same_bits(trained, plain)
+    assert [shard.version for shard in others] == [5] * (ranks - 1)
+    metrics = [e for e in ear.heard if isinstance(e, WorkerMetrics) and e.worker == "w0"]
+    assert {e.version for e in metrics if e.source == "window" and e.verified} >= {4, 5}
+    assert first.mismatches == 0
+
+
+async def test_a_fused_layout_of_one_rank(site: Site) -> None:
+    """An engine holds weight and embedding turned and fused, with a row of padding: it follows like
+    any other, and the padding stays as it was."""
+    trained = {"a": torch.randn(3, 4), "b": torch.randn(2, 4), "c": torch.randn(5)}
+    parts = (
+        Part(tensor="a", begin=(0, 0), shape=(3, 4), local="ab", at=(0, 0), axes=(1, 0)),
+        Part(tensor="b", begin=(0, 0), shape=(2, 4), local="ab", at=(0, 3), axes=(1, 0)),
+        Part(tensor="c", begin=(0,), shape=(5,), local="c", at=(0,), axes=(0,)),
+    )
+    layout = Layout(
+        tensors=(TensorSpec("ab", "float32", (4, 6)), TensorSpec("c", "float32", (5,))),
+        parts=parts,
+        padding=(Padding(local="ab", at=(0, 5), shape=(4, 1)),),
+    )
+    mine = {"ab": torch.full((4, 6), 7.0), "c": torch.zeros(5)}
+    publisher = await site.publisher(trained)
+    replica = await site.replica(mine, layout=layout)
+    await publisher.wait_members(1, timeout_s=10)
+    for seed in range(1, 4):
+        step(trained, seed, share=0.3)
+        update = await publisher.publish()
+        assert (await update.wait_applied(timeout_s=10)).complete
+    await eventually(lambda: replica.verified == 3)
+    assert torch.equal(mine["ab"][:, :3].t(), trained["a"])
+    assert torch.equal(mine["ab"][:, 3:5].t(), trained["b"])
+    assert torch.equal(mine["ab"][:, 5], torch.full((4,), 7.0))
+    assert torch.equal(mine["c"], trained["c"])
+
+
+async def test_late_ranks_take_the_log(site: Site) -> None:
+    """Two ranks come with other weights when the run is at version 4: each takes its part of the
+    anchor and of the patches, and no round waited for them."""
+    trained = weights()
+    publisher = await site.publisher(trained)
+    for version in range(1, 5):
+        step(trained, version)
+        await publisher.publish()
+        await until_stored(publisher, version)
+    team = Team(site, weights(9), 2)
+    first, _ = await team.start()
+    await first.wait_version(4, timeout_s=20)
+    await eventually(lambda: first.verified == 4)
+    assert team.same(trained)
+
+
+async def test_a_rank_that_does_not_come_is_named(site: Site) -> None:
+    """The first of three ranks waits for the others; the last one never comes."""
+    team = Team(site, weights(), 3)
+    async with team.other(1):
+        with pytest.raises(WaitTimeout, match="rank 2 did not come"):
+            await team.first(policy=replace(QUICK, gather_s=1.0)).__aenter__()
+
+
+async def test_a_rank_may_come_late(site: Site) -> None:
+    """The first rank is there before the other one: it waits, and both follow."""
+    trained = weights()
+    team = Team(site, trained, 2)
+    await site.publisher(trained)
+    first = team.first()
+    entering = asyncio.create_task(first.__aenter__())
+    await asyncio.sleep(0.5)
+    assert not entering.done()
+    async with team.other(1):
+        await entering
+        await first.wait_version(0, timeout_s=10)
+        await first.close()
+
+
+@pytest.mark.parametrize("what", ["missing", "twice", "shape"])
+async def test_layouts_that_do_not_fit_are_refused(site: Site, what: str) -> None:
+    """The ranks leave rows out, hold some twice, or hold a tensor of another shape: the worker is
+    refused, and told which tensor it is."""
+    trained = weights()
+    await site.publisher(trained)
+    team = Team(site, trained, 2)
+    if what == "missing":
+        team.layouts[1] = _without(team.layouts[1], "embed")
+        del team.held[1]["mine.embed"]
+    elif what == "twice":
+        team.layouts[1] = split(trained, 1)[0]
+        team.held[1] = held(team.layouts[1], trained)
+    else:
+        team.held[1]["mine.embed"] = torch.zeros(3, 41, dtype=torch.bfloat16)
+    team.engines = [ModuleEngine(mine) for mine in team.held]
+    first, _ = await team.start()
+    with pytest.raises(ReplicaRefused, match="embed"):
+        await first.wait_version(0, timeout_s=10)
+
+
+def _without(layout: Layout, tensor: str) -> Layout:
+    return Layout(
+        tensors=tuple(spec for spec in layout.tensors if spec.name != f"mine.{tensor}"),
+        parts=tuple(part for part in layout.parts if part.tensor != tensor),
+    )
+
+
+async def test_a_flipped_bit_on_any_rank_is_found_and_mended(site: Site, ear: Ear) -> None:
+    """Somebody writes to the weights of the second rank: the sum of the digests is wrong, the
+    worker is told, and both ranks start again from an anchor."""
+    trained = weights()
+    team = Team(site, trained, 2)
+    publisher = await site.publisher(trained)
+    first, _ = await team.start()
+    await publisher.wait_members(1, timeout_s=10)
+    await train(publisher, trained, range(1, 3))
+    await eventually(lambda: first.verified == 2)
+    team.held[1]["mine.layer.weight"].view(-1)[5] += 1.0
+    step(trained, 3)
+    await publisher.publish()
+    await ear.until(Event, kind="mismatch", member="w0")
+    await eventually(lambda: first.verified == 3, timeout_s=20.0)
+    assert team.same(trained)
+
+
+async def test_an_apply_that_fails_on_one_rank_is_none(site: Site) -> None:
+    """The second rank's engine fails in mid-apply: no reader sees the version, all ranks start
+    again from an anchor, and hold it then."""
+    trained = weights()
+    team = Team(site, trained, 2)
+    publisher = await site.publisher(trained)
+    first, _ = await team.start()
+    await publisher.wait_members(1, timeout_s=10)
+    await train(publisher, trained, range(1, 2))
+    engine = team.engines[1]
+    whole = engine.after_apply
+    seen: list[int | None] = []
+
+    def fails(version: int, changed: Any) -> None:
+        engine.after_apply = whole  # type: ignore[method-assign]
+        seen.append(first.version)
+        raise RuntimeError("the engine lost its cache")
+
+    engine.after_apply = fails  # type: ignore[method-assign]
+    step(trained, 2)
+    await publisher.publish()
+    await eventually(lambda: first.verified == 2, timeout_s=20.0)
+    assert seen == [1]
+    assert team.same(trained)
+
+
+async def test_a_silent_rank_costs_its_worker_alone(site: Site) -> None:
+    """The second rank is not heard for a while: its worker refuses and says which rank it is; the
+    other worker follows; when the rank is back, its worker catches up."""
+    trained, plain = weights(), weights()
+    team = Team(site, trained, 2)
+    publisher = await site.publisher(trained)
+    first, (shard,) = await team.start()
+    other = await site.replica(plain, "w1")
+    await publisher.wait_members(2, timeout_s=10)
+    await train(publisher, trained, range(1, 2))
+    with mock.patch.object(shard, "_say"):
+        for version in range(2, 5):
+            step(trained, version)
+            await publisher.publish()
+            await eventually(lambda version=version: other.verified == version, timeout_s=20.0)
+        await eventually(lambda: "rank 1" in (first.refusal() or ""), timeout_s=10.0)
+        assert "unheard" in (first.refusal() or "")
+    await eventually(lambda: first.verified == publisher.version, timeout_s=30.0)
+    assert first.refusal() is None
+    assert team.same(trained)
+    assert same_bits(trained, plain)
+
+
+async def test_a_rank_that_started_again_ends_its_worker(site: Site) -> None:
+    """The second rank ends and another life of it comes: what it holds nobody knows, and the first
+    rank says so to who waits for it."""
+    trained = weights()
+    team = Team(site, trained, 2)
+    await site.publisher(trained)
+    first = team.first()
+    shard = team.other(1)
+    await asyncio.gather(first.__aenter__(), shard.__aenter__())
+    site.ends(first)
+    await first.wait_version(0, timeout_s=10)
+    await shard.close()
+    async with team.other(1):
+        with pytest.raises(WorkerDied, match="rank 1 of worker 'w0' has started again"):
+            await first.wait_version(1, timeout_s=10)
+
+
+async def test_another_life_of_the_first_rank_is_followed(site: Site) -> None:
+    """The first rank ends, in order or not, and is started again; the second one goes on with it,
+    and the run with both."""
+    trained = weights()
+    team = Team(site, trained, 2)
+    publisher = await site.publisher(trained)
+    async with team.other(1) as shard:
+        for life, version in enumerate((1, 2)):
+            async with team.first() as first:
+                await publisher.wait_members(1, timeout_s=10)
+                await first.wait_version(version - 1, timeout_s=20)
+                await train(publisher, trained, range(version, version + 1))
+                await eventually(lambda first=first: first.verified == first.version)
+                assert team.same(trained)
+                if life == 0:  # as if it had been killed: nothing is said
+                    assert first._group is not None
+                    first._group._say = lambda message: None  # type: ignore[method-assign]
+            await eventually(lambda: not publisher._begun().membership.members, timeout_s=10)
+        assert shard.version == 2
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_several_ranks_need_layouts(site: Site, ranks: int) -> None:
+    """No rank at all, or two without a layout: refused with what to give."""
+    with pytest.raises(SettingsError, match=f"worker 'w0' of {ranks} ranks: give the layout"):
+        Replica(weights(), run=site.run, bus=site.url, name="w0", ranks=ranks)
+
+
+def test_the_first_rank_is_no_shard(site: Site) -> None:
+    """Rank 0 is a Replica."""
+    layout = split(weights(), 1)[0]
+    with pytest.raises(SettingsError, match="its first rank, 0, is a Replica"):
+        Shard(weights(), run=site.run, bus=site.url, name="w0", rank=0, layout=layout)
+
+
+def test_the_manifest_of_a_rank_is_of_its_own_tensors() -> None:
+    """What the tests' ranks hold has the names and shapes of their layouts."""
+    for layout in split(weights(), 3):
+        assert manifest_of(held(layout, weights())).tensors == layout.tensors
+
+
+async def rank_of_a_worker(context: Context, run: str, until: int) -> tuple[int | None, Tensors]:
+    """A process of a rank: follow until version `until` is verified, or until it is told to end;
+    what it holds then, or why it does not."""
+    layouts = split(weights(), context.size)
+    layout, mine = layouts[context.rank], held(layouts[context.rank], weights(7))
+    given: dict[str, Any] = {
+        "run": run, "bus": context.broker_url, "name": "w0", "policy": QUICK, "layout": layout
+    }  # fmt: skip
+    if context.rank == 0:
+        async with Replica(mine, ranks=context.size, **given) as replica:
+            context.mark("following")
+            await eventually(lambda: replica.verified == until, timeout_s=60.0)
+            return replica.version, mine
+    async with Shard(mine, rank=context.rank, **given) as shard:
+        context.mark("following")
+        version = await shard.wait_version(until, timeout_s=60.0)
+        await eventually(lambda: "waiting for the first rank" in shard.status, timeout_s=60.0)
+        return version, mine
+
+
+async def test_ranks_in_processes_of_their_own(site: Site) -> None:
+    """Two ranks in two processes take ten updates from a trainer in a third one."""
+    trained = weights()
+    publisher = await site.publisher(trained)
+    with Processes(
+        2, rank_of_a_worker, site.run, 10, timeout_s=90, broker_url=site.url
+    ) as processes:
+        await publisher.wait_members(1, timeout_s=30)
+        await train(publisher, trained, range(1, 11))
+        ends = await asyncio.to_thread(processes.results)
+    assert [version for version, _ in ends] == [10, 10]
+    assert same(split(trained, 2), [mine for _, mine in ends], trained)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+async def test_a_rank_fails_in_mid_run(site: Site, fault: signal.Signals) -> None:
+    """The second of two ranks is killed or stopped while updates go on: each publish() takes no
+    time, and the other worker has every one of them."""
+    trained, plain = weights(), weights()
+    publisher = await site.publisher(trained)
+    other = await site.replica(plain, "w1")
+    with Processes(
+        2, rank_of_a_worker, site.run, 1000, timeout_s=90, broker_url=site.url
+    ) as processes:
+        await publisher.wait_members(2, timeout_s=30)
+        await train(publisher, trained, range(1, 4))
+        processes.kill(1) if fault is signal.SIGKILL else processes.stop(1)
+        loop, longest = asyncio.get_running_loop(), 0.0
+        for version in range(4, 12):
+            step(trained, version)
+            began = loop.time()
+            await publisher.publish()
+            longest = max(longest, loop.time() - began)
+            await eventually(lambda version=version: other.verified == version, timeout_s=20.0)
+        assert longest < 1.0
+    assert same_bits(trained, plain)

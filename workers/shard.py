@@ -1,0 +1,234 @@
+"""The face of a worker's other ranks: a Shard keeps its part of the weights with the first rank."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import torch
+
+from ..messages import codec
+from ..messages.control import WindowKind
+from ..messages.errors import RemoteProtocolError, SettingsError, SparsecastError
+from ..messages.layout import Layout
+from ..messages.ranks import Answer, Fellow, Here, Lead, Order, Over
+from ..pipeline.bus.base import Message
+from ..pipeline.core.policy import Policy
+from ..pipeline.log.base import unheard
+from .driver import Ports
+from .engine import Engine
+from .orders import Taken, answer_of, decode_what
+from .rank import Rank
+from .tiers import DEFAULT_LOG, LogSetting
+
+log = logging.getLogger("sparsecast.replica")
+
+
+class Shard(Rank):
+    """One of the other ranks of a worker whose weights are spread over several processes.
+
+    `name` is the worker's, whose first rank runs `Replica(layout=…, ranks=…)`; `rank` is from 1 on,
+    `layout` says which parts of the published tensors `model` holds here. It does what the first
+    rank orders: receives in the same windows, applies when that applies, and proves its share. It
+    has no readers of its own: the first rank's guard is that of the whole engine. `log` is the
+    trainer's. A first rank that is unheard for Policy.silence_s may be followed by another life of
+    it; then the weights are proven anew.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Mapping[str, torch.Tensor] | Engine,
+        *,
+        run: str,
+        bus: str,
+        name: str,
+        rank: int,
+        layout: Layout,
+        device: str | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        rename: Callable[[str], str] | Mapping[str, str] | None = None,
+        windows: Sequence[WindowKind] | None = None,
+        log: LogSetting = DEFAULT_LOG,
+        policy: Policy | None = None,
+        ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            run=run,
+            bus=bus,
+            name=name,
+            device=device,
+            layout=layout,
+            include=include,
+            exclude=exclude,
+            rename=rename,
+            windows=windows,
+            log=log,
+            policy=policy,
+            ports=ports,
+        )
+        if rank < 1:
+            raise SettingsError(
+                f"rank {rank} of worker {name!r}: its first rank, 0, is a Replica; Shards follow"
+            )
+        self.rank = rank
+        self._shape = layout
+        self._taken: Taken | None = None
+        self._heard = 0.0
+
+    async def _start(self, life: contextlib.AsyncExitStack) -> None:
+        await self._reach(life)
+        self._incarnation = self._ports.token()
+        self._taken = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: Done once nothing is left of what an earlier life of the first rank had begun.
+        self._clear: asyncio.Task[None] | None = None
+        life.push_async_callback(self._stop_work)
+        subscription = await self._ports.bus.subscribe(self._subjects.orders(self.name), self._hear)
+        life.push_async_callback(subscription.unsubscribe)
+        self._spawn(self._beat())
+
+    @property
+    def version(self) -> int | None:
+        """The version that this part of the weights holds; None before the first proof."""
+        return self.engine.guard().version
+
+    @property
+    def status(self) -> str:
+        """Where this rank stands, in words."""
+        if self._life is None:
+            return "not started"
+        if self._taken is None:
+            return f"waiting for the first rank of worker {self.name!r}"
+        away_s = self._ports.clock() - self._heard
+        if away_s >= self.policy.silence_s:
+            return f"the first rank of worker {self.name!r} is unheard for {away_s:.1f} s"
+        return f"rank {self.rank} of worker {self.name!r}, at version {self.version}"
+
+    async def wait_version(self, version: int, timeout_s: float = 30.0) -> int:
+        """Wait until this part holds `version` or a newer one; WaitTimeout says why it does not."""
+
+        def reached() -> int | None:
+            held = self.version
+            return held if held is not None and held >= version else None
+
+        waiting = self._changes.until(
+            reached, timeout_s, what=f"version {version}", why=lambda: self.status
+        )
+        return await self._on_own_loop(waiting)
+
+    # ---- what the first rank says
+
+    def _hear(self, message: Message) -> None:
+        try:
+            said = codec.decode_rank(message.data, subject=message.subject)
+        except RemoteProtocolError as exc:
+            log.warning("ignored: %s", exc)
+            return
+        if not isinstance(said, Lead | Over | Order) or not self._obeys(said.leader):
+            return
+        taken = self._taken
+        assert taken is not None
+        match said:
+            case Lead(done=done, gathering=gathering):
+                taken.done(done)
+                if gathering:
+                    self._introduce(said.leader)
+            case Over():
+                self._follow(None, "the first rank has left")
+            case Order():
+                answer = taken.repeat(said)
+                if answer is not None:
+                    self._say(answer)
+                for order in taken.hear(said):
+                    self._spawn(self._do(taken, order))
+
+    def _obeys(self, leader: str) -> bool:
+        """Whether this life of the first rank is the one to follow."""
+        now = self._ports.clock()
+        taken = self._taken
+        if taken is None or (leader != taken.leader and now - self._heard > self.policy.silence_s):
+            self._follow(leader, "another life of the first rank leads")
+        elif leader != taken.leader:
+            return False
+        self._heard = now
+        return True
+
+    def _follow(self, leader: str | None, reason: str) -> None:
+        """Nothing of what an earlier life has ordered goes on."""
+        for task in self._tasks:
+            task.cancel()
+        self._taken = Taken(leader) if leader is not None else None
+        self._clear = self._spawn(self._let_go(reason))
+        self._spawn(self._beat())
+
+    async def _let_go(self, reason: str) -> None:
+        await self._windows.abort_all()
+        await self._hands.drop(None)
+        await self._hands.quarantine(reason)
+
+    def _introduce(self, leader: str) -> None:
+        fellow = Fellow(
+            leader=leader,
+            rank=self.rank,
+            incarnation=self._incarnation,
+            layout=zlib.compress(codec.encode(self._shape)),
+            kinds=self._kinds,
+            gpu=self._ports.gpu,
+        )
+        self._say(fellow)
+
+    async def _do(self, taken: Taken, order: Order) -> None:
+        if self._clear is not None:
+            await asyncio.shield(self._clear)
+        result: Any
+        try:
+            result = await self._perform(order)
+        except (SparsecastError, msgspec.MsgspecError, RuntimeError, MemoryError, OSError) as exc:
+            result = exc
+        answer = answer_of(order, self.rank, result)
+        taken.answer(answer)
+        self._say(answer)
+
+    async def _perform(self, order: Order) -> Any:
+        what, hands = decode_what(order), self._hands
+        match order.deed:
+            case "open":
+                return await hands.open(replace(what, rank=what.rank + self.rank))
+            case "take":
+                return await hands.take(what, timeout_s=self.policy.store_s, progress=unheard)
+            case deed:
+                return await getattr(hands, deed)(what)
+
+    # ---- what it says
+
+    async def _beat(self) -> None:
+        while True:
+            leader = self._taken.leader if self._taken is not None else ""
+            here = Here(leader=leader, rank=self.rank, incarnation=self._incarnation)
+            self._say(here)
+            await asyncio.sleep(self.policy.heartbeat_s)
+
+    def _say(self, message: Here | Fellow | Answer) -> None:
+        self._outbox.put(self._subjects.rank(self.name, self.rank), codec.encode(message))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # A task that is cancelled before its first step leaves its coroutine unawaited.
+        task.add_done_callback(lambda _: coroutine.close())
+        return task
+
+    async def _stop_work(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
