@@ -30,8 +30,8 @@ def strides_of(shape: Sequence[int]) -> list[int]:
 
 
 class Dim(NamedTuple):
-    """A dimension of a region: the tensor's size, the first index and the extent of the region in it,
-    and how far apart neighbours lie where it is held, in elements."""
+    """A dimension of a region: the tensor's size, the region's first index and extent in it, and
+    how far apart neighbours lie where it is held, in elements."""
 
     size: int
     begin: int
@@ -44,8 +44,8 @@ class Region:
     """A part that has elements.
 
     `number` is its place among the regions, `tensor` the published tensor's in the manifest,
-    `local` the local one's in the layout. Of the published tensor's elements in C order it has some of
-    low … high - 1: all of them if it is flat.
+    `local` the local one's in the layout. Of the published tensor's elements in C order it has
+    some of low … high - 1: all of them if it is flat.
     """
 
     number: int

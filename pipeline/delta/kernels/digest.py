@@ -80,8 +80,8 @@ def digest(
 
 @kernel(numbers=["at", "end"])
 def _digest_parts(
-    task_block, task_region, regions, block_tensor, first_block, seeds, rows, columns, weights, sums,
-    at, end,
+    task_block, task_region, regions, block_tensor, first_block, seeds, rows, columns, weights,
+    sums, at, end,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, DIMS: tl.constexpr, R: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip

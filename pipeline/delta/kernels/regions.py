@@ -18,7 +18,7 @@ from .plan import Plan
 MOST_DIMS = 4
 #: A row of the table of regions: the local tensor's place in its manifest; where the region begins
 #: in it, in elements; the bounds of what it has of the published tensor; then, for each dimension,
-#: the published tensor's size, the region's first index and extent, and its stride where it is held.
+#: the published tensor's size, the region's first index and extent, and its local stride.
 LOCAL, OFFSET, LOW, HIGH, DIMS_AT = (tl.constexpr(at) for at in range(5))
 COLUMNS = tl.constexpr(4 + 4 * MOST_DIMS)
 #: A position in a block is added to an index of an inner dimension in 32 bits.
