@@ -103,21 +103,21 @@ class Region:
         if self.flat:
             return None, idx_N - self.low if self.low else idx_N
         found: Tensor | None = None
-        at_N = torch.zeros_like(idx_N)
+        at_N: Tensor | None = None
         rest_N = idx_N
         for size, begin, extent, stride in reversed(self.dims[1:]):
             outer_N = torch.div(rest_N, size, rounding_mode="trunc")
             here_N = (rest_N - outer_N * size).sub_(begin)
+            # The innermost has stride 1: what is here is where it is.
+            at_N = here_N if at_N is None else at_N.add_(here_N, alpha=stride)
             rest_N = outer_N
             if extent < size:
                 kept = indices((here_N >= 0).logical_and_(here_N < extent))
                 found = kept if found is None else found.index_select(0, kept)
-                here_N, rest_N, at_N = (
-                    each.index_select(0, kept) for each in (here_N, rest_N, at_N)
-                )
-            at_N.add_(here_N, alpha=stride)
+                rest_N, at_N = rest_N.index_select(0, kept), at_N.index_select(0, kept)
         # Between low and high, so within the outermost dimension's extent.
         _, begin, _, stride = self.dims[0]
+        assert at_N is not None
         return found, at_N.add_(rest_N - begin, alpha=stride)
 
 
