@@ -19,7 +19,6 @@ from triton.runtime.jit import JITFunction
 
 from sparsecast.pipeline.delta.kernels import (
     bitmap,
-    boxes,
     check,
     checksum,
     dense,
@@ -29,6 +28,7 @@ from sparsecast.pipeline.delta.kernels import (
     find,
     frame,
     place,
+    regions,
     scatter,
     sections,
     tally,
@@ -125,9 +125,9 @@ def launch_all(kind: Kind) -> None:
     for into in (True, False):
         launch(dense.dense, into=into)
     if kind.aligned:
-        for dims in range(1, boxes.MOST_DIMS + 1):
-            of_parts = {"boxes": tables_of(plan), "tasks": 2}
-            of_parts["group"] = boxes.BoxGroup(kind.itemsize, dims, 0, 2, 2)
+        for dims in range(1, regions.MOST_DIMS + 1):
+            of_parts = {"regions": tables_of(plan), "tasks": 2}
+            of_parts["group"] = regions.RegionGroup(kind.itemsize, dims, 0, 2, 2)
             launch(digest.digest_parts, **of_parts)
             launch(scatter.scatter_parts, counts=of_blocks, **of_parts)
             launch(bitmap.bitmap_parts, counts=of_blocks, **of_parts)
@@ -135,10 +135,10 @@ def launch_all(kind: Kind) -> None:
 
 
 def tables_of(plan: Plan) -> SimpleNamespace:
-    """Tables of boxes as their launchers take them."""
+    """Tables of regions as their launchers take them."""
     tasks = torch.zeros(2, dtype=torch.int32)
-    table = torch.zeros(boxes.COLUMNS.value, dtype=torch.int64)
-    return SimpleNamespace(plan=plan, table=table, task_block=tasks, task_box=tasks)
+    table = torch.zeros(regions.COLUMNS.value, dtype=torch.int64)
+    return SimpleNamespace(plan=plan, table=table, task_block=tasks, task_region=tasks)
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from .patch import columns_of
 from .timing import Mark, host_numbers
 
 if TYPE_CHECKING:
-    from .kernels.boxes import Boxes
     from .kernels.plan import Plan
+    from .kernels.regions import Regions
 
 #: Sets of addresses and plans that are remembered: a process has one or two models.
 _KNOWN = 8
@@ -41,25 +41,25 @@ def plan_of(manifest: Manifest, device: torch.device) -> Plan:
     return plan
 
 
-def boxes_of(parts: Parts, device: torch.device) -> Boxes:
+def regions_of(parts: Parts, device: torch.device) -> Regions:
     """The kernels' tables of a layout's parts; remembered."""
-    from .kernels.boxes import Boxes
+    from .kernels.regions import Regions
 
     key = (parts, device)
-    boxes = _boxes.get(key)
-    if boxes is None:
-        boxes = Boxes(parts, plan_of(parts.manifest, device))
+    regions = _regions.get(key)
+    if regions is None:
+        regions = Regions(parts, plan_of(parts.manifest, device))
         Mark(device).wait()  # other streams will read the tables
-        _remember(_boxes, key, boxes)
-    return boxes
+        _remember(_regions, key, regions)
+    return regions
 
 
 def beyond(tensors: Mapping[str, Tensor], parts: Parts, device: torch.device) -> frozenset[int]:
-    """The boxes that the kernels cannot take, by number: where their local tensors lie elsewhere,
-    strided or not at a multiple of 16 bytes, or those of boxes_of() that they never can."""
+    """The regions that the kernels cannot take, by number: where their local tensors lie elsewhere,
+    strided or not at a multiple of 16 bytes, or those of regions_of() that they never can."""
     others = addresses_of(tensors, parts.local, device).others
-    askew = (box.number for box in parts.boxes if box.local in others) if others else ()
-    return boxes_of(parts, device).others.union(askew)
+    askew = (region.number for region in parts.regions if region.local in others) if others else ()
+    return regions_of(parts, device).others.union(askew)
 
 
 def seeds_of(manifest: Manifest) -> list[int]:
@@ -116,7 +116,7 @@ def table_of(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 _plans: dict[tuple[str, torch.device], Plan] = {}
-_boxes: dict[tuple[Parts, torch.device], Boxes] = {}
+_regions: dict[tuple[Parts, torch.device], Regions] = {}
 _addresses: dict[tuple[str, torch.device], tuple[object, Addresses]] = {}
 
 

@@ -14,7 +14,7 @@ from .bits import bare, bits
 from .check import Checked, check
 from .decode import section_counts, span_index, span_values, spans_within
 from .layout import Encoding
-from .parts import Box, Parts, Run, parts_of
+from .parts import Parts, Region, Run, parts_of
 from .patch import Patch
 from .tensors import manifest_of, overlaps_itself, require_manifest
 from .timing import on
@@ -37,9 +37,9 @@ class Target:
         self._bits = bits(bare(tensor))
         self._flat = self._bits.view(-1) if self._bits.is_contiguous() else None
 
-    def of(self, box: Box) -> Target:
-        """The part of it that a box is, to be written to by C-order index in the box."""
-        return Target(self.name, box.of(self._bits))
+    def of(self, region: Region) -> Target:
+        """The part of it that a region is, to be written to by C-order index in the region."""
+        return Target(self.name, region.of(self._bits))
 
     def put(self, idx_N: Tensor, values_N: Tensor) -> None:
         """Write integer bits at element indices (C order, int64, unique)."""
@@ -76,25 +76,27 @@ def _apply_section(checked: Checked, at: int, target: Target) -> None:
 def _apply_parts(
     checked: Checked, at: int, counts_K: Tensor, run: Run, targets: Sequence[Target]
 ) -> None:
-    """Write what the boxes of a run have of a section, each to its own of `targets`."""
+    """Write what the regions of a run have of a section, each to its own of `targets`."""
     patch, section = checked.patch, checked.sections[at]
     if section.encoding is Encoding.DENSE:
         values = patch.values(section).view(checked.manifest.tensors[section.index].shape)
-        for box, target in zip(run.boxes, targets, strict=True):
-            target.put_all(values[box.slices])
+        for region, target in zip(run.regions, targets, strict=True):
+            target.put_all(values[region.slices])
         return
     for span in spans_within(section, counts_K, run.first_block, run.stop_block):
         for device in dict.fromkeys(target.device for target in targets):
             idx_N = span_index(patch, section, span, device)
             values_N = span_values(patch, section, span, device)
             here = [
-                pair for pair in zip(run.boxes, targets, strict=True) if pair[1].device == device
+                pair for pair in zip(run.regions, targets, strict=True) if pair[1].device == device
             ]
-            edges_B2 = torch.tensor([(box.low, box.high) for box, _ in here], device=device)
+            edges_B2 = torch.tensor(
+                [(region.low, region.high) for region, _ in here], device=device
+            )
             ends: list[tuple[int, int]] = torch.searchsorted(idx_N, edges_B2).tolist()
-            for (box, target), (start, stop) in zip(here, ends, strict=True):
+            for (region, target), (start, stop) in zip(here, ends, strict=True):
                 if start < stop:
-                    found, at_N = box.find(idx_N[start:stop])
+                    found, at_N = region.find(idx_N[start:stop])
                     part_N = values_N[start:stop]
                     target.put(at_N, part_N if found is None else part_N.index_select(0, found))
 
@@ -167,9 +169,12 @@ def _apply_by_layout(
         for at, tensor in enumerate(index if by_torch is None or by_torch else ())
         for run in parts.runs_of(tensor, by_torch)
     ]
-    locals_ = {box.part.local for _, run in runs for box in run.boxes}
+    locals_ = {region.part.local for _, run in runs for region in run.regions}
     whole = {name: Target(name, tensors[name]) for name in locals_}
-    steps = [(at, run, [whole[box.part.local].of(box) for box in run.boxes]) for at, run in runs]
+    steps = [
+        (at, run, [whole[region.part.local].of(region) for region in run.regions])
+        for at, run in runs
+    ]
     cut = list(dict.fromkeys(at for at, run in runs if not run.whole))
     found = section_counts(checked.patch, [checked.sections[at] for at in cut])
     counts = dict(zip(cut, found, strict=True))

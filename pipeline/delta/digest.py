@@ -27,7 +27,7 @@ from ...messages.layout import Layout
 from ...messages.manifest import Manifest, TensorSpec
 from . import kernels
 from .bits import BLOCK, Source, bare, bits, quiet, unsigned
-from .parts import Box, Parts, parts_of, strides_of
+from .parts import Parts, Region, parts_of, strides_of
 from .tensors import manifest_of, require_manifest
 from .timing import on
 
@@ -181,18 +181,18 @@ def partial_at(bits: Tensor, name: str, index: Tensor) -> int:
         return int(sparse_sum(flat, idx_N - (base << 16), g_K).item()) & _MASK
 
 
-def box_sum(box: Box, local: Tensor, spec: TensorSpec) -> Tensor:
-    """Σ bits · h over what a box has, at its places in the published tensor `spec`.
+def region_sum(region: Region, local: Tensor, spec: TensorSpec) -> Tensor:
+    """Σ bits · h over what a region has, at its places in the published tensor `spec`.
 
     Returns a 0-d int64 tensor on the device of the local tensor that holds it. Temporaries stay
     within a few chunks.
     """
-    held = box.of(bits(bare(local)))
+    held = region.of(bits(bare(local)))
     total = torch.zeros((), dtype=torch.int64, device=held.device)
     steps = strides_of(spec.shape)
-    for slices in box.pieces(_CHUNK):
+    for slices in region.pieces(_CHUNK):
         piece = held[slices]
-        first = [begin + cut.start for begin, cut in zip(box.part.begin, slices, strict=True)]
+        first = [begin + cut.start for begin, cut in zip(region.part.begin, slices, strict=True)]
         low = sum(at * step for at, step in zip(first, steps, strict=True))
         high = low + 1 + sum((n - 1) * step for n, step in zip(piece.shape, steps, strict=True))
         flat_N = piece.reshape(-1)
@@ -264,16 +264,16 @@ def _share(tensors: Mapping[str, Tensor], parts: Parts, pause: Callable[[], None
     require_manifest(tensors, parts.local)
     device = _device_of(tensors)
     total = 0
-    rest: Container[int] = range(len(parts.boxes))
+    rest: Container[int] = range(len(parts.regions))
     if kernels.usable(device):
         from .slices import digest_parts_in_slices
 
         with on(device):
             total, rest = digest_parts_in_slices(tensors, parts, device, pause)
     sums = (
-        box_sum(box, tensors[box.part.local], parts.manifest.tensors[box.tensor])
-        for box in parts.boxes
-        if box.part.counted and box.number in rest
+        region_sum(region, tensors[region.part.local], parts.manifest.tensors[region.tensor])
+        for region in parts.regions
+        if region.part.counted and region.number in rest
     )
     return (total + _total(sums)) & _MASK
 

@@ -1,4 +1,4 @@
-"""The parts of one layout, worked out once: boxes of published tensors, and where they are held.
+"""The parts of one layout, worked out once: regions of published tensors, and who holds them.
 
 N: elements of a patch that are looked at together.
 """
@@ -30,8 +30,8 @@ def strides_of(shape: Sequence[int]) -> list[int]:
 
 
 class Dim(NamedTuple):
-    """A dimension of a box: the tensor's size, the box's first index and extent in it, and how far
-    apart neighbours lie where it is held, in elements."""
+    """A dimension of a region: the tensor's size, the region's first index and extent in it, and
+    how far apart neighbours lie where it is held, in elements."""
 
     size: int
     begin: int
@@ -40,12 +40,12 @@ class Dim(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class Region:
     """A part that has elements.
 
-    `number` is its place among the boxes, `tensor` the published tensor's in the manifest, `local`
-    the local one's in the layout. Of the published tensor's elements in C order it has some of
-    low … high - 1: all of them if it is flat.
+    `number` is its place among the regions, `tensor` the published tensor's in the manifest,
+    `local` the local one's in the layout. Of the published tensor's elements in C order it has
+    some of low … high - 1: all of them if it is flat.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Box:
     local: int
     low: int
     high: int
-    #: How the published tensor is walked through to find an element's C-order index in the box.
+    #: How the published tensor is walked through to find an element's C-order index in the region.
     dims: tuple[Dim, ...]
     #: The same for its place in the contiguous local tensor, from `offset` on.
     held: tuple[Dim, ...]
@@ -67,19 +67,19 @@ class Box:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """The box in its published tensor."""
+        """The region in its published tensor."""
         ends = zip(self.part.begin, self.part.shape, strict=True)
         return tuple(slice(begin, begin + extent) for begin, extent in ends)
 
     def of(self, local: Tensor) -> Tensor:
-        """The box in its local tensor: a view, its dimensions in the published order."""
+        """The region in its local tensor: a view, its dimensions in the published order."""
         steps = local.stride()
         offset = sum(at * step for at, step in zip(self.part.at, steps, strict=True))
         strides = [steps[axis] for axis in self.part.axes]
         return local.as_strided(self.part.shape, strides, local.storage_offset() + offset)
 
     def pieces(self, numel: int) -> Iterator[tuple[slice, ...]]:
-        """The box in a few pieces of at most so many elements, each by its slices of the box."""
+        """The region in a few pieces of at most so many elements, each by its slices of it."""
         shape = self.part.shape
         #: The outermost dimension that is cut to ranges: within it all fits, around it one by one.
         cut = next(
@@ -96,76 +96,78 @@ class Box:
             yield *outer, *within
 
     def find(self, idx_N: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Which of the elements idx_N (int64, all of low … high - 1) it has, and where in the box.
+        """Which of the elements idx_N (int64, all of low … high - 1) it has, and where in it.
 
-        The first are places in idx_N (None: all of them), the second C-order indices in the box.
+        The first are places in idx_N (None: all of them), the second C-order indices in it.
         """
         if self.flat:
             return None, idx_N - self.low if self.low else idx_N
         found: Tensor | None = None
-        at_N = torch.zeros_like(idx_N)
+        at_N: Tensor | None = None
         rest_N = idx_N
         for size, begin, extent, stride in reversed(self.dims[1:]):
             outer_N = torch.div(rest_N, size, rounding_mode="trunc")
             here_N = (rest_N - outer_N * size).sub_(begin)
+            # The innermost has stride 1: what is here is where it is.
+            at_N = here_N if at_N is None else at_N.add_(here_N, alpha=stride)
             rest_N = outer_N
             if extent < size:
                 kept = indices((here_N >= 0).logical_and_(here_N < extent))
                 found = kept if found is None else found.index_select(0, kept)
-                here_N, rest_N, at_N = (
-                    each.index_select(0, kept) for each in (here_N, rest_N, at_N)
-                )
-            at_N.add_(here_N, alpha=stride)
+                rest_N, at_N = rest_N.index_select(0, kept), at_N.index_select(0, kept)
         # Between low and high, so within the outermost dimension's extent.
         _, begin, _, stride = self.dims[0]
+        assert at_N is not None
         return found, at_N.add_(rest_N - begin, alpha=stride)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Boxes of one published tensor that touch its blocks first_block … stop_block - 1.
+    """Regions of one published tensor that touch its blocks first_block … stop_block - 1.
 
-    `whole`: it is one box, and that is the tensor.
+    `whole`: it is one region, and that is the tensor.
     """
 
     first_block: int
     stop_block: int
-    boxes: tuple[Box, ...]
+    regions: tuple[Region, ...]
     whole: bool
 
 
 class Parts:
-    """The boxes of one layout of the tensors that a manifest publishes."""
+    """The regions of one layout of the tensors that a manifest publishes."""
 
     def __init__(self, layout: Layout, manifest: Manifest) -> None:
         self.layout = layout
         self.manifest = manifest
         #: The local tensors.
         self.local = Manifest(tensors=layout.tensors)
-        self.boxes = tuple(_boxes(layout, manifest))
-        of: dict[int, list[Box]] = {}
-        for box in self.boxes:
-            of.setdefault(box.tensor, []).append(box)
+        self.regions = tuple(_regions(layout, manifest))
+        of: dict[int, list[Region]] = {}
+        for region in self.regions:
+            of.setdefault(region.tensor, []).append(region)
         #: By the place of a published tensor in the manifest.
         self.runs: Mapping[int, tuple[Run, ...]] = {
-            at: tuple(_runs(boxes, manifest.tensors[at].numel)) for at, boxes in of.items()
+            at: tuple(_runs(regions, manifest.tensors[at].numel)) for at, regions in of.items()
         }
 
     def runs_of(self, tensor: int, numbers: Container[int] | None) -> Sequence[Run]:
-        """The runs of a published tensor; of the boxes with these numbers alone, unless None."""
+        """The runs of a published tensor; of the regions with these numbers alone, unless None."""
         runs = self.runs.get(tensor, ())
         if numbers is None:
             return runs
-        some = ([box for box in run.boxes if box.number in numbers] for run in runs)
+        some = ([region for region in run.regions if region.number in numbers] for run in runs)
         return [
-            replace(run, boxes=tuple(boxes)) for run, boxes in zip(runs, some, strict=True) if boxes
+            replace(run, regions=tuple(regions))
+            for run, regions in zip(runs, some, strict=True)
+            if regions
         ]
 
     @cached_property
     def held_by(self) -> Mapping[int, frozenset[int]]:
         """The local tensors that hold some of each published one, all by their places."""
         return {
-            at: frozenset(box.local for run in runs for box in run.boxes)
+            at: frozenset(region.local for run in runs for region in run.regions)
             for at, runs in self.runs.items()
         }
 
@@ -192,10 +194,10 @@ def parts_of(layout: Layout, manifest: Manifest) -> Parts:
 _parts: dict[tuple[int, str], Parts] = {}
 
 
-# ---- boxes
+# ---- regions
 
 
-def _boxes(layout: Layout, manifest: Manifest) -> Iterator[Box]:
+def _regions(layout: Layout, manifest: Manifest) -> Iterator[Region]:
     published = {spec.name: (at, spec) for at, spec in enumerate(manifest.tensors)}
     local = {spec.name: (at, spec) for at, spec in enumerate(layout.tensors)}
     number = 0
@@ -216,7 +218,7 @@ def _boxes(layout: Layout, manifest: Manifest) -> Iterator[Box]:
         offset = sum(at * step for at, step in zip(part.at, local_steps, strict=True))
         dims = _dims(part, whole, strides_of(part.shape))
         held = _dims(part, whole, [local_steps[axis] for axis in part.axes])
-        yield Box(number, part, tensor, place, low, high, dims, held, offset)
+        yield Region(number, part, tensor, place, low, high, dims, held, offset)
         number += 1
 
 
@@ -243,7 +245,7 @@ def _require_fit(part: Part, whole: TensorSpec, holder: TensorSpec) -> None:
 
 
 def _dims(part: Part, whole: TensorSpec, strides: Sequence[int]) -> tuple[Dim, ...]:
-    """The fewest dimensions by which the box is found, the outermost first: at least one."""
+    """The fewest dimensions by which the region is found, the outermost first: at least one."""
     found = [Dim(1, 0, 1, 0)]
     for dim in map(Dim, whole.shape, part.begin, part.shape, strides):
         if dim.size == 1:
@@ -260,20 +262,20 @@ def _dims(part: Part, whole: TensorSpec, strides: Sequence[int]) -> tuple[Dim, .
     return tuple(found)
 
 
-def _runs(boxes: Sequence[Box], numel: int) -> Iterator[Run]:
-    """Boxes of one published tensor by the blocks that they lie in; no two runs share a block."""
-    together: list[Box] = []
+def _runs(regions: Sequence[Region], numel: int) -> Iterator[Run]:
+    """Regions of one published tensor by the blocks that they lie in; no two runs share a block."""
+    together: list[Region] = []
     stop_block = 0
 
     def run() -> Run:
-        whole = len(boxes) == 1 and boxes[0].flat and boxes[0].high - boxes[0].low == numel
+        whole = len(regions) == 1 and regions[0].flat and regions[0].high - regions[0].low == numel
         return Run(together[0].low >> 16, stop_block, tuple(together), whole)
 
-    for box in sorted(boxes, key=lambda box: box.low):
-        if together and box.low >> 16 >= stop_block:
+    for region in sorted(regions, key=lambda region: region.low):
+        if together and region.low >> 16 >= stop_block:
             yield run()
             together, stop_block = [], 0
-        together.append(box)
-        stop_block = max(stop_block, ((box.high - 1) >> 16) + 1)
+        together.append(region)
+        stop_block = max(stop_block, ((region.high - 1) >> 16) + 1)
     if together:
         yield run()

@@ -117,11 +117,11 @@ def warm(
 ) -> None:
     """Look tensors up on a device as apply_checked() will: those of the manifest, or a layout's."""
     if manifest.numel and kernels.usable(device):
-        from .addresses import addresses_of, boxes_of
+        from .addresses import addresses_of, regions_of
 
         if layout is None:
             addresses_of(tensors, manifest, device)
         else:
             parts = parts_of(layout, manifest)
-            boxes_of(parts, device)
+            regions_of(parts, device)
             addresses_of(tensors, parts.local, device)

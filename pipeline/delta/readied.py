@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .addresses import addresses_of, beyond, boxes_of, plan_of
+from .addresses import addresses_of, beyond, plan_of, regions_of
 from .digest import LENGTH_FACTOR
 from .graphs import Repeated
 from .kernels import sections as fact
@@ -203,24 +203,24 @@ class Readied:
         room.read = Mark(plan.device)
 
     def beyond_parts(self, tensors: Mapping[str, Tensor], parts: Parts) -> frozenset[int]:
-        """A layout's boxes that the kernels cannot write to, by number: in the full form all."""
+        """A layout's regions that the kernels cannot write to, by number: in the full form all."""
         if self.patch.full:
-            return frozenset(range(len(parts.boxes)))
+            return frozenset(range(len(parts.regions)))
         return beyond(tensors, parts, self.checking.room.plan.device)
 
     def write_parts(self, tensors: Mapping[str, Tensor], parts: Parts) -> None:
-        """Enqueue the writing to all other boxes on the device's current stream."""
+        """Enqueue the writing to all other regions on the device's current stream."""
         if not self.present:
             return
         room = self.checking.room
         table, spot, counts, ends = room.table, room.spot, room.counts, room.ends
-        boxes = boxes_of(parts, room.plan.device)
+        regions = regions_of(parts, room.plan.device)
         weights = addresses_of(tensors, parts.local, room.plan.device).table
-        for group in boxes.groups:
+        for group in regions.groups:
             if Encoding.SPARSE in self.present:
-                scatter_parts(boxes, group, weights, table, spot, counts, ends)
+                scatter_parts(regions, group, weights, table, spot, counts, ends)
             if Encoding.BITMAP in self.present:
-                bitmap_parts(boxes, group, weights, table, spot, counts, ends)
+                bitmap_parts(regions, group, weights, table, spot, counts, ends)
             if Encoding.DENSE in self.present:
-                dense_parts(boxes, group, weights, table, spot)
+                dense_parts(regions, group, weights, table, spot)
         room.read = Mark(room.plan.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .addresses import addresses_of, beyond, boxes_of, plan_of, table_of
+from .addresses import addresses_of, beyond, plan_of, regions_of, table_of
 from .kernels.checksum import checksum
 from .kernels.digest import PROGRAMS, digest, digest_parts
 from .kernels.find import SUMS
@@ -48,13 +48,13 @@ def digest_parts_in_slices(
     device: torch.device,
     pause: Callable[[], None] | None,
 ) -> tuple[int, frozenset[int]]:
-    """The same of the counted parts of a layout, and the numbers of the boxes that are left."""
-    boxes = boxes_of(parts, device)
+    """The same of the counted parts of a layout, and the numbers of the regions that are left."""
+    regions = regions_of(parts, device)
     weights = addresses_of(tensors, parts.local, device).table
     sums = torch.zeros(SUMS, dtype=torch.int64, device=device)
     slices = [
-        partial(digest_parts, boxes, group, weights, sums, first=first, tasks=tasks)
-        for group in boxes.groups
+        partial(digest_parts, regions, group, weights, sums, first=first, tasks=tasks)
+        for group in regions.groups
         for first, tasks in _sliced(group.counted, group.itemsize)
     ]
     _one_by_one(slices, device, pause)

@@ -6,10 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import popcount
-from .boxes import COLUMNS, LOCAL, OFFSET, Boxes, BoxGroup, locate
 from .launch import kernel
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
+from .regions import COLUMNS, LOCAL, OFFSET, RegionGroup, Regions, locate
 
 #: Words of 32 elements that a program takes at a time: as many as one warp needs no barrier for.
 _WORDS = 16
@@ -77,8 +77,8 @@ def bitmap(
 
 @kernel(numbers=["tensors", "first"])
 def _bitmap_parts(
-    task_block, task_box, boxes, block_tensor, first_block, numels, weights, table, tensors, spot,
-    counts, ends, first,
+    task_block, task_region, regions, block_tensor, first_block, numels, weights, table, tensors,
+    spot, counts, ends, first,
     BITS: tl.constexpr, DIMS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr,
     VALUES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +87,8 @@ def _bitmap_parts(
     tensor = tl.load(block_tensor + block)
     if tl.load(table + ENCODING * tensors + tensor) == 2:
         count = tl.load(counts + block)
-        box = boxes + tl.load(task_box + task).to(tl.int64) * COLUMNS
-        address = tl.load(weights + tl.load(box + LOCAL))
+        region = regions + tl.load(task_region + task).to(tl.int64) * COLUMNS
+        address = tl.load(weights + tl.load(region + LOCAL))
         if (count > 0) & (address != 0):
             first_here = tl.load(first_block + tensor)
             before = tl.load(ends + block) - count
@@ -100,7 +100,7 @@ def _bitmap_parts(
             masks = masks.to(tl.pointer_type(tl.uint32)) + index * 2048
             values = patch + tl.load(table + VALUES * tensors + tensor)
             values = values.to(tl.pointer_type(BITS)) + before
-            target = address.to(tl.pointer_type(BITS)) + tl.load(box + OFFSET)
+            target = address.to(tl.pointer_type(BITS)) + tl.load(region + OFFSET)
             word = tl.arange(0, WORDS)
             lane = tl.arange(0, 32).to(tl.uint32)
             at = 0
@@ -111,7 +111,7 @@ def _bitmap_parts(
                 below = (tl.full((32,), 1, tl.uint32) << lane) - 1
                 rank = earlier[:, None] + popcount(bits[:, None] & below[None, :])
                 cell = (at + word)[:, None] * 32 + lane.to(tl.int32)[None, :]
-                offset, inside = locate(box, index * 65536, cell, DIMS)
+                offset, inside = locate(region, index * 65536, cell, DIMS)
                 live = (((bits[:, None] >> lane[None, :]) & 1) != 0) & (cell < limit) & inside
                 value = tl.load(values + rank, mask=live, other=0)
                 tl.store(target + offset, value, mask=live)
@@ -120,8 +120,8 @@ def _bitmap_parts(
 
 
 def bitmap_parts(
-    boxes: Boxes,
-    group: BoxGroup,
+    regions: Regions,
+    group: RegionGroup,
     weights: Tensor,
     table: Tensor,
     spot: Tensor,
@@ -129,9 +129,9 @@ def bitmap_parts(
     ends: Tensor,
 ) -> None:
     """The same into the parts of a layout; arguments as for scatter_parts()."""
-    plan = boxes.plan
+    plan = regions.plan
     _bitmap_parts[(group.tasks,)](
-        boxes.task_block, boxes.task_box, boxes.table, plan.block_tensor, plan.first_block,
+        regions.task_block, regions.task_region, regions.table, plan.block_tensor, plan.first_block,
         plan.numels, weights, table, plan.tensors, spot, counts, ends, group.first,
         BITS=word(group.itemsize), DIMS=group.dims, ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
         WORDS=_WORDS, num_warps=1, maxnreg=_REGISTERS,

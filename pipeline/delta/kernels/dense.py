@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from .boxes import COLUMNS, HIGH, LOCAL, LOW, OFFSET, Boxes, BoxGroup, locate
 from .launch import kernel
 from .places import ENCODING, VALUES
 from .plan import Group, Plan, word
+from .regions import COLUMNS, HIGH, LOCAL, LOW, OFFSET, RegionGroup, Regions, locate
 
 
 @kernel(numbers=["tensors", "first"])
@@ -60,38 +60,39 @@ def dense(
 
 @kernel(numbers=["tensors", "first"])
 def _dense_parts(
-    task_block, task_box, boxes, block_tensor, first_block, weights, table, tensors, spot, first,
+    task_block, task_region, regions, block_tensor, first_block, weights, table, tensors, spot,
+    first,
     BITS: tl.constexpr, DIMS: tl.constexpr, T: tl.constexpr, ENCODING: tl.constexpr,
     VALUES: tl.constexpr,
 ):  # fmt: skip
     task = first + tl.program_id(0)
     block = tl.load(task_block + task)
     tensor = tl.load(block_tensor + block)
-    box = boxes + tl.load(task_box + task).to(tl.int64) * COLUMNS
-    address = tl.load(weights + tl.load(box + LOCAL))
+    region = regions + tl.load(task_region + task).to(tl.int64) * COLUMNS
+    address = tl.load(weights + tl.load(region + LOCAL))
     if (tl.load(table + ENCODING * tensors + tensor) == 3) & (address != 0):
         start = (block - tl.load(first_block + tensor)).to(tl.int64) * 65536
         values = tl.load(spot) + tl.load(table + VALUES * tensors + tensor)
         values = values.to(tl.pointer_type(BITS)) + start
-        target = address.to(tl.pointer_type(BITS)) + tl.load(box + OFFSET)
-        at = tl.maximum(tl.load(box + LOW) - start, 0).to(tl.int32)
-        stop = tl.minimum(tl.load(box + HIGH) - start, 65536).to(tl.int32)
+        target = address.to(tl.pointer_type(BITS)) + tl.load(region + OFFSET)
+        at = tl.maximum(tl.load(region + LOW) - start, 0).to(tl.int32)
+        stop = tl.minimum(tl.load(region + HIGH) - start, 65536).to(tl.int32)
         while at < stop:
             cell = at + tl.arange(0, T)
-            offset, inside = locate(box, start, cell, DIMS)
+            offset, inside = locate(region, start, cell, DIMS)
             live = inside & (cell < stop)
             tl.store(target + offset, tl.load(values + cell, mask=live), mask=live)
             at += T
 
 
 def dense_parts(
-    boxes: Boxes, group: BoxGroup, weights: Tensor, table: Tensor, spot: Tensor
+    regions: Regions, group: RegionGroup, weights: Tensor, table: Tensor, spot: Tensor
 ) -> None:
     """Copy dense sections into the parts of a layout; arguments as for scatter_parts()."""
-    plan = boxes.plan
+    plan = regions.plan
     _dense_parts[(group.tasks,)](
-        boxes.task_block, boxes.task_box, boxes.table, plan.block_tensor, plan.first_block, weights,
-        table, plan.tensors, spot, group.first,
+        regions.task_block, regions.task_region, regions.table, plan.block_tensor, plan.first_block,
+        weights, table, plan.tensors, spot, group.first,
         BITS=word(group.itemsize), DIMS=group.dims, T=2048, ENCODING=ENCODING, VALUES=VALUES,
         num_warps=4,
     )  # fmt: skip

@@ -6,10 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import addend, block_factor
-from .boxes import COLUMNS, HIGH, LOCAL, LOW, OFFSET, Boxes, BoxGroup, locate
 from .find import SUMS
 from .launch import kernel
 from .plan import Group, Plan, factors, word
+from .regions import COLUMNS, HIGH, LOCAL, LOW, OFFSET, RegionGroup, Regions, locate
 
 #: Programs of a slice: eight for each multiprocessor of an H200.
 PROGRAMS = 132 * 8
@@ -80,8 +80,8 @@ def digest(
 
 @kernel(numbers=["at", "end"])
 def _digest_parts(
-    task_block, task_box, boxes, block_tensor, first_block, seeds, rows, columns, weights, sums, at,
-    end,
+    task_block, task_region, regions, block_tensor, first_block, seeds, rows, columns, weights,
+    sums, at, end,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, DIMS: tl.constexpr, R: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
@@ -94,17 +94,17 @@ def _digest_parts(
         tensor = tl.load(block_tensor + block)
         index = block - tl.load(first_block + tensor)
         start = index.to(tl.int64) * 65536
-        box = boxes + tl.load(task_box + task).to(tl.int64) * COLUMNS
-        address = tl.load(weights + tl.load(box + LOCAL))
-        source = address.to(tl.pointer_type(BITS)) + tl.load(box + OFFSET)
+        region = regions + tl.load(task_region + task).to(tl.int64) * COLUMNS
+        address = tl.load(weights + tl.load(region + LOCAL))
+        source = address.to(tl.pointer_type(BITS)) + tl.load(region + OFFSET)
         g = block_factor(tl.load(seeds + tensor), index)
-        done = tl.maximum(tl.load(box + LOW) - start, 0).to(tl.int32) >> 8
-        stop = tl.minimum(tl.load(box + HIGH) - start, 65536).to(tl.int32)
+        done = tl.maximum(tl.load(region + LOW) - start, 0).to(tl.int32) >> 8
+        stop = tl.minimum(tl.load(region + HIGH) - start, 65536).to(tl.int32)
         stop = tl.where(address == 0, 0, stop)
         while done * 256 < stop:
             here = done + row
             cell = here[:, None] * 256 + column[None, :]
-            offset, inside = locate(box, start, cell, DIMS)
+            offset, inside = locate(region, start, cell, DIMS)
             bits = tl.load(source + offset, mask=inside & (cell < stop), other=0)
             factor = tl.load(rows + here, mask=here < 256, other=0).to(tl.uint64, bitcast=True) * g
             acc += addend(bits, ITEMSIZE) * factor[:, None]
@@ -116,18 +116,18 @@ def _digest_parts(
 
 
 def digest_parts(
-    boxes: Boxes, group: BoxGroup, weights: Tensor, sums: Tensor, *, first: int, tasks: int
+    regions: Regions, group: RegionGroup, weights: Tensor, sums: Tensor, *, first: int, tasks: int
 ) -> None:
-    """Add Σ bits · h over what boxes have of some blocks, at its places in the published tensors.
+    """Add Σ bits · h over what regions have of some blocks, at its places in the published tensors.
 
     The tasks are counted from the group's own first. `weights`: int64 [local tensors], addresses of
     contiguous elements, 0 where there are none to count; `sums`: int64 [SUMS].
     """
-    plan = boxes.plan
+    plan = regions.plan
     rows, columns = factors(plan.device)
     at = group.first + first
     _digest_parts[(min(PROGRAMS, tasks),)](
-        boxes.task_block, boxes.task_box, boxes.table, plan.block_tensor, plan.first_block,
+        regions.task_block, regions.task_region, regions.table, plan.block_tensor, plan.first_block,
         plan.seeds, rows, columns, weights, sums, at, at + tasks,
         BITS=word(group.itemsize), ITEMSIZE=group.itemsize, DIMS=group.dims, R=4, SUMS=SUMS,
         num_warps=4,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from .boxes import COLUMNS, LOCAL, OFFSET, Boxes, BoxGroup, locate
 from .launch import kernel
 from .places import ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
+from .regions import COLUMNS, LOCAL, OFFSET, RegionGroup, Regions, locate
 
 _WIDTH = 512
 
@@ -70,8 +70,8 @@ def scatter(
 
 @kernel(numbers=["tensors", "first"])
 def _scatter_parts(
-    task_block, task_box, boxes, block_tensor, first_block, weights, table, tensors, spot, counts,
-    ends, first,
+    task_block, task_region, regions, block_tensor, first_block, weights, table, tensors, spot,
+    counts, ends, first,
     BITS: tl.constexpr, DIMS: tl.constexpr, ENCODING: tl.constexpr, PLACES: tl.constexpr,
     VALUES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +80,8 @@ def _scatter_parts(
     tensor = tl.load(block_tensor + block)
     if tl.load(table + ENCODING * tensors + tensor) == 1:
         count = tl.load(counts + block).to(tl.int32)
-        box = boxes + tl.load(task_box + task).to(tl.int64) * COLUMNS
-        address = tl.load(weights + tl.load(box + LOCAL))
+        region = regions + tl.load(task_region + task).to(tl.int64) * COLUMNS
+        address = tl.load(weights + tl.load(region + LOCAL))
         if (count > 0) & (address != 0):
             first_here = tl.load(first_block + tensor)
             before = tl.load(ends + block) - count
@@ -92,21 +92,21 @@ def _scatter_parts(
             positions = places.to(tl.pointer_type(tl.uint16)) + before
             values = patch + tl.load(table + VALUES * tensors + tensor)
             values = values.to(tl.pointer_type(BITS)) + before
-            target = address.to(tl.pointer_type(BITS)) + tl.load(box + OFFSET)
+            target = address.to(tl.pointer_type(BITS)) + tl.load(region + OFFSET)
             at = 0
             while at < count:
                 here = at + tl.arange(0, WIDTH)
                 live = here < count
                 place = tl.load(positions + here, mask=live, other=0).to(tl.int32)
-                offset, inside = locate(box, start, place, DIMS)
+                offset, inside = locate(region, start, place, DIMS)
                 value = tl.load(values + here, mask=live & inside, other=0)
                 tl.store(target + offset, value, mask=live & inside)
                 at += WIDTH
 
 
 def scatter_parts(
-    boxes: Boxes,
-    group: BoxGroup,
+    regions: Regions,
+    group: RegionGroup,
     weights: Tensor,
     table: Tensor,
     spot: Tensor,
@@ -117,10 +117,10 @@ def scatter_parts(
 
     `weights`: int64 [local tensors], addresses of contiguous elements (0: leave it out).
     """
-    plan = boxes.plan
+    plan = regions.plan
     _scatter_parts[(group.tasks,)](
-        boxes.task_block, boxes.task_box, boxes.table, plan.block_tensor, plan.first_block, weights,
-        table, plan.tensors, spot, counts, ends, group.first,
+        regions.task_block, regions.task_region, regions.table, plan.block_tensor, plan.first_block,
+        weights, table, plan.tensors, spot, counts, ends, group.first,
         BITS=word(group.itemsize), DIMS=group.dims, ENCODING=ENCODING, PLACES=PLACES, VALUES=VALUES,
         WIDTH=_WIDTH, num_warps=4,
     )  # fmt: skip
