@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from ranks import held, same, split
-from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, step, until_stored, weights
+from runs import (
+    QUICK,
+    Ear,
+    Site,
+    Tensors,
+    checkpoint,
+    eventually,
+    same_bits,
+    step,
+    until_stored,
+    weights,
+)
 from sparsecast import (
     Layout,
     Padding,
@@ -89,17 +100,19 @@ async def test_updates_reach_every_rank(site: Site, ear: Ear, ranks: int) -> Non
     first, others = await team.start()
     await site.replica(plain, "w1")
     await publisher.wait_members(2, timeout_s=10)
-    await eventually(
-        lambda: publisher.window == "gloo" and len(publisher._begun().membership.members) == 2
-    )
+
+    def both_in() -> bool:
+        opened = [e.reason for e in ear.heard if isinstance(e, Event) and e.kind == "window-open"]
+        return any(reason.endswith(": w0, w1") for reason in opened)
+
+    await eventually(both_in)
     await train(publisher, trained, range(1, 6))
     await eventually(lambda: first.verified == 5)
     assert team.same(trained)
     assert same_bits(trained, plain)
     assert [shard.version for shard in others] == [5] * (ranks - 1)
-    metrics = [e for e in ear.heard if isinstance(e, WorkerMetrics) and e.worker == "w0"]
-    assert {e.version for e in metrics if e.source == "window" and e.verified} >= {4, 5}
-    assert first.mismatches == 0
+    told = await ear.until(WorkerMetrics, worker="w0", version=5)
+    assert (told.source, told.verified, told.mismatches) == ("window", True, 0)
 
 
 async def test_a_fused_layout_of_one_rank(site: Site) -> None:
@@ -323,9 +336,9 @@ def test_the_manifest_of_a_rank_is_of_its_own_tensors() -> None:
         assert manifest_of(held(layout, weights())).tensors == layout.tensors
 
 
-async def rank_of_a_worker(context: Context, run: str, until: int) -> tuple[int | None, Tensors]:
-    """A process of a rank: follow until version `until` is verified, or until it is told to end;
-    what it holds then, or why it does not."""
+async def rank_of_a_worker(context: Context, run: str, until: int) -> tuple[int | None, bool]:
+    """A process of a rank: follow until version `until` is verified; which version it holds then,
+    and whether that is its part of the checkpoint."""
     layouts = split(weights(), context.size)
     layout, mine = layouts[context.rank], held(layouts[context.rank], weights(7))
     given: dict[str, Any] = {
@@ -335,12 +348,16 @@ async def rank_of_a_worker(context: Context, run: str, until: int) -> tuple[int 
         async with Replica(mine, ranks=context.size, **given) as replica:
             context.mark("following")
             await eventually(lambda: replica.verified == until, timeout_s=60.0)
-            return replica.version, mine
+            return replica.version, _proven(layout, mine, until)
     async with Shard(mine, rank=context.rank, **given) as shard:
         context.mark("following")
         version = await shard.wait_version(until, timeout_s=60.0)
         await eventually(lambda: "waiting for the first rank" in shard.status, timeout_s=60.0)
-        return version, mine
+        return version, _proven(layout, mine, until)
+
+
+def _proven(layout: Layout, mine: Tensors, version: int) -> bool:
+    return same([layout], [mine], checkpoint(version))
 
 
 async def test_ranks_in_processes_of_their_own(site: Site) -> None:
@@ -353,8 +370,8 @@ async def test_ranks_in_processes_of_their_own(site: Site) -> None:
         await publisher.wait_members(1, timeout_s=30)
         await train(publisher, trained, range(1, 11))
         ends = await asyncio.to_thread(processes.results)
-    assert [version for version, _ in ends] == [10, 10]
-    assert same(split(trained, 2), [mine for _, mine in ends], trained)
+    assert ends == [(10, True), (10, True)]
+    assert same_bits(trained, checkpoint(10))
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
