@@ -143,11 +143,22 @@ class _Trainer:
             version = self._publisher.publish().version
             # One entry a version: what waits to be stored would be merged.
             self._heard.wait_stored(version, PATIENCE_S)
+        self._heard.wait(lambda: self._merged(head), PATIENCE_S, "what is complete is merged")
         found = []
         for _ in range(self._config.repeats):
             self._control.say(("join", holds, head))
             found.append(self._answer("current"))
         return found
+
+    def _merged(self, head: int) -> bool:
+        """Whether the merged patches are there that end at this version."""
+        every = size = _policy().merge_every
+        wanted = set()
+        while size <= head:
+            if head % size == 0:
+                wanted.add((head - size, head))
+            size *= every
+        return wanted <= {(entry.base_version, entry.version) for entry in self._heard.entries()}
 
     def _answer(self, expected: str) -> Any:
         return self._control.answers(expected, 1, PATIENCE_S)[0]
