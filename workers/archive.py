@@ -23,8 +23,8 @@ from .outgoing import Outgoing, describe
 log = logging.getLogger("sparsecast.publisher")
 
 #: Patches are merged several at a time, for each merge passes over every tensor that they name: as
-#: many as have this part of the weights' bytes.
-AT_ONCE = 4
+#: many as have so many bytes for each byte of the weights.
+AT_ONCE = 1.0
 
 #: What may go wrong with what is in the log already; the run goes on without it.
 _Trouble = (LogError, BusError, PatchError, RuntimeError, MemoryError, OSError)
@@ -191,7 +191,7 @@ class Archive:
         """Merge the patches of every span that is complete by now, and drop what that covers.
 
         Behind everything else: read, merged and stored one at a time, beside the torch thread, with
-        no more in memory than the merged patch and a few more (`AT_ONCE`). Each span is tried once.
+        no more in memory than the merged patch and some more (`AT_ONCE`). Each span is tried once.
         Gives up when another epoch has begun.
         """
         began = epoch()
@@ -239,7 +239,7 @@ class Archive:
         """These entries as one; None if it is no smaller than they are, or than an anchor."""
         manifest, last = self._outgoing.manifest, parts[-1]
         patch: Patch | None = None
-        for batch in _batches(parts, manifest.nbytes // AT_ONCE):
+        for batch in _batches(parts, AT_ONCE * manifest.nbytes):
             read_in: list[bytes | bytearray] = []
             for part in batch:
                 if not going():
@@ -339,7 +339,7 @@ def roomy(nbytes: int) -> int:
     return nbytes + nbytes // 50 + (1 << 16)
 
 
-def _batches(parts: Sequence[LogEntry], nbytes: int) -> Iterator[list[LogEntry]]:
+def _batches(parts: Sequence[LogEntry], nbytes: float) -> Iterator[list[LogEntry]]:
     """The parts in their order, as many at a time as have so many bytes, or one."""
     batch: list[LogEntry] = []
     for part in parts:
