@@ -6,21 +6,22 @@
 --list          say what would run, and run nothing
 
 Each area runs in processes of its own under a deadline, so that one that hangs or crashes costs
-only itself. Quiet areas run beside each other, one a core, each one's output printed whole when it
-ends; then the others run one at a time, for load would eat up their deadlines. The exit status is
-0 only if nothing failed. The last line counts tests; a command of an area (a linter, say) counts
-as one.
+only itself. Areas that keep real time run one at a time, for load would eat up their deadlines; the
+quiet ones run on the other cores beside them and give way to them, each one's output printed whole
+when no other is being written. The exit status is 0 only if nothing failed. The last line counts
+tests; a command of an area (a linter, say) counts as one.
 """
 
 import argparse
 import asyncio
+import functools
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -37,6 +38,9 @@ from .areas import (
     read_outcomes,
 )
 from .results import Result, closing_line, count, ended, header, table
+
+#: The priority of what gives way to everything else.
+LOWEST = 19
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,35 +86,59 @@ def changed_files(revision: str) -> list[str]:
 
 
 async def run_all(areas: Sequence[Area], gpus: int, require_gpu: bool, lanes: int) -> list[Result]:
-    """Run the areas: the quiet ones in so many lanes, then the others. Results in their order."""
+    """Run the areas in so many lanes, one of which is for those that are not quiet. Results in the
+    areas' order."""
     results: dict[str, Result] = {}
     # The longest first, as their deadlines tell: what ends last should not be left to run alone.
     quiet = sorted((area for area in areas if area.quiet), key=lambda area: -area.timeout_s)
-    lanes = min(lanes, len(quiet))
-    free = asyncio.Semaphore(lanes)
-
-    async def run_beside(area: Area) -> None:
-        async with free:
-            with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-                results[area.name] = await run(area, gpus, require_gpu, output)
-                output.seek(0)
-                print(f"{header(area)}\n{output.read()}", end="", flush=True)
-
-    if lanes > 1:
-        names = ", ".join(area.name for area in quiet)
-        print(f"\n── {lanes} at a time, each shown when it ends: {names}", flush=True)
-        async with asyncio.TaskGroup() as beside:
-            for area in quiet:
-                beside.create_task(run_beside(area))
-    for area in areas:
-        if area.name not in results:
+    loud = [area for area in areas if not area.quiet]
+    if min(lanes, len(areas)) < 2 or not quiet:
+        for area in areas:
             print(header(area), flush=True)
             results[area.name] = await run(area, gpus, require_gpu)
+        return [results[area.name] for area in areas]
+
+    free = asyncio.Semaphore(lanes)
+    writing = asyncio.Lock()
+
+    async def run_loud() -> None:
+        async with free:
+            for area in loud:
+                async with writing:
+                    print(header(area), flush=True)
+                    results[area.name] = await run(area, gpus, require_gpu)
+
+    async def run_quiet(area: Area) -> None:
+        async with free:
+            with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+                found = await run(area, gpus, require_gpu, output, give_way=bool(loud))
+                output.seek(0)
+                said = output.read()
+        results[area.name] = found
+        async with writing:
+            print(f"{header(area)}\n{said}", end="", flush=True)
+
+    names = ", ".join(area.name for area in quiet)
+    print(f"\n── beside the others, each shown when it has ended: {names}", flush=True)
+    async with asyncio.TaskGroup() as beside:
+        beside.create_task(run_loud())
+        for area in quiet:
+            beside.create_task(run_quiet(area))
     return [results[area.name] for area in areas]
 
 
-async def run(area: Area, gpus: int, require_gpu: bool, output: IO[str] | None = None) -> Result:
-    """Run one area's commands and tests; they write to `output`, or where this process does."""
+async def run(
+    area: Area,
+    gpus: int,
+    require_gpu: bool,
+    output: IO[str] | None = None,
+    *,
+    give_way: bool = False,
+) -> Result:
+    """Run one area's commands and tests; they write to `output`, or where this process does.
+
+    If they are to `give_way`, they take of the cores what others leave.
+    """
     result = Result(area=area)
     started = time.monotonic()
     if area.gpus > gpus:
@@ -121,31 +149,32 @@ async def run(area: Area, gpus: int, require_gpu: bool, output: IO[str] | None =
             result.skipped += 1
             result.notes.append(note)
     else:
-        deadline = started + area.timeout_s
+        begin = functools.partial(
+            spawn, deadline=started + area.timeout_s, output=output, give_way=give_way
+        )
         for command in area.commands:
-            await run_command(result, command, deadline, output)
+            await run_command(result, command, begin)
         if area.tests:
-            await run_tests(result, require_gpu, deadline, output)
+            await run_tests(result, require_gpu, begin)
     result.wall_s = time.monotonic() - started
     return result
 
 
-async def run_command(
-    result: Result, command: Sequence[str], deadline: float, output: IO[str] | None
-) -> None:
+#: Runs a program with an environment; its exit status, or None if the deadline killed it.
+Begin = Callable[[list[str], dict[str, str]], Awaitable[int | None]]
+
+
+async def run_command(result: Result, command: Sequence[str], begin: Begin) -> None:
     """Run one command of an area, found beside this interpreter."""
     program = Path(sys.executable).parent / command[0]
-    env = os.environ | result.area.env
-    code = await spawn([str(program), *command[1:]], env, deadline, output)
+    code = await begin([str(program), *command[1:]], os.environ | result.area.env)
     if code == 0:
         result.passed += 1
     else:
         result.fail(f"`{' '.join(command)}` {ended(code, result.area)}")
 
 
-async def run_tests(
-    result: Result, require_gpu: bool, deadline: float, output: IO[str] | None
-) -> None:
+async def run_tests(result: Result, require_gpu: bool, begin: Begin) -> None:
     """Run one area's test files under pytest and count what came of them."""
     paths = [p for p in files() if is_test(p) and matches(p, result.area.tests)]
     if not paths:
@@ -155,12 +184,17 @@ async def run_tests(
         report = Path(folder) / "outcomes"
         command = [sys.executable, "-m", "pytest", "-qq", f"--outcomes={report}", *paths]
         command += ["--require-gpu"] * require_gpu
-        code = await spawn(command, os.environ | result.area.env, deadline, output)
+        code = await begin(command, os.environ | result.area.env)
         count(result, read_outcomes(report), code)
 
 
 async def spawn(
-    command: Sequence[str], env: dict[str, str], deadline: float, output: IO[str] | None = None
+    command: Sequence[str],
+    env: dict[str, str],
+    deadline: float,
+    output: IO[str] | None = None,
+    *,
+    give_way: bool = False,
 ) -> int | None:
     """Run a program at the root; its exit status, or None if the deadline killed it.
 
@@ -171,6 +205,9 @@ async def spawn(
         *command, cwd=ROOT, env=env, start_new_session=True, stdout=output, stderr=output
     )
     try:
+        if give_way:
+            with suppress(ProcessLookupError, PermissionError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST)
         async with asyncio.timeout(deadline - time.monotonic()):
             return await process.wait()
     except TimeoutError:

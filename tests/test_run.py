@@ -81,27 +81,40 @@ def acting(name: str, script: str, **fields: object) -> Area:
 TALK = 'say() { echo "$1"; touch "$1"; }; await() { until [ -e "$1" ]; do sleep 0.05; done; }; '
 
 
-async def test_quiet_areas_run_beside_each_other_and_the_others_alone(
+async def test_quiet_areas_run_beside_the_others_and_those_one_at_a_time(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two quiet areas speak by turns, so that neither could end alone, and a loud one, the first of
-    the file, comes when both are over: each one's output is whole, results are in the file's order.
-    """
+    """A quiet area and the first of two loud ones speak by turns, so that neither could end alone;
+    the second loud one begins when the first is over. The quiet one has the lowest priority; each
+    one's output is whole, and results are in the file's order."""
     talk = f"cd {tmp_path}; {TALK}"
-    loud = acting("loud", f"cd {tmp_path}; ls b2 a3 && touch loud")
-    a = acting("a", f"{talk} say a1; await b1; say a2; await b2; sleep 0.5; say a3", quiet=True)
-    b = acting("b", f"{talk} await a1; say b1 >&2; await a2; say b2; ! ls loud", quiet=True)
-    results = await runner.run_all([loud, a, b], 0, False, lanes=2)
+    first = acting("first", f"{talk} say f1; await q1; say f2; sleep 0.3; say f3")
+    second = acting("second", f"{talk} ls f3; say s1")
+    quiet = acting("quiet", f"{talk} nice; await f1; say q1 >&2; await s1; say q2", quiet=True)
+    results = await runner.run_all([first, quiet, second], 0, False, lanes=2)
     assert [(r.area.name, r.verdict) for r in results] == [
-        ("loud", "passed"),
-        ("a", "passed"),
-        ("b", "passed"),
+        ("first", "passed"),
+        ("quiet", "passed"),
+        ("second", "passed"),
     ]
     out = capfd.readouterr().out
-    assert "2 at a time, each shown when it ends: a, b\n" in out
-    assert "── a: an area\na1\na2\na3\n" in out
+    assert "each shown when it has ended: quiet\n" in out
+    assert "── first: an area\nf1\nf2\nf3\n" in out
+    assert "── second: an area\nf3\ns1\n" in out
+    assert out.endswith(f"── quiet: an area\n{runner.LOWEST}\nq1\nq2\n")
+
+
+async def test_quiet_areas_alone_run_beside_each_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two quiet areas speak by turns, so that neither could end alone, and give way to nobody."""
+    talk = f"cd {tmp_path}; {TALK}"
+    a = acting("a", f"{talk} nice; say a1; await b1; say a2; await b2; sleep 0.5", quiet=True)
+    b = acting("b", f"{talk} await a1; say b1 >&2; await a2; say b2", quiet=True)
+    await runner.run_all([a, b], 0, False, lanes=2)
+    out = capfd.readouterr().out
+    assert f"── a: an area\n{os.getpriority(os.PRIO_PROCESS, 0)}\na1\na2\n" in out
     assert "── b: an area\nb1\nb2\n" in out
-    assert out.endswith("── loud: an area\na3\nb2\n")
 
 
 async def test_quiet_areas_take_turns_where_there_are_fewer_lanes(tmp_path: Path) -> None:
