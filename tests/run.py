@@ -39,8 +39,9 @@ from .areas import (
 )
 from .results import Result, closing_line, count, ended, header, table
 
-#: The priority of what gives way to everything else.
+#: The priority of what gives way to everything else, and how many times as long it may take.
 LOWEST = 19
+PATIENCE = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +138,7 @@ async def run(
 ) -> Result:
     """Run one area's commands and tests; they write to `output`, or where this process does.
 
-    If they are to `give_way`, they take of the cores what others leave.
+    If they are to `give_way`, they take of the cores what others leave, and have time for that.
     """
     result = Result(area=area)
     started = time.monotonic()
@@ -149,13 +150,16 @@ async def run(
             result.skipped += 1
             result.notes.append(note)
     else:
+        timeout_s = area.timeout_s * (PATIENCE if give_way else 1)
         begin = functools.partial(
-            spawn, deadline=started + area.timeout_s, output=output, give_way=give_way
+            spawn, deadline=started + timeout_s, output=output, give_way=give_way
         )
         for command in area.commands:
             await run_command(result, command, begin)
         if area.tests:
-            await run_tests(result, require_gpu, begin)
+            limits = (f"timeout={timeout_s:g}", f"faulthandler_timeout={timeout_s + 60:g}")
+            options = [f"--override-ini={limit}" for limit in limits] if give_way else []
+            await run_tests(result, [*options, *["--require-gpu"] * require_gpu], begin)
     result.wall_s = time.monotonic() - started
     return result
 
@@ -174,16 +178,15 @@ async def run_command(result: Result, command: Sequence[str], begin: Begin) -> N
         result.fail(f"`{' '.join(command)}` {ended(code, result.area)}")
 
 
-async def run_tests(result: Result, require_gpu: bool, begin: Begin) -> None:
-    """Run one area's test files under pytest and count what came of them."""
+async def run_tests(result: Result, options: Sequence[str], begin: Begin) -> None:
+    """Run one area's test files under pytest, with these options, and count what came of them."""
     paths = [p for p in files() if is_test(p) and matches(p, result.area.tests)]
     if not paths:
         result.fail(f"no test file matches {', '.join(result.area.tests)}")
         return
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "outcomes"
-        command = [sys.executable, "-m", "pytest", "-qq", f"--outcomes={report}", *paths]
-        command += ["--require-gpu"] * require_gpu
+        command = [sys.executable, "-m", "pytest", "-qq", f"--outcomes={report}", *options, *paths]
         code = await begin(command, os.environ | result.area.env)
         count(result, read_outcomes(report), code)
 

@@ -284,7 +284,7 @@ def _build(kind: str, source: Path, out: Path) -> Path:
         f"print(json.dumps(build_meta.build_{kind}(sys.argv[1])))"
     )
     command = [sys.executable, "-c", program, str(out)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=80)
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return out / json.loads(done.stdout.splitlines()[-1])
 

@@ -1,7 +1,7 @@
 """The driver, both faces and both cores, journal, lease and log, on simulated everything else.
 
-Two hundred seeds of faults in every run of the tests; thousands by `python -m tests.simulate`. That the
-rules would be broken if the product were, planted bugs show.
+Two hundred seeds of faults in every run of the tests; thousands by `python -m tests.simulate`. That
+the rules would be broken if the product were, planted bugs show.
 """
 
 import asyncio
@@ -102,7 +102,7 @@ def test_a_seed_is_played_the_same_again() -> None:
         env=os.environ | {"PYTHONHASHSEED": "12345"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
         check=True,
     )
     lines = [line.rstrip() for line in "\n".join(once.trace).splitlines()]

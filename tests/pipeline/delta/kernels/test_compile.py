@@ -26,14 +26,14 @@ def launched() -> set[str]:
     }
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_every_kernel_compiles_for_an_h200(tmp_path: Path) -> None:
     """A kernel has a return within a branch, say: interpreted all is well, on a GPU nothing is.
     Every kernel that is launched anywhere becomes a binary for sm_90, without a GPU."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(COMPILER)], env=env, capture_output=True, text=True, timeout=220
+        [sys.executable, str(COMPILER)], env=env, capture_output=True, text=True, timeout=880
     )
     assert done.returncode == 0, done.stderr[-3_000:]
     binaries = [line.split() for line in done.stdout.splitlines()]
@@ -54,7 +54,7 @@ def test_without_a_gpu_triton_is_not_imported() -> None:
         "print([name for name in sys.modules if name.partition('.')[0] == 'triton'])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
