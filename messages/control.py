@@ -235,6 +235,10 @@ class Join(Control, frozen=True, kw_only=True):
     role: Role = "rollout"
     follow: str = "latest"
 
+    def __post_init__(self) -> None:
+        if not self.gpus:
+            raise ValueError("a worker without a rank")
+
 
 class Ready(Control, frozen=True, kw_only=True):
     """Committed to this stamp for `expires_s` from now: staging is allocated, go may come."""

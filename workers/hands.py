@@ -12,7 +12,7 @@ from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.log.base import Progress
 from .driver import Ports, Windows
-from .incoming import Incoming
+from .incoming import Incoming, Together
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ class Hands:
         await self._work(self._incoming.quarantine, reason)
 
     async def apply(
-        self, versions: tuple[int, ...], together: Callable[[], None] | None = None
+        self, versions: tuple[int, ...], together: Together | None = None
     ) -> ev.AppliedHere | ev.ApplyFailed:
         """Apply staged versions in order, in one hold of the guard; see `Incoming.apply`."""
         return await self._work(self._incoming.apply, versions, together)

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -44,6 +45,21 @@ from .streams import CudaFence, devices_of, host_empty, new_stream, own, settle
 ORIGINS = 1024
 
 
+class Unwritten(Exception):
+    """Other ranks have refused an apply, and none has written. `waiting`: only readers were in the
+    way."""
+
+    def __init__(self, reason: str, *, waiting: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.waiting = waiting
+
+
+#: Returns when other ranks have written. Unwritten if none has; or else it calls what it is given,
+#: for some rank may have written, and raises.
+Together: TypeAlias = Callable[[Callable[[], None]], None]
+
+
 @dataclass(slots=True)
 class Staged:
     """A checked patch in staging. Times in seconds of the driver's clock, or µs.
@@ -59,6 +75,8 @@ class Staged:
     receive_us: int
     check_us: int
     transport: str
+    #: What the announcement says of the whole state, or the log.
+    digest: int
     window: int = 0
     attempt: int = 0
     step: int | None = None
@@ -291,6 +309,7 @@ class Incoming:
             receive_us=receive_us,
             check_us=round((now - began) * 1e6),
             transport=transport,
+            digest=announce.digest,
             window=window,
             attempt=attempt,
             step=announce.step,
@@ -298,8 +317,14 @@ class Incoming:
         )
         with self._staging:
             before = self._staged.get(patch.version)
-            if before is not None and _reaches_back(before.base_version, patch.base_version):
-                return  # Window and log may bring the same version: the wider one fits more.
+            # Window and log may bring the same version: the wider one fits more. What an earlier
+            # epoch called so is another.
+            if (
+                before is not None
+                and before.digest == announce.digest
+                and _reaches_back(before.base_version, patch.base_version)
+            ):
+                return
             self._staged[patch.version] = staged
             self._count()
 
@@ -321,12 +346,11 @@ class Incoming:
     # ---- into the weights
 
     def apply(
-        self, versions: tuple[int, ...], together: Callable[[], None] | None = None
+        self, versions: tuple[int, ...], together: Together | None = None
     ) -> ev.AppliedHere | ev.ApplyFailed:
         """Apply staged versions in order, in one hold of the guard; the version flips last.
 
-        `together` is called within it, before the first write here: it returns when other ranks
-        have written, or raises.
+        `together` is called within it, before the first write here.
         """
         patches = [self._staged[version] for version in versions if version in self._staged]
         if len(patches) != len(versions):
@@ -352,10 +376,10 @@ class Incoming:
 
                 def begin() -> None:
                     nonlocal together
-                    writer.begin_write()
                     if together is not None:
                         others, together = together, None
-                        others()
+                        others(writer.begin_write)
+                    writer.begin_write()
 
                 for patch in patches:
                     assert patch.checked is not None
@@ -370,6 +394,8 @@ class Incoming:
         except Exception as exc:
             if isinstance(exc, WaitTimeout) and not entered:
                 return ev.ApplyFailed(str(exc), torn=False, waiting=True)
+            if isinstance(exc, Unwritten):
+                return ev.ApplyFailed(exc.reason, torn=False, waiting=exc.waiting)
             reason = str(exc) if isinstance(exc, PatchError) else f"{type(exc).__name__}: {exc}"
             return ev.ApplyFailed(reason, torn=guard.torn is not None)
         now = self._clock()

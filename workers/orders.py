@@ -32,6 +32,9 @@ DEEDS: dict[Deed, Any] = {
     "apply": tuple[int, ...],
     "digest": int,
 }
+#: Those that are nothing to a rank for which nobody waits.
+FLEETING = ("open", "alert", "receive", "take", "prove", "digest")
+NOTHING = msgspec.Raw(msgspec.msgpack.encode(()))
 #: What may come of one.
 EVENTS: dict[str, Any] = {
     kind.__name__: kind
@@ -62,6 +65,8 @@ def answer_of(order: Order, rank: int, result: Any) -> Answer:
         # What it does not know the first rank cannot answer to: it is a worker's failure then.
         known = (name for name, error in ERRORS.items() if isinstance(result, error))
         kind = next(known, SparsecastError.__name__)
+        if order.deed == "take" and kind == SparsecastError.__name__:
+            kind = LogError.__name__  # no memory, or no bus: the log gave nothing
         what = result.reason if isinstance(result, LogHole) else brief(result)
     elif result is not None:
         kind, what = type(result).__name__, result
@@ -127,6 +132,13 @@ class Given:
         if not left:
             del self._open[number]
         return True
+
+    def void(self, number: int) -> None:
+        """Nobody waits for this order any more: who has not begun it is to do nothing for it, if it
+        is one that matters to who waits alone."""
+        order, left = self._open.get(number, (None, set()))
+        if order is not None and order.deed in FLEETING:
+            self._open[number] = msgspec.structs.replace(order, deed="drop", what=NOTHING), left
 
     def unanswered(self, rank: int) -> list[Order]:
         """What a rank is to be told again, for it or its answer may have been lost."""

@@ -18,6 +18,7 @@ from ..messages import codec
 from ..messages.control import (
     Announce,
     Claim,
+    NotReady,
     Ready,
     Role,
     Sender,
@@ -39,6 +40,7 @@ from .driver import Driver, Ports, decoded
 from .engine import Engine
 from .fetching import Fetching
 from .group import AnyHands, Group
+from .leading import Leading
 from .rank import Rank
 from .telling import Telling
 from .tiers import DEFAULT_LOG, LogSetting
@@ -47,6 +49,8 @@ log = logging.getLogger("sparsecast.replica")
 
 #: What a trainer says in control messages; claims and announcements come by the journal.
 SAID = tuple(kind for kind in get_args(TrainerMessage) if kind not in (Claim, Announce))
+#: How long leaving waits for an apply of several ranks.
+END_S = 10.0
 
 
 class Replica(Rank):
@@ -132,22 +136,10 @@ class Replica(Rank):
         kinds: tuple[WindowKind, ...] = self._kinds
         gpus: tuple[str, ...] = (ports.gpu,)
         hands: AnyHands = self._hands
-        self._group = None
         if self.layout is not None:
-            hands = self._group = Group(
-                self._hands,
-                ports=ports,
-                outbox=self._outbox,
-                subjects=self._subjects,
-                name=self.name,
-                life=me.incarnation,
-                ranks=self.ranks,
-                layout=self.layout,
-                policy=self.policy,
-                broke=self._broke,
-            )
-            await hands.start(life)
-            kinds, gpus = hands.common(kinds), hands.gpus
+            leading = await self._lead(life, me)
+            hands = self._group = Group(self._hands, leading, self.layout, self.policy)
+            kinds, gpus = hands.common(kinds), hands.gpus(ports.gpu)
         self._all = hands
         self._core = ReplicaCore(
             run=self.run,
@@ -187,6 +179,28 @@ class Replica(Rank):
         follower = await journal.follow(self._announced, timeout_s=self.policy.bus_s)
         life.push_async_callback(follower.unsubscribe)
         self._driver.post(ev.Tick())
+
+    async def _lead(self, life: contextlib.AsyncExitStack, me: Sender) -> Leading:
+        """Meet the other ranks, if there are any."""
+        loop = asyncio.get_running_loop()
+
+        def broke(exc: Exception) -> None:
+            loop.call_soon_threadsafe(self._lost_rank, exc)
+
+        leading = Leading(
+            bus=self._bus_url,
+            run=self.run,
+            name=self.name,
+            life=me.incarnation,
+            ranks=self.ranks,
+            policy=self.policy,
+            clock=self._ports.clock,
+            broke=broke,
+        )
+        if leading.ranks:
+            life.push_async_callback(self._end_leading, leading)
+            await leading.start()
+        return leading
 
     def _leaving(self) -> None:
         self._catching.broke_off("the worker left")
@@ -327,6 +341,21 @@ class Replica(Rank):
         self._error = self._error or exc
         self._catching.broke_off(brief(exc))
 
+    def _lost_rank(self, exc: Exception) -> None:
+        """One of the ranks cannot be led any more: this worker is no member from here on."""
+        if self._error is None:
+            self._error = exc
+            self._driver.post(ev.Close(str(exc)))
+            self.engine.guard().tear(str(exc))
+            self._changes.notify()
+
+    async def _end_leading(self, leading: Leading) -> None:
+        # An apply that is under way on the torch thread waits for the others.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                await self._ports.run(_nothing)
+        await leading.close()
+
     # ---- what the core asks for
 
     def _perform(
@@ -335,6 +364,10 @@ class Replica(Rank):
         hands = self._all
         match command:
             case cmd.Report(message):
+                silent = self._group.silent() if self._group is not None else None
+                if isinstance(message, Ready) and silent is not None:
+                    # Nobody waits for what cannot come.
+                    message = NotReady(sender=message.sender, stamp=message.stamp, reason=silent)
                 self._outbox.put(self._subjects.worker_control(self.name), codec.encode(message))
                 if isinstance(message, Ready) and self._ports.device != "cpu":
                     return hands.alert(message.stamp)
@@ -410,3 +443,7 @@ class Replica(Rank):
             self._catching.verified(command.version)
         if last is not None and last.version == command.version:
             self._telling.compared(self.name, core, last, command)
+
+
+def _nothing() -> None:
+    """Behind all that the torch thread was given before."""

@@ -10,12 +10,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import torch
 
 from ..messages import codec
 from ..messages.control import WindowKind
-from ..messages.errors import RemoteProtocolError, SettingsError, SparsecastError
+from ..messages.errors import Closed, RemoteProtocolError, SettingsError, SparsecastError
 from ..messages.layout import Layout
 from ..messages.ranks import Answer, Fellow, Here, Lead, Order, Over
 from ..pipeline.bus.base import Message
@@ -87,13 +86,16 @@ class Shard(Rank):
         await self._reach(life)
         self._incarnation = self._ports.token()
         self._taken = None
+        #: Lives of the first rank that were followed before.
+        self._ended: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Done once nothing is left of what an earlier life of the first rank had begun.
-        self._clear: asyncio.Task[None] | None = None
+        #: Lets go of what an earlier life has begun; what this one orders meanwhile waits.
+        self._clearing: asyncio.Task[None] | None = None
+        self._early: list[tuple[Taken, Order]] = []
         life.push_async_callback(self._stop_work)
         subscription = await self._ports.bus.subscribe(self._subjects.orders(self.name), self._hear)
         life.push_async_callback(subscription.unsubscribe)
-        self._spawn(self._beat())
+        self._beating = self._spawn(self._beat())
 
     @property
     def version(self) -> int | None:
@@ -107,16 +109,23 @@ class Shard(Rank):
             return "not started"
         if self._taken is None:
             return f"waiting for the first rank of worker {self.name!r}"
-        away_s = self._ports.clock() - self._heard
-        if away_s >= self.policy.silence_s:
+        if self._abandoned:
+            away_s = self._ports.clock() - self._heard
             return f"the first rank of worker {self.name!r} is unheard for {away_s:.1f} s"
         return f"rank {self.rank} of worker {self.name!r}, at version {self.version}"
 
     async def wait_version(self, version: int, timeout_s: float = 30.0) -> int:
-        """Wait until this part holds `version` or a newer one; WaitTimeout says why it does not."""
+        """Wait until this part holds `version` or a newer one; WaitTimeout says why it does not.
+
+        Closed if this does not run. That a version is here does not say that the other ranks hold
+        it: the first one's replica knows.
+        """
+        if self._life is None:
+            raise Closed(f"rank {self.rank} of worker {self.name!r} is not running")
 
         def reached() -> int | None:
-            held = self.version
+            guard = self.engine.guard()
+            held = guard.version if guard.torn is None else None
             return held if held is not None and held >= version else None
 
         waiting = self._changes.until(
@@ -142,37 +151,63 @@ class Shard(Rank):
                 if gathering:
                     self._introduce(said.leader)
             case Over():
-                self._follow(None, "the first rank has left")
+                self._follow(None)
             case Order():
                 answer = taken.repeat(said)
                 if answer is not None:
                     self._say(answer)
                 for order in taken.hear(said):
-                    self._spawn(self._do(taken, order))
+                    if self._clearing is None:
+                        self._spawn(self._do(taken, order))
+                    else:
+                        self._early.append((taken, order))
+
+    @property
+    def _abandoned(self) -> bool:
+        """Whether the first rank is unheard for too long."""
+        away_s = self._ports.clock() - self._heard
+        return self._taken is not None and away_s > self.policy.silence_s
 
     def _obeys(self, leader: str) -> bool:
         """Whether this life of the first rank is the one to follow."""
-        now = self._ports.clock()
         taken = self._taken
-        if taken is None or (leader != taken.leader and now - self._heard > self.policy.silence_s):
-            self._follow(leader, "another life of the first rank leads")
+        if leader in self._ended:
+            return False
+        if taken is None or (leader != taken.leader and self._abandoned):
+            self._follow(leader)
         elif leader != taken.leader:
             return False
-        self._heard = now
+        self._heard = self._ports.clock()
         return True
 
-    def _follow(self, leader: str | None, reason: str) -> None:
-        """Nothing of what an earlier life has ordered goes on."""
-        for task in self._tasks:
-            task.cancel()
+    def _follow(self, leader: str | None) -> None:
+        """Follow another life of the first rank: nothing goes on of what this one has ordered."""
+        before = self._taken
         self._taken = Taken(leader) if leader is not None else None
-        self._clear = self._spawn(self._let_go(reason))
-        self._spawn(self._beat())
+        if before is None:
+            return
+        self._ended.add(before.leader)
+        for task in self._tasks - {self._beating, self._clearing}:
+            task.cancel()
+        self._early.clear()
+        if self._clearing is None and before.begun:
+            self._clearing = self._spawn(self._clear())
 
-    async def _let_go(self, reason: str) -> None:
+    async def _clear(self) -> None:
+        try:
+            await self._let_go()
+            # Behind what the torch thread was at: it is whole again, or torn. Which version that
+            # is has to be shown anew.
+            await self._ports.run(self.engine.guard().declare, None)
+        finally:
+            self._clearing = None
+            early, self._early = self._early, []
+            for taken, order in early:
+                self._spawn(self._do(taken, order))
+
+    async def _let_go(self) -> None:
         await self._windows.abort_all()
         await self._hands.drop(None)
-        await self._hands.quarantine(reason)
 
     def _introduce(self, leader: str) -> None:
         fellow = Fellow(
@@ -186,14 +221,14 @@ class Shard(Rank):
         self._say(fellow)
 
     async def _do(self, taken: Taken, order: Order) -> None:
-        if self._clear is not None:
-            await asyncio.shield(self._clear)
         result: Any
         try:
             result = await self._perform(order)
-        except (SparsecastError, msgspec.MsgspecError, RuntimeError, MemoryError, OSError) as exc:
-            result = exc
-        answer = answer_of(order, self.rank, result)
+            answer = answer_of(order, self.rank, result)
+        except Exception as exc:
+            if not isinstance(exc, SparsecastError):
+                log.warning("rank %d of %s: %s", self.rank, self.name, order.deed, exc_info=exc)
+            answer = answer_of(order, self.rank, exc)
         taken.answer(answer)
         self._say(answer)
 
@@ -214,6 +249,8 @@ class Shard(Rank):
             leader = self._taken.leader if self._taken is not None else ""
             here = Here(leader=leader, rank=self.rank, incarnation=self._incarnation)
             self._say(here)
+            if self._abandoned:
+                await self._windows.abort_all()  # the others' ends may wait for ours
             await asyncio.sleep(self.policy.heartbeat_s)
 
     def _say(self, message: Here | Fellow | Answer) -> None:
