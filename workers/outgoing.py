@@ -22,6 +22,7 @@ from ..pipeline.core.events import Sealed
 from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
 from ..pipeline.delta import checksum as checksum_of
 from .streams import devices_of, finish, own, settle, to_host
+from .views import View, viewed
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -113,7 +114,8 @@ class _Kept:
 class Outgoing:
     """The weights as published (the shadow), and the patches that lead there.
 
-    Made on the torch thread, to which it gives streams of its own.
+    With a `view` what that gives is published, in place of the model's own tensors. Made on the
+    torch thread, to which it gives streams of its own.
     """
 
     def __init__(
@@ -127,8 +129,10 @@ class Outgoing:
         clock: Callable[[], float],
         writer: str = "",
         shadow: ShadowPlace = "device",
+        view: View | None = None,
     ) -> None:
         self._lookup = Lookup(model, include, exclude, rename, dtype)
+        self._view = view
         self._clock = clock
         #: The trainer's incarnation, by which its log entries are told from another's.
         self.writer = writer
@@ -139,12 +143,12 @@ class Outgoing:
         self.awaited = False
         self._pending: list[_Kept] = []
         self._kept: dict[int, _Kept] = {}
+        weights = self._lookup.tensors()
+        #: The CUDA devices of the weights, and of what a view makes of them.
+        self.devices = _settled(devices_of(weights.values()))
         tensors = self.tensors()
-        #: The CUDA devices of the weights.
-        self.devices = devices_of(tensors.values())
-        settle(self.devices)
-        for device in self.devices:
-            torch.cuda.synchronize(device)  # the owner's stream may still be making the weights
+        if view is not None:
+            self.devices = _settled(devices_of([*weights.values(), *tensors.values()]))
         self._shadow = Shadow(tensors, dtype=dtype, host=shadow == "host")
         for device in self.devices:
             finish(device)  # or they might change while they are copied
@@ -188,8 +192,12 @@ class Outgoing:
             return self._shadow.digest
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The model's tensors as they are now, not cast."""
-        return self._lookup.tensors()
+        """What is to be published of the model as it is now, not cast.
+
+        A view is called for it; what that raises is raised.
+        """
+        tensors = self._lookup.tensors()
+        return tensors if self._view is None else viewed(self._view, tensors)
 
     # ---- the caller's thread
 
@@ -204,15 +212,17 @@ class Outgoing:
         """Find what changed since the last publish, in the model or in `tensors` as published.
 
         `begun` is called once take() will wait for the patch. The weights may change again on
-        return, in the order of the caller's current stream. UnsupportedTensor, ManifestMismatch:
-        nothing was published, and the shadow is as it was.
+        return, in the order of the caller's current stream. UnsupportedTensor, ManifestMismatch,
+        what a view raises: nothing was published, and the shadow is as it was.
         """
         now = self._clock()
         with self._diffing:
             base = self.version
+            if tensors is None:
+                tensors = self.tensors()
             # Of kernels all is queued when `begun` is called: it would hold up their launches.
             found = self._shadow.diff(
-                self._lookup.tensors() if tensors is None else tensors,
+                tensors,
                 base_version=base,
                 version=base + 1,
                 waiting=begun,
@@ -353,6 +363,14 @@ class Outgoing:
         if self._last is not None:
             _ = self._last.digest
             self._last = None
+
+
+def _settled(devices: tuple[torch.device, ...]) -> tuple[torch.device, ...]:
+    """These devices, once this thread has streams of its own there and nothing is queued on any."""
+    settle(devices)
+    for device in devices:
+        torch.cuda.synchronize(device)  # the owner's stream may still be making the weights
+    return devices
 
 
 @contextlib.contextmanager

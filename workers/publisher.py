@@ -15,6 +15,7 @@ from .outgoing import Published, ShadowPlace, Source
 from .publishing import NOT_OPEN, AsyncPublisher, AsyncUpdate, OnBusy, Resume
 from .tiers import DEFAULT_LOG, LogSetting
 from .updates import AtLeast, Made, Report
+from .views import View
 
 __all__ = ["AsyncPublisher", "AsyncUpdate", "OnBusy", "Publisher", "Report", "Resume", "Update"]
 
@@ -55,6 +56,7 @@ class Publisher:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
+        view: View | None = None,
         on_busy: OnBusy = "coalesce",
         device: str | None = None,
         shadow: ShadowPlace = "device",
@@ -71,6 +73,7 @@ class Publisher:
             include=include,
             exclude=exclude,
             rename=rename,
+            view=view,
             on_busy=on_busy,
             device=device,
             shadow=shadow,
@@ -134,7 +137,8 @@ class Publisher:
         """Publish what changed since the last call; returns once the weights may change again.
 
         Never waits for workers or the bus (unless on_busy="wait"). `step` and `tags` travel in
-        announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor.
+        announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor,
+        ManifestMismatch, and what a view raises: nothing was published.
         """
         return Update(self._inner._publish(step, tags), self)
 

@@ -39,6 +39,7 @@ from .telling import Telling
 from .tenure import Tenure
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
 from .updates import AtLeast, Made, Report
+from .views import View
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -80,6 +81,18 @@ class AsyncPublisher:
     was published.
     It may be entered again after it was left, or after entering has failed.
 
+    `view`: what this function makes of the tensors is published in place of them, say fp8 blocks
+    and their scales (docs/views.md), and workers hold just that. It takes and returns a mapping of
+    names to tensors, on any devices; `include`, `exclude` and `rename` choose and name what it is
+    given, and `dtype` is refused beside it. It is called on entering and in each publish() (on any
+    thread, never twice at once; without autograd, inference mode or autocast) and works in the
+    order of the current streams. It must not change what it is given, and may return that. What it
+    raises, publish() raises, and ManifestMismatch where a name, dtype or shape is not what it was:
+    nothing is published then, and the next publish() brings all. Bytes held: what it returned last,
+    and within publish() what it returns. A view that gives other bits for the same weights costs
+    bytes on the wire, and nothing else. `resume` and rollback() are of what it returned: the
+    trainer's own weights cannot be brought back from that.
+
     `on_busy`: what publish() does while a patch still waits for the round in flight: "coalesce"
     merges with it, "wait" waits for as long as a round may take and merges then, "error" raises
     PublisherBusy.
@@ -108,6 +121,7 @@ class AsyncPublisher:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
+        view: View | None = None,
         on_busy: OnBusy = "coalesce",
         device: str | None = None,
         shadow: ShadowPlace = "device",
@@ -120,6 +134,11 @@ class AsyncPublisher:
         _require_one_of("on_busy", on_busy, get_args(OnBusy))
         _require_one_of("shadow", shadow, get_args(ShadowPlace))
         _require_one_of("resume", resume, get_args(Resume))
+        if view is not None and dtype is not None:
+            raise SettingsError(
+                "view and dtype were both given: a view's tensors are published in the dtypes that "
+                "they have, so leave dtype out and cast within the view"
+            )
         self.run = run
         self.policy = policy or Policy()
         self._subjects = Subjects(run)
@@ -130,6 +149,7 @@ class AsyncPublisher:
             "include": include,
             "exclude": exclude,
             "rename": rename,
+            "view": view,
             "shadow": shadow,
         }
         self._tiers = parse_log(log)
@@ -337,7 +357,8 @@ class AsyncPublisher:
         """Publish what changed since the last call; returns once the weights may change again.
 
         Never waits for workers or the bus (unless on_busy="wait"). `step` and `tags` travel in
-        announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor.
+        announcements, metrics and samples. Fenced, Closed, PublisherBusy, UnsupportedTensor,
+        ManifestMismatch, and what a view raises: nothing was published.
         """
         return AsyncUpdate(await self._publish_aside(step, tags), self)
 

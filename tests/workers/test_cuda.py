@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +115,48 @@ def step_cuda(tensors: Tensors, seed: int) -> None:
             tensor.add_(changed.to(tensor.device, non_blocking=True).to(tensor.dtype) * 1.5)
         else:
             tensor.add_(1)
+
+
+@pytest.mark.parametrize("shadow", ["device", "host"])
+@pytest.mark.parametrize("place", ["cuda:0", "cpu"])
+async def test_a_view_on_a_stream_of_its_own(site: Site, place: str, shadow: Any) -> None:
+    """The view works long on a side stream and joins it; as soon as publish() returns, the weights
+    change in the order of the caller's stream, and that side stream fills what memory it is given:
+    each version is the view of the weights as they were, bit for bit, a tensor that it leaves alone
+    and one that may lie in host memory among them."""
+    side = torch.cuda.Stream(CUDA)
+    trained = {f"w{i}": torch.zeros(300_007, device=CUDA) for i in range(4)}
+
+    def held(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        ours = torch.cuda.current_stream(CUDA)
+        side.wait_stream(ours)
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(LONG // 10)
+            made = {f"{name}.fp8": tensors[name].to(torch.float8_e4m3fn) for name in tensors}
+        ours.wait_stream(side)
+        return made | {"w0": tensors["w0"], "w1": tensors["w1"].to(place)}
+
+    def on_host(found: Tensors) -> Tensors:
+        return {name: tensor.view(torch.uint8) for name, tensor in _on_host(found).items()}
+
+    mine = {name: torch.zeros_like(tensor) for name, tensor in held(trained).items()}
+    torch.cuda.synchronize()
+    publisher = await site.publisher(trained, policy=_policy(), view=held, shadow=shadow)
+    replica = await site.replica(mine, policy=_policy())
+    await publisher.wait_members(1, timeout_s=60)
+    for version in range(1, 6):
+        step_cuda(trained, version)
+        then = on_host(held(trained))
+        torch.cuda._sleep(LONG // 10)
+        update = await publisher.publish()
+        with torch.cuda.stream(side):
+            filled = [torch.full((300_007,), 77, dtype=torch.uint8, device=CUDA) for _ in range(8)]
+        step_cuda(trained, version + 50)
+        assert (await update.wait_applied(timeout_s=30)).complete
+        await eventually(lambda version=version: replica.verified == version, 30.0)
+        assert same_bits(then, on_host(mine))
+        del filled
+    assert replica.mismatches == 0
 
 
 async def test_what_is_queued_behind_publish_is_not_in_the_patch(site: Site) -> None:
