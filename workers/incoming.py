@@ -119,7 +119,7 @@ class Incoming:
         except Exception:
             return  # prove() will meet it again, and tell
         self._order(tensors)
-        rehearse(tensors, self._device)
+        rehearse(tensors, self._device, layout=self._layout)
 
     def adopt_thread(self) -> None:
         """Make the idle stream of staging the current one of the calling thread."""
@@ -130,8 +130,8 @@ class Incoming:
         """Look at all that an apply will look at, which it does the quicker for it."""
         with contextlib.suppress(Exception):  # the apply will meet it again, and tell
             tensors = self._engine.tensors()
-            if self._manifest is not None and self._layout is None:
-                warm(tensors, self._manifest, self._device)
+            if self._manifest is not None:
+                warm(tensors, self._manifest, self._device, self._layout)
 
     def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have the guard order the devices on which the weights lie by now."""
