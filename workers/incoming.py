@@ -36,6 +36,7 @@ from ..pipeline.delta import (
     ready,
     warm,
 )
+from ..pipeline.delta.parts import parts_of
 from .engine import Engine
 from .rehearsal import rehearse
 from .streams import CudaFence, devices_of, host_empty, new_stream, own, settle
@@ -175,8 +176,10 @@ class Incoming:
         if self._layout is None:
             mine.require_same(manifest)
         else:
-            mine.require_same(Manifest(tensors=self._layout.tensors))
-            self._layout.require_fit(manifest)
+            local = Manifest(tensors=self._layout.tensors)
+            mine.require_same(local, here="in the model", there="in the layout of this rank")
+            # Asks if it fits, and spares the first round what that takes.
+            parts_of(self._layout, manifest)
 
     def _digest(self) -> int:
         """Of the weights as they stand, or this rank's share of it. Inside the guard."""
