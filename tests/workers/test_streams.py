@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sparsecast import Layout, Part
 from sparsecast.messages.manifest import TensorSpec
 from sparsecast.pipeline.delta import Shadow
 from sparsecast.pipeline.delta.rehearsal import rehearse_parts, rehearse_whole
+from sparsecast.workers import rehearsal
 from sparsecast.workers.guard import Guard
 from sparsecast.workers.rehearsal import Kind, kinds_of, rehearse
 from sparsecast.workers.streams import device_for, devices_of, finish, to_host
@@ -163,6 +165,27 @@ def test_what_a_layout_may_bring_is_rehearsed() -> None:
         Kind(cpu, bf16, bf16, 3), Kind(cpu, fp32, fp32, 1), Kind(cpu, int64, int64, 0)
     }  # fmt: skip
     assert kinds_of({"w": torch.zeros(2)}, dtype=bf16) == [Kind(cpu, fp32, bf16, 0)]
+
+
+def test_kinds_on_a_gpu_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tensors of every kind that lies on a GPU, and parts where a rank holds some."""
+    rehearsed: list[Any] = []
+
+    def whole(*kind: Any, host: bool) -> None:
+        rehearsed.append((*kind, host))
+
+    gpu, cpu, bf16, fp32 = (
+        torch.device("cuda:0"),
+        torch.device("cpu"),
+        torch.bfloat16,
+        torch.float32,
+    )
+    kinds = [Kind(gpu, fp32, bf16, 0), Kind(gpu, bf16, bf16, 2), Kind(cpu, bf16, bf16, 2)]
+    monkeypatch.setattr(rehearsal, "kinds_of", lambda tensors, *, dtype, layout: kinds)
+    monkeypatch.setattr(rehearsal, "rehearse_whole", whole)
+    monkeypatch.setattr(rehearsal, "rehearse_parts", lambda *kind: rehearsed.append(kind))
+    rehearse(weights(), cpu, host=True)
+    assert rehearsed == [(gpu, fp32, bf16, True), (gpu, bf16, bf16, True), (gpu, bf16, 2)]
 
 
 def test_an_anchor_is_made_where_it_is_wanted() -> None:
