@@ -26,6 +26,7 @@ from rich.console import Console, Group
 from rich.text import Text
 from torch import Tensor
 
+import shares
 import stats
 import targets
 from devices import Device
@@ -46,6 +47,8 @@ DENSITIES = (0.00005, 0.001, 0.01, 0.03, 0.1, 0.5, 1.0)
 _INDEX_UP_TO = 0.11
 _WARMUP = 2
 _LEAST = 3
+#: What changes where a rank's share of an update is measured.
+_SHARED = 0.01
 #: A tensor of fewer elements costs a launch, not bandwidth.
 _BIG = 1 << 20
 
@@ -137,16 +140,25 @@ class Subject:
         return stats.spread(slices) if slices else None
 
     def density(self, density: float) -> dict[str, Any]:
-        """All that depends on the share that changes; what became of it if memory ran out."""
+        """All that depends on how much changes; what became of it if memory ran out."""
+        found = self._within_memory(lambda: self._density(density))
+        return {"density": density, "exact": False, "works": {}} | found
+
+    def shares(self) -> dict[str, Any]:
+        """What ranks pay for their shares of an update; what became of it if memory ran out."""
+        found = self._within_memory(self._shares)
+        return {"density": _SHARED, "exact": False, "shares": {}} | found
+
+    def _within_memory(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
-            return self._density(density)
+            return work()
         except torch.OutOfMemoryError as exc:
             reason = str(exc).split("\n")[0]
         # Outside the handler, whose traceback holds what filled the memory.
         gc.collect()
         self._shadow = Shadow(self._a)
         _copy(self._a, self._held.tensors())
-        return {"density": density, "failed": reason, "exact": False, "works": {}}
+        return {"failed": reason}
 
     def _density(self, density: float) -> dict[str, Any]:
         _copy(self._a, self._b)
@@ -177,6 +189,16 @@ class Subject:
         self._become(self._a)
         _copy(self._a, self._held.tensors())
         return facts | {"exact": exact, "works": works}
+
+    def _shares(self) -> dict[str, Any]:
+        _copy(self._a, self._b)
+        train_step(self._b, _SHARED, self._random)
+        self._become(self._a)
+        patch = self._become(self._b).patch
+        checked = check(Patch.from_buffer(patch.buffer), self._shadow.manifest)
+        found = shares.measure(self._clock.of, checked, self._a, self._b)
+        self._become(self._a)
+        return {"exact": all(share["exact"] for share in found.values()), "shares": found}
 
     def _diff(self) -> Any:
         version = next(self._versions)
@@ -272,8 +294,10 @@ def main() -> int:
             text = json.dumps(document, indent=1, ensure_ascii=False)
             arguments.json.write_text(text + "\n")
     show(document, console)
-    exact = all(d["exact"] for model in document["models"] for d in model["densities"])
-    return 0 if exact else 1
+    exact = (
+        m["ranks"]["exact"] and all(d["exact"] for d in m["densities"]) for m in document["models"]
+    )
+    return 0 if all(exact) else 1
 
 
 def _model(name: str, device: Device, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -285,6 +309,8 @@ def _model(name: str, device: Device, arguments: argparse.Namespace) -> dict[str
     for density in (*(n / cut.numel for n in arguments.changed), *arguments.densities):
         print(f"{name}: {density:.3%}", file=sys.stderr, flush=True)
         found["densities"].append(subject.density(density))
+    print(f"{name}: a rank's share", file=sys.stderr, flush=True)
+    found["ranks"] = subject.shares()
     del subject
     gc.collect()
     if device.is_cuda:
@@ -306,9 +332,13 @@ def show(document: dict[str, Any], console: Console) -> None:
     parts: list[Any] = [Text(head)]
     for model in document["models"]:
         parts += [Text(model["model"], style="bold"), _states(model), _densities(model)]
+        ranks = model["ranks"]
+        if "failed" not in ranks:
+            parts.append(shares.table(ranks))
         failed = [f"{d['density']:.3%}: {d['failed']}" for d in model["densities"] if "failed" in d]
+        failed += [f"a rank's share: {ranks['failed']}"] if "failed" in ranks else []
         parts += [Text(line, "bold red") for line in failed]
-        wrong = [d["density"] for d in model["densities"] if not d["exact"]]
+        wrong = [d["density"] for d in (*model["densities"], ranks) if not d["exact"]]
         parts.append(
             Text(f"not shown to be the trainer's bits at {wrong}", "bold red")
             if wrong

@@ -88,22 +88,26 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Bytes of the dense model."""
         return sum(spec.nbytes for spec in self.tensors)
 
-    def require_same(self, other: Manifest) -> None:
-        """Raise ManifestMismatch naming the first difference of `other` (theirs) from this one."""
+    def require_same(
+        self, other: Manifest, *, here: str = "here", there: str = "on the other side"
+    ) -> None:
+        """Raise ManifestMismatch naming the first difference of `other` (theirs) from this one.
+
+        `here` and `there` say whose is which.
+        """
         theirs = {spec.name: spec for spec in other.tensors}
         for spec in self.tensors:
             found = theirs.pop(spec.name, None)
             if found is None:
-                raise ManifestMismatch(f"tensor {spec.name!r} is missing on the other side")
+                raise ManifestMismatch(f"tensor {spec.name!r} is missing {there}")
             if found.shape != spec.shape:
                 raise ManifestMismatch(
-                    f"tensor {spec.name!r} has shape {list(spec.shape)} here "
-                    f"and {list(found.shape)} on the other side"
+                    f"tensor {spec.name!r} has shape {list(spec.shape)} {here} "
+                    f"and {list(found.shape)} {there}"
                 )
             if found.dtype != spec.dtype:
                 raise ManifestMismatch(
-                    f"tensor {spec.name!r} has dtype {spec.dtype} here "
-                    f"and {found.dtype} on the other side"
+                    f"tensor {spec.name!r} has dtype {spec.dtype} {here} and {found.dtype} {there}"
                 )
         if theirs:
-            raise ManifestMismatch(f"tensor {next(iter(theirs))!r} is only on the other side")
+            raise ManifestMismatch(f"tensor {next(iter(theirs))!r} is only {there}")

@@ -115,7 +115,7 @@ def layouts(draw: Any, state: State) -> list[Layout]:
                     begin=tuple(start for start, _ in cell),
                     shape=tuple(stop - start for start, stop in cell),
                     local="",
-                    at=(),
+                    at=(0,) * dims,
                     axes=tuple(axes),
                     counted=rank == owner,
                 )

@@ -37,6 +37,7 @@ from ..pipeline.delta import (
     ready,
     warm,
 )
+from ..pipeline.delta.parts import parts_of
 from .engine import Engine
 from .rehearsal import rehearse
 from .streams import CudaFence, devices_of, host_empty, new_stream, own, settle
@@ -137,7 +138,7 @@ class Incoming:
         except Exception:
             return  # prove() will meet it again, and tell
         self._order(tensors)
-        rehearse(tensors, self._device)
+        rehearse(tensors, self._device, layout=self._layout)
 
     def adopt_thread(self) -> None:
         """Make the idle stream of staging the current one of the calling thread."""
@@ -148,8 +149,8 @@ class Incoming:
         """Look at all that an apply will look at, which it does the quicker for it."""
         with contextlib.suppress(Exception):  # the apply will meet it again, and tell
             tensors = self._engine.tensors()
-            if self._manifest is not None and self._layout is None:
-                warm(tensors, self._manifest, self._device)
+            if self._manifest is not None:
+                warm(tensors, self._manifest, self._device, self._layout)
 
     def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have the guard order the devices on which the weights lie by now."""
@@ -193,8 +194,10 @@ class Incoming:
         if self._layout is None:
             mine.require_same(manifest)
         else:
-            mine.require_same(Manifest(tensors=self._layout.tensors))
-            self._layout.require_fit(manifest)
+            local = Manifest(tensors=self._layout.tensors)
+            mine.require_same(local, here="in the model", there="in the layout of this rank")
+            # Asks if it fits, and spares the first round what that takes.
+            parts_of(self._layout, manifest)
 
     def _digest(self) -> int:
         """Of the weights as they stand, or this rank's share of it. Inside the guard."""

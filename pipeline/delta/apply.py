@@ -116,11 +116,11 @@ def apply_checked(
     two: what is raised before it has changed nothing. Temporaries are bounded. Applying twice is
     harmless. Queued on the current streams of the devices; nothing waits for them.
 
-    With a layout of the manifest's tensors (ManifestMismatch if it is none), `tensors` are its
-    local ones, likewise, and take what their parts hold: for each part the changes between its
-    first element and its last are looked at, and no tensor as published is ever made. The names are
-    those of the local tensors that hold some of a changed one, whether or not it is that which
-    changed. What kernels cannot write waits for a CUDA device.
+    With a layout that fits the manifest (ManifestMismatch), `tensors` are its local ones, likewise,
+    and take what their parts hold: for each part the changes between its first element and its last
+    are looked at, and no tensor as published is ever made. The names are those of the local tensors
+    that hold some of a changed one, whether or not it is that which changed. What kernels cannot
+    write waits for a CUDA device.
     """
     # Inference mode, because tensors that were made under it can be written to nowhere else.
     with torch.inference_mode():

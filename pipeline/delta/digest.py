@@ -232,10 +232,10 @@ def digest(
     Temporaries stay within a chunk of 8 MiB (for what kernels cannot read), and one tensor's size
     for a tensor that is not contiguous.
 
-    With a layout of that manifest's tensors (ManifestMismatch if it is none) the tensors are its
-    local ones, and the result is their share: what the counted parts hold, at its places in the
-    published tensors. Shares of ranks that count each published element once, together, add up mod
-    2⁶⁴ to the digest of the whole. Temporaries stay within a few chunks.
+    With a layout that fits that manifest (ManifestMismatch) the tensors are its local ones, and the
+    result is their share: what the counted parts hold, at its places in the published tensors.
+    Shares of ranks that count each published element once, together, add up mod 2⁶⁴ to the digest
+    of the whole. Temporaries stay within a few chunks.
     """
     with quiet():
         if layout is not None:

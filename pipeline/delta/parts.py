@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...messages.errors import ManifestMismatch
 from ...messages.layout import Layout, Part
 from ...messages.manifest import Manifest, TensorSpec
 from .bits import indices
@@ -135,9 +134,13 @@ class Run:
 
 
 class Parts:
-    """The regions of one layout of the tensors that a manifest publishes."""
+    """The regions of one layout of the tensors that a manifest publishes.
+
+    ManifestMismatch where it does not fit them.
+    """
 
     def __init__(self, layout: Layout, manifest: Manifest) -> None:
+        layout.require_fit(manifest)
         self.layout = layout
         self.manifest = manifest
         #: The local tensors.
@@ -202,13 +205,8 @@ def _regions(layout: Layout, manifest: Manifest) -> Iterator[Region]:
     local = {spec.name: (at, spec) for at, spec in enumerate(layout.tensors)}
     number = 0
     for part in layout.parts:
-        if part.tensor not in published:
-            raise ManifestMismatch(f"the layout has a part of {part.tensor!r}, which is not there")
-        if part.local not in local:
-            raise ManifestMismatch(f"the layout has a part in {part.local!r}, which is not there")
         tensor, whole = published[part.tensor]
         place, holder = local[part.local]
-        _require_fit(part, whole, holder)
         if not math.prod(part.shape):
             continue
         steps = strides_of(whole.shape)
@@ -220,28 +218,6 @@ def _regions(layout: Layout, manifest: Manifest) -> Iterator[Region]:
         held = _dims(part, whole, [local_steps[axis] for axis in part.axes])
         yield Region(number, part, tensor, place, low, high, dims, held, offset)
         number += 1
-
-
-def _require_fit(part: Part, whole: TensorSpec, holder: TensorSpec) -> None:
-    what = f"the part of {part.tensor!r} in {part.local!r}"
-    if whole.dtype != holder.dtype:
-        raise ManifestMismatch(f"{what} is {whole.dtype} as published and {holder.dtype} here")
-    ranks = {len(part.begin), len(part.shape), len(part.axes)}
-    if ranks != {len(whole.shape)} or len(part.at) != len(holder.shape):
-        raise ManifestMismatch(
-            f"{what} has not the dimensions of {list(whole.shape)} and of {list(holder.shape)}"
-        )
-    if len(set(part.axes)) < len(part.axes) or not set(part.axes) <= set(range(len(part.at))):
-        raise ManifestMismatch(f"{what} runs along dimensions {list(part.axes)} of it")
-    ends = zip(part.begin, part.shape, whole.shape, strict=True)
-    if any(begin < 0 or n < 0 or begin + n > size for begin, n, size in ends):
-        raise ManifestMismatch(f"{what} reaches beyond {list(whole.shape)} as published")
-    reach = [1] * len(part.at)
-    for axis, n in zip(part.axes, part.shape, strict=True):
-        reach[axis] = n
-    ends = zip(part.at, reach, holder.shape, strict=True)
-    if any(at < 0 or at + n > size for at, n, size in ends):
-        raise ManifestMismatch(f"{what} reaches beyond {list(holder.shape)} here")
 
 
 def _dims(part: Part, whole: TensorSpec, strides: Sequence[int]) -> tuple[Dim, ...]:

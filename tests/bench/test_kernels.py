@@ -26,7 +26,8 @@ def kernels(*words: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess
 
 def test_a_small_run_is_whole(tmp_path: Path) -> None:
     """Every encoding is diffed, checked and applied, exact to the bit, beside plain torch; where
-    ready indices would be too many, only they are left out."""
+    ready indices would be too many, only they are left out. A quarter of the model, by rows and by
+    columns, takes its share by a layout, exact as well."""
     path = tmp_path / "kernels.json"
     size = ["--device", "cpu", "--models", "tiny", "--repeats", "4", "--seconds", "0.2"]
     shares = ["--changed", "27", "--densities", "0.01,0.5,1"]
@@ -51,6 +52,16 @@ def test_a_small_run_is_whole(tmp_path: Path) -> None:
             assert work["device_ms"].keys() == work["host_ms"].keys() == SPREAD
             assert 3 <= work["device_ms"]["n"] <= 4
             assert work["device_ms"]["min"] > 0
+    ranks = model["ranks"]
+    assert ranks["exact"]
+    assert list(ranks["shares"]) == ["whole", "by_layout", "rows", "columns"]
+    nbytes = [share["nbytes"] for share in ranks["shares"].values()]
+    assert nbytes == [model["nbytes"], model["nbytes"], *[model["nbytes"] // 4] * 2]
+    for share in ranks["shares"].values():
+        assert share["exact"]
+        for work in ("apply", "digest"):
+            assert share[work]["device_ms"]["min"] > 0
+    assert "a quarter of the columns" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from ranks import held, same, split
 from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, until_stored, weights
-from sparsecast import Policy, Publisher, Replica, digest
+from sparsecast import Policy, Publisher, Replica, Shard, digest
 from sparsecast.messages.metrics import WorkerMetrics
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.workers.engine import ModuleEngine
@@ -106,12 +108,44 @@ async def test_back_from_the_log(site: Site, shadow: Any) -> None:
     assert replica.mismatches == 0
 
 
-def step_cuda(tensors: Tensors, seed: int) -> None:
+async def test_a_layout_loads_its_kernels_at_the_start(site: Site) -> None:
+    """A worker of two ranks on one GPU: once both are there, updates of few, of many and of all
+    elements need no kernel for parts that was not loaded by then, and are exact."""
+    from sparsecast.pipeline.delta.kernels.bitmap import _bitmap_parts
+    from sparsecast.pipeline.delta.kernels.dense import _dense_parts
+    from sparsecast.pipeline.delta.kernels.digest import _digest_parts
+    from sparsecast.pipeline.delta.kernels.scatter import _scatter_parts
+
+    kernels = _scatter_parts, _bitmap_parts, _dense_parts, _digest_parts
+    trained, policy = _on_gpu(weights()), _policy(window="gloo")
+    layouts = split(trained, 2)
+    mine = [_on_gpu(held(layout, trained)) for layout in layouts]
+    given: dict[str, Any] = {"run": site.run, "bus": site.url, "name": "w0", "policy": policy}
+    replica = Replica(mine[0], ranks=2, layout=layouts[0], **given)
+    shard = Shard(mine[1], rank=1, layout=layouts[1], **given)
+    await asyncio.gather(replica.__aenter__(), shard.__aenter__())
+    for rank in (shard, replica):
+        site.ends(rank)
+    loaded = [set(kernel._known) for kernel in kernels]
+    assert all(loaded)
+    publisher = await site.publisher(trained, policy=policy)
+    await publisher.wait_members(1, timeout_s=60)
+    for version, share in enumerate((0.005, 0.3, 1.0), 1):
+        step_cuda(trained, version, share)
+        update = await publisher.publish()
+        assert (await update.wait_applied(timeout_s=30)).complete
+        await eventually(lambda version=version: replica.verified == version, 30.0)
+        assert same(layouts, [_on_host(rank) for rank in mine], _on_host(trained))
+    assert [set(kernel._known) for kernel in kernels] == loaded
+    assert replica.mismatches == 0
+
+
+def step_cuda(tensors: Tensors, seed: int, share: float = 0.02) -> None:
     """runs.step() for tensors on a GPU: the same changes, in the order of the current stream."""
     for tensor in tensors.values():
         if tensor.is_floating_point():
             random = torch.Generator().manual_seed(seed)
-            changed = torch.rand(tensor.shape, generator=random) < 0.02
+            changed = torch.rand(tensor.shape, generator=random) < share
             tensor.add_(changed.to(tensor.device, non_blocking=True).to(tensor.dtype) * 1.5)
         else:
             tensor.add_(1)

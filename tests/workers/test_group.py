@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -183,24 +184,61 @@ async def test_a_rank_may_come_late(site: Site) -> None:
         await first.close()
 
 
-@pytest.mark.parametrize("what", ["missing", "twice", "shape"])
+@pytest.mark.parametrize("what", ["missing", "twice"])
 async def test_layouts_that_do_not_fit_are_refused(site: Site, what: str) -> None:
-    """The ranks leave rows out, hold some twice, or hold a tensor of another shape: the worker is
-    refused, and told which tensor it is."""
+    """The ranks leave rows out, or hold some twice: the worker is refused, and told which tensor it
+    is."""
     trained = weights()
     await site.publisher(trained)
     team = Team(site, trained, 2)
     if what == "missing":
         team.layouts[1] = _without(team.layouts[1], "embed")
         del team.held[1]["mine.embed"]
-    elif what == "twice":
+    else:
         team.layouts[1] = split(trained, 1)[0]
         team.held[1] = held(team.layouts[1], trained)
-    else:
-        team.held[1]["mine.embed"] = torch.zeros(3, 41, dtype=torch.bfloat16)
     team.engines = [ModuleEngine(mine) for mine in team.held]
     first, _ = await team.start()
     with pytest.raises(ReplicaRefused, match="embed"):
+        await first.wait_version(0, timeout_s=10)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "refusal"),
+    [
+        (
+            lambda held: held.update(embed_=held.pop("mine.embed")),
+            "tensor 'embed_' is missing in the layout of this rank",
+        ),
+        (
+            lambda held: held.pop("mine.layer.bias"),
+            "tensor 'mine.layer.bias' is only in the layout of this rank",
+        ),
+        (
+            lambda held: held.update({"mine.embed": held["mine.embed"][1:]}),
+            r"tensor 'mine.embed' has shape \[149, 41\] in the model and \[150, 41\] in the layout "
+            "of this rank",
+        ),
+        (
+            lambda held: held.update({"mine.embed": held["mine.embed"].half()}),
+            "tensor 'mine.embed' has dtype float16 in the model and bfloat16 in the layout of this "
+            "rank",
+        ),
+    ],
+    ids=["another name", "missing", "shape", "dtype"],
+)
+async def test_a_model_that_is_not_its_layouts_is_refused(
+    site: Site, spoil: Callable[[Tensors], Any], refusal: str
+) -> None:
+    """The second rank's model has other tensors than its layout says: the worker is refused, with
+    the rank, the tensor, and whose side has what."""
+    trained = weights()
+    await site.publisher(trained)
+    team = Team(site, trained, 2)
+    spoil(team.held[1])
+    team.engines[1] = ModuleEngine(team.held[1])
+    first, _ = await team.start()
+    with pytest.raises(ReplicaRefused, match=f"rank 1: {refusal}"):
         await first.wait_version(0, timeout_s=10)
 
 

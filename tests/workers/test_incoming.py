@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 
+from ranks import held, split
 from runs import Tensors, same_bits, step, weights
 from sparsecast import (
     CorruptPatch,
@@ -20,8 +21,10 @@ from sparsecast import (
     merge,
 )
 from sparsecast.messages.control import Claim, LogEntry, Sender
+from sparsecast.messages.manifest import Manifest
 from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.delta import Shadow, manifest_of
+from sparsecast.workers import incoming
 from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.incoming import Incoming
 from sparsecast.workers.outgoing import describe
@@ -47,6 +50,19 @@ class Troubled(ModuleEngine):
             raise self.after
 
 
+def claim_of(trained: Tensors) -> Claim:
+    """A trainer's claim of a run at version 0, with these weights."""
+    return Claim(
+        sender=Sender("trainer", "t"),
+        epoch=1,
+        version=0,
+        digest=digest(trained),
+        manifest=manifest_of(trained),
+        nonce="n",
+        heartbeat_s=0.5,
+    )
+
+
 class Stand:
     """One replica's staging over weights at version 0, and the trainer's states beside it."""
 
@@ -64,17 +80,7 @@ class Stand:
 
     def prove(self, other: Tensors | None = None) -> ev.Proved | ev.Unfit:
         """Compare with a claim of the trainer's weights, or of others."""
-        trained = self.states[0] if other is None else other
-        claim = Claim(
-            sender=Sender("trainer", "t"),
-            epoch=1,
-            version=0,
-            digest=digest(trained),
-            manifest=manifest_of(trained),
-            nonce="n",
-            heartbeat_s=0.5,
-        )
-        return self.incoming.prove(claim)
+        return self.incoming.prove(claim_of(self.states[0] if other is None else other))
 
     def patch(self, base: int, version: int) -> Patch:
         """The way between two of the states."""
@@ -243,6 +249,32 @@ def test_another_model_and_an_unreadable_one_are_unfit() -> None:
     unfit = stand.prove()
     assert isinstance(unfit, ev.Unfit)
     assert "out of memory" in unfit.difference
+
+
+def test_an_engine_with_a_layout_is_got_ready_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is rehearsed at the start, and looked up when a round is near, is what an apply by the
+    rank's layout will use."""
+    layout = split(weights(), 2)[1]
+    mine = held(layout, weights())
+    rank = Incoming(ModuleEngine(mine), clock=lambda: 0.0, guard_s=0.2, layout=layout)
+    rehearsed: list[tuple[set[str], Any]] = []
+    warmed: list[tuple[set[str], Manifest, Any]] = []
+
+    def rehearse(tensors: Tensors, device: torch.device, *, layout: Any) -> None:
+        rehearsed.append((set(tensors), layout))
+
+    def warm(tensors: Tensors, manifest: Manifest, device: torch.device, layout: Any) -> None:
+        warmed.append((set(tensors), manifest, layout))
+
+    monkeypatch.setattr(incoming, "rehearse", rehearse)
+    monkeypatch.setattr(incoming, "warm", warm)
+    rank.start()
+    assert rehearsed == [(set(mine), layout)]
+    rank.warm()
+    assert not warmed  # of what is published nothing is known yet
+    assert isinstance(rank.prove(claim_of(weights())), ev.Proved)
+    rank.warm()
+    assert warmed == [(set(mine), manifest_of(weights()), layout)]
 
 
 def test_torn_weights_prove_nothing() -> None:

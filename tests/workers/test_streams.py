@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 
 from runs import same_bits, step, weights
-from sparsecast import CorruptPatch, digest
+from sparsecast import Layout, Part
+from sparsecast.messages.manifest import TensorSpec
 from sparsecast.pipeline.delta import Shadow
+from sparsecast.pipeline.delta.rehearsal import rehearse_parts, rehearse_whole
 from sparsecast.workers import rehearsal
 from sparsecast.workers.guard import Guard
+from sparsecast.workers.rehearsal import Kind, kinds_of, rehearse
 from sparsecast.workers.streams import device_for, devices_of, finish, to_host
 
 
@@ -121,43 +125,67 @@ def test_host_tensors_need_no_device() -> None:
     assert device_for(None, lambda: tensors) == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("held", "published"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float8_e5m2, torch.float8_e5m2),
-        (torch.float64, torch.float64),
-        (torch.int64, torch.int64),
-        (torch.bool, torch.bool),
-        (torch.complex64, torch.complex64),
-    ],
-    ids=str,
-)
-def test_a_rehearsal_is_a_round(held: torch.dtype, published: torch.dtype) -> None:
-    """Diff, merge, check, apply and digest of a small state, with sparse, bitmap and dense
-    sections, agree for every kind of tensor."""
-    rehearsal._rehearse(torch.device("cpu"), held, published)
-
-
-def test_a_rehearsal_finds_a_device_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that leave other bits than they should are an error at the start, not a resync
-    in every round."""
-    monkeypatch.setattr(rehearsal, "digest", lambda tensors: digest(tensors) ^ 1)
-    with pytest.raises(CorruptPatch, match="kernels do not work"):
-        rehearsal._rehearse(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
-
-
 def test_a_rehearsal_leaves_weights_and_chance_alone() -> None:
     """The user's tensors, and what the next random number is, are as they were."""
     tensors = weights()
     torch.manual_seed(7)
-    rehearsal.rehearse(tensors, torch.device("cpu"), dtype=torch.bfloat16)
-    rehearsal._rehearse(torch.device("cpu"), torch.float32, torch.bfloat16)
+    rehearse(tensors, torch.device("cpu"), dtype=torch.bfloat16)
+    rehearse_whole(torch.device("cpu"), torch.float32, torch.bfloat16)
+    rehearse_parts(torch.device("cpu"), torch.bfloat16, 2)
     after = torch.rand(4)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(4), after)
     assert same_bits(tensors, weights())
+
+
+def test_what_a_layout_may_bring_is_rehearsed() -> None:
+    """A rank holds stacked experts in bf16, a scale in fp32, and a counter that nobody publishes:
+    parts of up to three dimensions and of one are rehearsed, and none for the counter."""
+    cpu = torch.device("cpu")
+    local = {
+        "experts": torch.zeros(2, 4, 3, dtype=torch.bfloat16),
+        "norm": torch.zeros(3, dtype=torch.bfloat16),
+        "scale": torch.zeros(()),
+        "steps": torch.zeros(2, dtype=torch.int64),
+    }
+    layout = Layout(
+        tensors=(
+            TensorSpec("experts", "bfloat16", (2, 4, 3)), TensorSpec("norm", "bfloat16", (3,)),
+            TensorSpec("scale", "float32", ()), TensorSpec("steps", "int64", (2,)),
+        ),
+        parts=(
+            Part(tensor="n", begin=(0,), shape=(3,), local="norm", at=(0,), axes=(0,)),
+            Part(tensor="e", begin=(2, 0, 0), shape=(2, 4, 3), local="experts", at=(0, 0, 0),
+                 axes=(0, 1, 2)),
+            Part(tensor="s", begin=(), shape=(), local="scale", at=(), axes=()),
+        ),
+    )  # fmt: skip
+    bf16, fp32, int64 = torch.bfloat16, torch.float32, torch.int64
+    assert set(kinds_of(local, layout=layout)) == {
+        Kind(cpu, bf16, bf16, 3), Kind(cpu, fp32, fp32, 1), Kind(cpu, int64, int64, 0)
+    }  # fmt: skip
+    assert kinds_of({"w": torch.zeros(2)}, dtype=bf16) == [Kind(cpu, fp32, bf16, 0)]
+
+
+def test_kinds_on_a_gpu_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tensors of every kind that lies on a GPU, and parts where a rank holds some."""
+    rehearsed: list[Any] = []
+
+    def whole(*kind: Any, host: bool) -> None:
+        rehearsed.append((*kind, host))
+
+    gpu, cpu, bf16, fp32 = (
+        torch.device("cuda:0"),
+        torch.device("cpu"),
+        torch.bfloat16,
+        torch.float32,
+    )
+    kinds = [Kind(gpu, fp32, bf16, 0), Kind(gpu, bf16, bf16, 2), Kind(cpu, bf16, bf16, 2)]
+    monkeypatch.setattr(rehearsal, "kinds_of", lambda tensors, *, dtype, layout: kinds)
+    monkeypatch.setattr(rehearsal, "rehearse_whole", whole)
+    monkeypatch.setattr(rehearsal, "rehearse_parts", lambda *kind: rehearsed.append(kind))
+    rehearse(weights(), cpu, host=True)
+    assert rehearsed == [(gpu, fp32, bf16, True), (gpu, bf16, bf16, True), (gpu, bf16, 2)]
 
 
 def test_an_anchor_is_made_where_it_is_wanted() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dealt import fill, held, layouts
 from sparsecast.messages.errors import UnsupportedTensor
-from sparsecast.messages.layout import Layout, Part
+from sparsecast.messages.layout import Layout, Padding, Part
 from sparsecast.messages.manifest import TensorSpec
 from sparsecast.pipeline.delta import apply_checked, check, diff, digest, manifest_of
 from sparsecast.pipeline.delta.parts import parts_of
@@ -65,7 +65,7 @@ def test_a_rank_takes_what_its_parts_hold(data: Any, old: State, density: float,
 
 def model(dtype: str) -> tuple[State, Layout]:
     """A sparse, a bitmap and a dense tensor and one that stays, of which a rank has rows, columns,
-    a transposed half of another and a fused one, all within larger local tensors."""
+    a transposed half of another and a fused one, all within larger local tensors: padding."""
     generator = torch.Generator().manual_seed(1)
     shapes = {"s": (70, 1_000), "b": (40, 50), "d": (3, 7, 11), "still": (9,)}
     state = {name: random_tensor(DTYPES[dtype], shape, generator) for name, shape in shapes.items()}
@@ -81,7 +81,14 @@ def model(dtype: str) -> tuple[State, Layout]:
         TensorSpec("x", dtype, (122, 250)), TensorSpec("y", dtype, (12, 1_000)),
         TensorSpec("z", dtype, (2, 4, 11, 3)), TensorSpec("n", dtype, (7,)),
     )  # fmt: skip
-    return copied(state), Layout(tensors=tensors, parts=parts)
+    padding = (
+        Padding(local="x", at=(70, 0), shape=(2, 250)),
+        Padding(local="x", at=(72, 20), shape=(50, 230)),
+        Padding(local="y", at=(0, 0), shape=(2, 1_000)),
+        Padding(local="z", at=(0, 0, 0, 0), shape=(1, 4, 11, 3)),
+        Padding(local="n", at=(0,), shape=(2,)), Padding(local="n", at=(5,), shape=(2,)),
+    )  # fmt: skip
+    return copied(state), Layout(tensors=tensors, parts=parts, padding=padding)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float32", "float64"])

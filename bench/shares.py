@@ -1,0 +1,117 @@
+"""What a rank pays for its share of an update: apply and digest by layout, and of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from report import table_of
+from sparsecast import Layout, Part, digest
+from sparsecast.messages.layout import identity
+from sparsecast.messages.manifest import Manifest, TensorSpec
+from sparsecast.pipeline.delta import Checked, Lookup, apply_checked
+
+#: The shares that are measured. A tensor of one dimension has a quarter of it in both quarters.
+NAMES = {
+    "whole": "the whole model, without a layout",
+    "by_layout": "the whole model, by a layout",
+    "rows": "a quarter of the rows of every tensor",
+    "columns": "a quarter of the columns",
+}
+
+
+def measure(
+    timed: Callable[[Callable[[], Any]], dict[str, Any]],
+    checked: Checked,
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """By the name of a share: the bytes that it is, how `timed` found its apply and its digest, and
+    whether a patch from `old` to `new` left in it what it should."""
+    manifest = checked.manifest
+    whole = identity(manifest)
+    layouts = {
+        "whole": whole,
+        "by_layout": whole,
+        "rows": _quarter(manifest, 0),
+        "columns": _quarter(manifest, 1),
+    }
+    found = {}
+    for name, layout in layouts.items():
+        held = {
+            local: box.clone(memory_format=torch.contiguous_format)
+            for local, box in _boxes(old, layout).items()
+        }
+        works = _works(checked, Lookup(held), None if name == "whole" else layout)
+        found[name] = {work: timed(function) for work, function in works.items()}
+        found[name]["nbytes"] = sum(tensor.nbytes for tensor in held.values())
+        found[name]["exact"] = all(
+            torch.equal(held[local].view(torch.int16), box.view(torch.int16))
+            for local, box in _boxes(new, layout).items()
+        )
+    return found
+
+
+def _works(
+    checked: Checked, held: Lookup, layout: Layout | None
+) -> dict[str, Callable[[], object]]:
+    manifest = checked.manifest
+    return {
+        "apply": lambda: apply_checked(checked, held.tensors(), layout=layout),
+        "digest": lambda: digest(held.tensors(), manifest=manifest, layout=layout),
+    }
+
+
+def _boxes(whole: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The local tensors as views of the published ones: each is one box of one of them."""
+    return {
+        part.local: whole[part.tensor][
+            tuple(slice(b, b + n) for b, n in zip(part.begin, part.shape, strict=True))
+        ]
+        for part in layout.parts
+    }
+
+
+def _quarter(manifest: Manifest, dim: int) -> Layout:
+    """The second quarter of every tensor along a dimension, or along its last one."""
+    parts = []
+    for spec in manifest.tensors:
+        begin, shape = [0] * len(spec.shape), list(spec.shape)
+        along = min(dim, len(shape) - 1)
+        begin[along] = shape[along] // 4
+        shape[along] //= 4
+        parts.append(
+            Part(
+                tensor=spec.name,
+                begin=tuple(begin),
+                shape=tuple(shape),
+                local=spec.name,
+                at=(0,) * len(shape),
+                axes=tuple(range(len(shape))),
+            )
+        )
+    tensors = (
+        TensorSpec(spec.name, spec.dtype, part.shape)
+        for spec, part in zip(manifest.tensors, parts, strict=True)
+    )
+    return Layout(tensors=tuple(tensors), parts=tuple(parts))
+
+
+def table(ranks: dict[str, Any]) -> Table:
+    """For a person: p50 by the device's clock, and what it is of the whole model's."""
+    columns = ("bytes", "apply", "× whole", "digest", "× whole")
+    found = table_of(
+        f"a rank's share, {ranks['density']:.3%} changed, ms", "what it holds", *columns
+    )
+    shares = ranks["shares"]
+    for name, share in shares.items():
+        cells = []
+        for work in ("apply", "digest"):
+            ms, whole = (one[work]["device_ms"]["p50"] for one in (share, shares["whole"]))
+            cells += [f"{ms:.3f}", f"{ms / whole:.2f}"]
+        found.add_row(NAMES[name], f"{share['nbytes']:,}", *cells)
+    return found
