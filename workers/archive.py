@@ -138,7 +138,8 @@ class Archive:
             self._tell(f"{damage}; a member needs one, and another is stored")
             if anchor is not None:
                 # Its name may be the new one's, and readers would take it.
-                await log.prune([anchor], timeout_s=timeout_s)
+                async with self._pruning:
+                    await log.prune([anchor], timeout_s=timeout_s)
         except _Trouble as exc:
             self._failed("mending", exc)
             return

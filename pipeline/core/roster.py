@@ -36,6 +36,7 @@ class Roster:
         #: The log is not looked at before, and how long it is left alone after that.
         self._mend_at = 0.0
         self._mend_s = policy.settle_s
+        self._stranded: set[str] = set()
 
     # ---- in and out
 
@@ -134,7 +135,12 @@ class Roster:
             # Looking is a read of a whole anchor, and a member may be stranded by its own fault.
             self._mend_at = now + self._mend_s
             self._mend_s = min(2 * self._mend_s, MEND_MAX_S)
+            self._stranded.add(member.sender.name)
             out.append(cmd.Mend())
+        elif beat.version is not None and member.sender.name in self._stranded:
+            # It has found a way: the next one is looked after at once.
+            self._stranded.clear()
+            self._mend_at, self._mend_s = now, self._policy.settle_s
         if beat.version is not None:
             self._advanced(member, beat.version, beat.verified, now)
         return out

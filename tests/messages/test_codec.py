@@ -56,6 +56,8 @@ def _of(kind: type[Any]) -> st.SearchStrategy[Any]:
             )
         else:
             fields[field.name] = _value(field.type)
+    if kind is control.Join:
+        fields["gpus"] = st.lists(_text, min_size=1, max_size=3).map(tuple)
     if kind is control.Opening:
         del fields["ranks"]
         return st.builds(_opening, **fields)
@@ -186,3 +188,12 @@ def test_an_opening_says_how_many_ranks_each_member_has(ranks: tuple[int, ...]) 
     assert isinstance(opening, control.Opening)
     assert [opening.first_rank(member) for member in members] == [1, 3]
     assert opening.size == 6
+
+
+def test_a_worker_has_a_rank() -> None:
+    """A Join that names the GPU of no rank is refused: no window could have a place for it."""
+    fields = {"type": "Join", "sender": ("a", "1"), "epoch": 1, "manifest_hash": "", "offers": ()}
+    place = {"device": "cpu", "host": "h", "pid": 1}
+    with pytest.raises(RemoteProtocolError, match="without a rank"):
+        codec.decode(msgspec.msgpack.encode(fields | place | {"gpus": ()}))
+    assert isinstance(codec.decode(msgspec.msgpack.encode(fields | place)), control.Join)

@@ -338,6 +338,8 @@ def test_the_log_is_looked_at_while_a_member_is_stranded() -> None:
     assert beat(settle_s / 2) == 1
     assert beat(settle_s) == 0
     assert beat(settle_s) == 1
+    assert beat(stranded=False) == 0
+    assert beat() == 1
 
 
 def test_a_member_may_have_several_ranks() -> None:
