@@ -290,7 +290,7 @@ async def test_a_directory_remembers_what_the_bus_has_forgotten(
     for _ in range(3):
         step(trained, second.version)
         await second.publish()
-        await until_stored(second, second.version, anchor=True)
+        await until_stored(second, second.version)
     await eventually(lambda: replica.verified == second.version)
     assert same_bits(trained, state)
     await eventually(lambda: not list((folder / site.run).glob("1-*")))

@@ -340,6 +340,7 @@ async def test_a_run_goes_on_from_what_the_view_made(site: Site, ear: Ear) -> No
     publisher = await site.publisher(trained, view=codes, resume="must")
     replica = await site.replica(mine)
     assert await replica.wait_version(4, timeout_s=10) == publisher.version == 4
+    await until_stored(publisher, 4, anchor=True)
     await publisher.close()
     trained = checkpoint(2)
     publisher = await site.publisher(trained, view=codes, resume="must")
