@@ -24,7 +24,7 @@ FACE = {
     "publish()", "reading()", "refusal()", "require_current()", "max_lag", "offline_s", "linger_s",
     "after_apply", "include", "exclude", "rename", "dtype=", "--name", "_s", 'window="auto"',
     "--once --json", "replica.status", "replica.refusal()", "replica.catching_up",
-    "update.wait_applied(…).missing", "sparsecast", "sparsecast.Policy", "Shard",
+    "update.wait_applied(…).missing", "sparsecast", "sparsecast.Policy", "Shard", "view=",
 }  # fmt: skip
 
 
