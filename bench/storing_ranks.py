@@ -127,6 +127,7 @@ class _Trainer:
                 theirs == mine
                 for theirs in self._control.answers("digest", config.workers, PATIENCE_S)
             )
+            self._control.say(("end",))
             self._control.answers("end", config.workers, PATIENCE_S)  # the broker is ours
         return {
             "paces": paces,
@@ -229,6 +230,7 @@ def _work(control: Control, config: Config) -> None:
         control.say(("ready",))
         assert control.hear(3600.0) == ("digest",)
         control.say(("digest", {kind: digest(tensors) for kind, tensors in held.items()}))
+        assert control.hear(PATIENCE_S) == ("end",)
     control.say(("end",))
 
 

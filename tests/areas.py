@@ -51,7 +51,7 @@ class Area:
     """The matrix: every combination of these values is run by at least one test."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables set for the area's processes."""
-    timeout_s: float = 300.0
+    timeout_s: float = 600.0
     """The area's processes are killed after this long."""
 
     def depends_on(self, path: str) -> bool:

@@ -6,11 +6,11 @@
 --list          say what would run, and run nothing
 
 Each area runs in processes of its own under a deadline, so that one that hangs or crashes costs
-only itself. Areas that keep real time run one at a time, for load would eat up their deadlines; the
-quiet ones run on the other cores beside them and give way to them, each one's output printed whole
-when no other is being written. The exit status is 0 only if nothing failed. The last line counts
-tests; a command of an area (a linter, say) counts as one.
-"""
+only itself. Areas that keep real time run two at a time, for load would eat up their deadlines; the
+quiet ones run beside them and give way to them. Each one's output is printed whole when it has
+ended; where there is one core, areas run one by one, and speak as they go. The exit status is 0
+only if nothing failed. The last line counts tests; a command of an area (a linter, say) counts as
+one."""
 
 import argparse
 import asyncio
@@ -87,7 +87,7 @@ def changed_files(revision: str) -> list[str]:
 
 
 async def run_all(areas: Sequence[Area], gpus: int, require_gpu: bool, lanes: int) -> list[Result]:
-    """Run the areas in so many lanes, one of which is for those that are not quiet. Results in the
+    """Run the areas on so many cores, two of those that are not quiet at a time. Results in the
     areas' order."""
     results: dict[str, Result] = {}
     # The longest first, as their deadlines tell: what ends last should not be left to run alone.
@@ -99,32 +99,22 @@ async def run_all(areas: Sequence[Area], gpus: int, require_gpu: bool, lanes: in
             results[area.name] = await run(area, gpus, require_gpu)
         return [results[area.name] for area in areas]
 
-    free = asyncio.Semaphore(lanes)
-    writing = asyncio.Lock()
+    # Of the others each takes about half a core; all that is left over is for the quiet ones.
+    loud_at_once = asyncio.Semaphore(2)
+    quiet_at_once = asyncio.Semaphore(max(1, lanes - 1) if loud else lanes)
 
-    async def run_loud() -> None:
-        async with free:
-            for area in loud:
-                async with writing:
-                    print(header(area), flush=True)
-                    results[area.name] = await run(area, gpus, require_gpu)
-
-    async def run_quiet(area: Area) -> None:
-        async with free:
+    async def run_beside(area: Area) -> None:
+        async with quiet_at_once if area.quiet else loud_at_once:
             with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-                found = await run(area, gpus, require_gpu, output, give_way=bool(loud))
+                give_way = area.quiet and bool(loud)
+                results[area.name] = await run(area, gpus, require_gpu, output, give_way=give_way)
                 output.seek(0)
-                said = output.read()
-        results[area.name] = found
-        async with writing:
-            print(f"{header(area)}\n{said}", end="", flush=True)
+                print(f"{header(area)}\n{output.read()}", end="", flush=True)
 
-    names = ", ".join(area.name for area in quiet)
-    print(f"\n── beside the others, each shown when it has ended: {names}", flush=True)
+    print("\n── several at a time, each shown when it has ended", flush=True)
     async with asyncio.TaskGroup() as beside:
-        beside.create_task(run_loud())
-        for area in quiet:
-            beside.create_task(run_quiet(area))
+        for area in [*loud, *quiet]:
+            beside.create_task(run_beside(area))
     return [results[area.name] for area in areas]
 
 

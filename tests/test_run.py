@@ -81,26 +81,28 @@ def acting(name: str, script: str, **fields: object) -> Area:
 TALK = 'say() { echo "$1"; touch "$1"; }; await() { until [ -e "$1" ]; do sleep 0.05; done; }; '
 
 
-async def test_quiet_areas_run_beside_the_others_and_those_one_at_a_time(
+async def test_two_areas_run_at_a_time_and_quiet_ones_beside_them(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A quiet area and the first of two loud ones speak by turns, so that neither could end alone;
-    the second loud one begins when the first is over. The quiet one has the lowest priority; each
-    one's output is whole, and results are in the file's order."""
+    """Two areas and a quiet one speak by turns, so that none could end alone; a third one begins
+    when one of the first two is over. The quiet one has the lowest priority; each one's output is
+    whole, and results are in the file's order."""
     talk = f"cd {tmp_path}; {TALK}"
-    first = acting("first", f"{talk} say f1; await q1; say f2; sleep 0.3; say f3")
-    second = acting("second", f"{talk} ls f3; say s1")
-    quiet = acting("quiet", f"{talk} nice; await f1; say q1 >&2; await s1; say q2", quiet=True)
-    results = await runner.run_all([first, quiet, second], 0, False, lanes=2)
+    first = acting("first", f"{talk} say f1; await s1; await q1; sleep 0.3; [ ! -e t1 ] && say f2")
+    second = acting("second", f"{talk} await f1; say s1; await f2; await t1; say s2")
+    third = acting("third", f"{talk} ls f2; say t1")
+    quiet = acting("quiet", f"{talk} nice; await s1; say q1 >&2; await s2; say q2", quiet=True)
+    results = await runner.run_all([first, quiet, second, third], 0, False, lanes=2)
     assert [(r.area.name, r.verdict) for r in results] == [
         ("first", "passed"),
         ("quiet", "passed"),
         ("second", "passed"),
+        ("third", "passed"),
     ]
     out = capfd.readouterr().out
-    assert "each shown when it has ended: quiet\n" in out
-    assert "── first: an area\nf1\nf2\nf3\n" in out
-    assert "── second: an area\nf3\ns1\n" in out
+    assert "── first: an area\nf1\nf2\n" in out
+    assert "── second: an area\ns1\ns2\n" in out
+    assert "── third: an area\nf2\nt1\n" in out
     assert out.endswith(f"── quiet: an area\n{runner.LOWEST}\nq1\nq2\n")
 
 
