@@ -421,8 +421,11 @@ class GuardMachine(RuleBasedStateMachine):
         return self.actors[who].outcome
 
     def stays_blocked(self, who: int) -> None:
-        time.sleep(0.001)
-        assert self.actors[who].blocked(), self.actors[who].outcome
+        # On a busy machine it may not have come to the guard yet: who is told next would pass it.
+        actor, waiting = self.actors[who], {who} | self.waiting_readers | self.waiting_writers
+        waits = self.guard._changed._waiters  # type: ignore[attr-defined]
+        until(lambda: not actor.blocked() or len(waits) == len(waiting), f"actor {who} is away")
+        assert actor.blocked(), actor.outcome
 
     def settle(self) -> None:
         """Let those in whom the last step freed, as the rules say."""
