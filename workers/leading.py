@@ -173,12 +173,12 @@ class Leading:
         with self._lock:
             if not self._given.ranks:
                 return []
-            order = self._given.give(deed, what)
             futures: dict[int, Future[Any]] = {rank: Future() for rank in sorted(self.ranks)}
             if self._over or self._thread is None:
                 for future in futures.values():
                     future.set_exception(RankSilent(f"worker {self._name!r} has left"))
                 return list(futures.values())
+            order = self._given.give(deed, what)
             self._waiting[order.number] = _Wait(order, self._clock() + timeout_s, futures)
             self._thread.loop.call_soon_threadsafe(self._put, order)
             too_many = self._given.waiting > PATIENCE

@@ -1,7 +1,7 @@
 """The orders of a worker's first rank to the others: given, taken and answered, each once.
 
 The bus may lose, double and delay messages. No I/O and no clock here: who speaks and who waits is
-in group.py and shard.py.
+in leading.py and shard.py.
 """
 
 from __future__ import annotations

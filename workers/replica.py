@@ -36,6 +36,7 @@ from ..pipeline.core.follow import follow_of
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.replica import ReplicaCore
 from .catching import Catching, Progress
+from .connect import END_S
 from .driver import Driver, Ports, decoded
 from .engine import Engine
 from .fetching import Fetching
@@ -49,8 +50,6 @@ log = logging.getLogger("sparsecast.replica")
 
 #: What a trainer says in control messages; claims and announcements come by the journal.
 SAID = tuple(kind for kind in get_args(TrainerMessage) if kind not in (Claim, Announce))
-#: How long leaving waits for an apply of several ranks.
-END_S = 10.0
 
 
 class Replica(Rank):
@@ -283,7 +282,7 @@ class Replica(Rank):
             return "the replica is not running"
         if self.engine.guard().torn is not None:
             return f"the weights are being resynced: {self.engine.guard().torn}"
-        silent = self._group.silent() if self._group is not None else None
+        silent = self._silent
         if silent is not None:
             return silent
         if self._offline_s is not None:
@@ -337,6 +336,11 @@ class Replica(Rank):
     def _announced(self, message: Claim | Announce, sequence: int) -> None:
         self._driver.post(ev.FromTrainer(message))
 
+    @property
+    def _silent(self) -> str | None:
+        """Which ranks of this worker are silent, in words; None: none is."""
+        return self._group.silent() if self._group is not None else None
+
     def _broke(self, exc: Exception) -> None:
         self._error = self._error or exc
         self._catching.broke_off(brief(exc))
@@ -344,7 +348,7 @@ class Replica(Rank):
     def _lost_rank(self, exc: Exception) -> None:
         """One of the ranks cannot be led any more: this worker is no member from here on."""
         if self._error is None:
-            self._error = exc
+            self._broke(exc)
             self._driver.post(ev.Close(str(exc)))
             self.engine.guard().tear(str(exc))
             self._changes.notify()
@@ -364,8 +368,7 @@ class Replica(Rank):
         hands = self._all
         match command:
             case cmd.Report(message):
-                silent = self._group.silent() if self._group is not None else None
-                if isinstance(message, Ready) and silent is not None:
+                if isinstance(message, Ready) and (silent := self._silent) is not None:
                     # Nobody waits for what cannot come.
                     message = NotReady(sender=message.sender, stamp=message.stamp, reason=silent)
                 self._outbox.put(self._subjects.worker_control(self.name), codec.encode(message))

@@ -78,7 +78,6 @@ class Shard(Rank):
                 f"rank {rank} of worker {name!r}: its first rank, 0, is a Replica; Shards follow"
             )
         self.rank = rank
-        self._shape = layout
         self._taken: Taken | None = None
         self._heard = 0.0
 
@@ -210,11 +209,12 @@ class Shard(Rank):
         await self._hands.drop(None)
 
     def _introduce(self, leader: str) -> None:
+        assert self.layout is not None
         fellow = Fellow(
             leader=leader,
             rank=self.rank,
             incarnation=self._incarnation,
-            layout=zlib.compress(codec.encode(self._shape)),
+            layout=zlib.compress(codec.encode(self.layout)),
             kinds=self._kinds,
             gpu=self._ports.gpu,
         )

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from archives import FailingLog
 from ranks import held, same, split
 from runs import (
     QUICK,
@@ -25,7 +26,6 @@ from runs import (
 )
 from sparsecast import (
     Layout,
-    MemoryLog,
     Padding,
     Part,
     Replica,
@@ -36,7 +36,6 @@ from sparsecast import (
     WaitTimeout,
     WorkerDied,
 )
-from sparsecast.messages.control import LogEntry
 from sparsecast.messages.manifest import TensorSpec
 from sparsecast.messages.metrics import Event, WorkerMetrics
 from sparsecast.pipeline.delta import manifest_of
@@ -82,18 +81,6 @@ class Team:
     def same(self, tensors: Tensors) -> bool:
         """Whether every rank holds its part of these weights."""
         return same(self.layouts, self.held, tensors)
-
-
-class Counting(MemoryLog):
-    """A log that tells what was read of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loaded: list[str] = []
-
-    async def load(self, entry: LogEntry, **options: Any) -> bytes | bytearray:
-        self.loaded.append(entry.name)
-        return await super().load(entry, **options)
 
 
 async def train(publisher: Any, trained: Tensors, versions: range) -> None:
@@ -335,7 +322,7 @@ async def test_readers_on_the_loop_of_the_replica(site: Site) -> None:
 async def test_who_holds_the_weights_takes_nothing(site: Site) -> None:
     """Both ranks start with the trainer's weights, leave, and come back with what they hold: the
     sum of their digests says which version that is, and nothing is taken from the log."""
-    log, trained = Counting(), weights()
+    log, trained = FailingLog(), weights()
     team = Team(site, trained, 2)
     publisher = await site.publisher(trained, log=log)
     for version in (0, 1):
