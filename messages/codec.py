@@ -5,6 +5,7 @@ Whatever is not one of our messages is a RemoteProtocolError that names the subj
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import msgspec
@@ -17,6 +18,9 @@ from .ranks import AnyRankMessage
 from .rollouts import RolloutMessage
 
 Message = TrainerMessage | WorkerMessage
+
+#: No layout is larger; what says so would fill the memory of whoever reads it.
+LAYOUT_NBYTES = 1 << 26
 
 _encoder = msgspec.msgpack.Encoder()
 _control = msgspec.msgpack.Decoder(Message)
@@ -79,6 +83,26 @@ def decode_layout(data: bytes, *, subject: str = "") -> Layout:
     """Decode the layout of a rank; RemoteProtocolError if it is none."""
     layout: Layout = _decode(_layouts, data, subject)
     return layout
+
+
+def pack_layout(layout: Layout) -> bytes:
+    """The layout of a rank, small enough for a message: msgpack, deflated."""
+    return zlib.compress(_encoder.encode(layout))
+
+
+def unpack_layout(data: bytes, *, subject: str = "") -> Layout:
+    """What pack_layout() made; RemoteProtocolError if it is nothing of that kind."""
+    inflate = zlib.decompressobj()
+    try:
+        packed = inflate.decompress(data, LAYOUT_NBYTES)
+    except zlib.error as exc:
+        raise RemoteProtocolError(f"no deflated layout: {exc}", subject=subject) from exc
+    if not inflate.eof:
+        raise RemoteProtocolError(
+            f"a layout of {len(data)} bytes that is cut short, or larger than {LAYOUT_NBYTES}",
+            subject=subject,
+        )
+    return decode_layout(packed, subject=subject)
 
 
 def encode_metric(metric: Metric) -> bytes:

@@ -42,6 +42,13 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sender: Sender
 
 
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """What one root sends of an update: its size in bytes, and their checksum."""
+
+    nbytes: int
+    checksum: int
+
+
 # ---- trainer → journal → members (republished, in the order of the stream)
 
 
@@ -51,8 +58,10 @@ class Claim(Control, frozen=True, kw_only=True):
     `version` is where the epoch starts, above all that was announced before: with the contents of
     this digest, which an earlier epoch may have called otherwise. Whoever holds those holds it; all
     else that earlier epochs announced is void. `nonce` is that of the claim before: another one
-    says that the journal was made anew, and counts its versions from there. Absent: the run has no
-    trainer yet.
+    says that the journal was made anew, and counts its versions from there. `roots`: what each rank
+    of a trainer of several sends, as the layout of its own tensors (in msgpack, deflated), whose
+    coordinates its patches are in; empty: one root, which sends the tensors of the manifest.
+    Absent: the run has no trainer yet.
     """
 
     epoch: int
@@ -61,13 +70,15 @@ class Claim(Control, frozen=True, kw_only=True):
     manifest: Manifest
     nonce: str
     heartbeat_s: float
+    roots: tuple[bytes, ...] = ()
 
 
 class Announce(Control, frozen=True, kw_only=True):
     """One update is on its way: bytes and checksum are fixed from here on.
 
     Members of the window in the stamp answer Ready or NotReady, unless Go has come before; others
-    take it from the log. Absent: nothing new.
+    take it from the log. `pieces`: one of each root, if the claim names several; `nbytes` and
+    `checksum` are their sums then (mod 2⁶⁴). Absent: nothing new.
     """
 
     stamp: Stamp
@@ -81,6 +92,7 @@ class Announce(Control, frozen=True, kw_only=True):
     dense_nbytes: int
     step: int | None = None
     tags: Tags | None = None
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def version(self) -> int:
@@ -362,6 +374,11 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     its own, and what one stored is nothing to followers of the other. `merged` is how many entries
     were read from the log to become this one beside them; 0: this one was announced, or is an
     anchor.
+
+    Of a trainer of several ranks each stores its own: `root` of `roots`, in the coordinates of the
+    layout of this hash; `manifest_hash` names the tensors of that, `whole` those that are
+    published, and `digest` is that of the whole state. Readers of the log see these as one entry
+    once all are there (pipeline/log/pieces.py), with all of them in `pieces`.
     """
 
     name: str
@@ -377,3 +394,8 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
     merged: int = 0
     step: int | None = None
     tags: Tags | None = None
+    root: int = 0
+    roots: int = 1
+    layout: str = ""
+    whole: str = ""
+    pieces: tuple[LogEntry, ...] = ()

@@ -7,8 +7,10 @@ coordinates of the published tensors; each rank takes what its layout names.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import msgspec
 
@@ -86,12 +88,22 @@ class Padding(msgspec.Struct, frozen=True, kw_only=True):
         return Box(self.at, self.shape)
 
 
-class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, dict=True):
     """The local tensors of one rank, and where each element of them comes from."""
 
     tensors: tuple[TensorSpec, ...]
     parts: tuple[Part, ...]
     padding: tuple[Padding, ...] = ()
+
+    @cached_property
+    def hash(self) -> str:
+        """32 hex digits: the first 16 bytes of SHA-256 over its msgpack."""
+        return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()[:32]
+
+    @cached_property
+    def local(self) -> Manifest:
+        """The local tensors, as patches in their coordinates name them."""
+        return Manifest(tensors=self.tensors)
 
     def __post_init__(self) -> None:
         Manifest(tensors=self.tensors)  # refuses names, dtypes and sizes that no tensors have

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -204,7 +203,7 @@ class Leading:
                         self._lives(said)
                     case Fellow(leader=self._life):
                         self._comes(said, message.subject)
-        except (RemoteProtocolError, msgspec.DecodeError, zlib.error) as exc:
+        except (RemoteProtocolError, msgspec.DecodeError) as exc:
             log.warning("ignored on %s: %s", message.subject, exc)
 
     def _answered(self, answer: Answer) -> None:
@@ -229,8 +228,7 @@ class Leading:
         if self._met.done():
             self._lives(said)
             return
-        packed = zlib.decompress(said.layout)
-        self._layouts[said.rank] = codec.decode_layout(packed, subject=subject)
+        self._layouts[said.rank] = codec.unpack_layout(said.layout, subject=subject)
         self._fellows[said.rank] = said
         self._heard[said.rank] = self._clock()
         if self._fellows.keys() == self._given.ranks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -214,7 +213,7 @@ class Shard(Rank):
             leader=leader,
             rank=self.rank,
             incarnation=self._incarnation,
-            layout=zlib.compress(codec.encode(self.layout)),
+            layout=codec.pack_layout(self.layout),
             kinds=self._kinds,
             gpu=self._ports.gpu,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...messages.control import Announce, Stamp, Tags, TrainerMessage, WorkerMessage
+from ...messages.control import Announce, Piece, Stamp, Tags, TrainerMessage, WorkerMessage
 
 # ---- both sides
 
@@ -67,7 +67,7 @@ class Sealed:
     """The pending patch was taken and its bytes are fixed: what an announcement says of it.
 
     `changed` counts elements, sizes are bytes; `published_at` is when publish() was called, on
-    the driver's clock.
+    the driver's clock. `pieces`: of a trainer of several ranks, one of each.
     """
 
     base_version: int
@@ -84,6 +84,7 @@ class Sealed:
     encode_us: int
     step: int | None = None
     tags: Tags | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,4 +107,5 @@ def announcement(sealed: Sealed, stamp: Stamp, me: Sender, manifest_hash: str) -
         dense_nbytes=sealed.dense_nbytes,
         step=sealed.step,
         tags=sealed.tags,
+        pieces=sealed.pieces,
     )

@@ -50,6 +50,8 @@ def _of(kind: type[Any]) -> st.SearchStrategy[Any]:
             fields[field.name] = _u64
         elif field.name == "details":
             fields[field.name] = st.none() | st.dictionaries(_text, st.integers(0, 9), max_size=2)
+        elif kind is control.LogEntry and field.name == "pieces":
+            fields[field.name] = st.just(())  # entries themselves: drawn below
         elif field.name == "tags":
             fields[field.name] = st.none() | st.dictionaries(
                 _text, _text | st.booleans() | st.integers(-9, 9), max_size=2
@@ -130,6 +132,8 @@ def test_metrics_round_trip(kind: type[Any], data: st.DataObject) -> None:
 def test_leases_and_log_entries_round_trip(data: st.DataObject) -> None:
     """What is stored beside the conversation comes back as it was."""
     lease, entry = data.draw(_of(control.Lease)), data.draw(_of(control.LogEntry))
+    pieces = data.draw(st.lists(_of(control.LogEntry), max_size=3))
+    entry = msgspec.structs.replace(entry, pieces=tuple(pieces))
     assert codec.decode_lease(codec.encode(lease)) == lease
     assert codec.decode_entry(codec.encode(entry)) == entry
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -382,3 +383,15 @@ def test_impossible_layouts_are_refused() -> None:
         Padding(local="rows", at=(0,), shape=(1, 4))
     with pytest.raises(ValueError, match="negative"):
         Padding(local="rows", at=(0, 0), shape=(-1, 4))
+
+
+def test_a_packed_layout_comes_back_and_garbage_is_refused() -> None:
+    """What a message carries is the layout; cut, damaged or blown up beyond bounds it is none."""
+    layout = identity(Manifest(tensors=(TensorSpec("w", "bfloat16", (3, 4)),)))
+    packed = codec.pack_layout(layout)
+    assert codec.unpack_layout(packed) == layout
+    assert codec.unpack_layout(packed).hash == layout.hash
+    bomb = zlib.compress(bytes(codec.LAYOUT_NBYTES + 1))
+    for garbage in (b"", packed[:-1], packed[:5] + b"\xff" + packed[6:], bomb):
+        with pytest.raises(RemoteProtocolError):
+            codec.unpack_layout(garbage)
