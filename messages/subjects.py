@@ -73,13 +73,17 @@ class Subjects:
         return f"{self.prefix}.worker.{check_token('worker', name)}.control"
 
     def orders(self, name: str) -> str:
-        """What the first rank of a worker tells the others."""
-        return f"{self.prefix}.worker.{check_token('worker', name)}.orders"
+        """What the first rank of a worker, or of the trainer, tells the others."""
+        return f"{self._side(name)}.orders"
 
     def rank(self, name: str, rank: int | None) -> str:
-        """What another rank of a worker tells the first one; None: any of them."""
-        which = "*" if rank is None else rank
-        return f"{self.prefix}.worker.{check_token('worker', name)}.rank.{which}"
+        """What another rank of a worker, or of the trainer, tells the first one; None: any."""
+        return f"{self._side(name)}.rank.{'*' if rank is None else rank}"
+
+    def _side(self, name: str) -> str:
+        if name == "trainer":
+            return f"{self.prefix}.trainer"
+        return f"{self.prefix}.worker.{check_token('worker', name)}"
 
     def metrics(self, name: str) -> str:
         """Metrics of one worker."""
