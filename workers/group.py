@@ -145,9 +145,7 @@ class Group:
 
     async def quarantine(self, reason: str) -> None:
         """Serve nothing until the next apply has committed."""
-        await self._ranks.everywhere(
-            partial(self._mine.quarantine, reason), "quarantine", reason
-        )
+        await self._ranks.everywhere(partial(self._mine.quarantine, reason), "quarantine", reason)
 
     async def apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
         """Apply staged versions on every rank, the others within the first one's hold of the guard;

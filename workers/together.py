@@ -29,7 +29,7 @@ class Together:
     ) -> dict[int, Any]:
         """What came of it on every rank, once it is over on all; or what another rank raised, or
         this one. `hurry`: this one breaks off when another one has not done it."""
-        silent = self.silent() if self._leading.ranks else None
+        silent = self._leading.silent() if self._leading.ranks else None
         if silent is not None:
             raise RankSilent(silent)
         # Before anything is waited for: orders are given in the order in which the core asks.
