@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layouts import contents
+from ranks import split
 from sparsecast.messages.errors import LocalProtocolError, ManifestMismatch, UnsupportedTensor
 from sparsecast.pipeline.delta import Patch, Shadow, apply, diff, digest, manifest_of
 from sparsecast.pipeline.delta.search import Taking
@@ -254,3 +256,36 @@ def test_times_are_reported() -> None:
     found = Shadow(old).diff(changed(old, 0.01, 1), base_version=0, version=1)
     assert found.diff_us > 0
     assert found.encode_us > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), ranks=st.integers(1, 4))
+def test_the_shadows_of_shards_know_their_shares(seed: int, ranks: int) -> None:
+    """Each rank diffs what it holds of some tensors, rows or columns or copies: after every step
+    the digests of the shadows add up to that of the whole, and local patches bring it."""
+    random = torch.Generator().manual_seed(seed)
+    whole = {
+        "rows": torch.randn(37, 3001, generator=random).bfloat16(),
+        "layer": torch.randn(19, 31, generator=random),
+        "norm": torch.randn(5, generator=random).double(),
+    }
+    manifest = manifest_of(whole)
+    layouts = split(whole, ranks)
+    shadows = [
+        Shadow(dict(contents(layout, whole)), layout=layout, published=manifest)
+        for layout in layouts
+    ]
+    held = [{n: t.clone() for n, t in contents(layout, whole).items()} for layout in layouts]
+    for version in range(1, 4):
+        for tensor in whole.values():
+            some = torch.rand(tensor.shape, generator=random) < 10.0**-version
+            tensor[some] = torch.randn(int(some.sum()), generator=random).to(tensor.dtype)
+        total = 0
+        for shadow, layout, mine in zip(shadows, layouts, held, strict=True):
+            wanted = contents(layout, whole)
+            found = shadow.diff(wanted, base_version=version - 1, version=version)
+            total += found.digest
+            assert found.digest == shadow.digest
+            apply(found.patch, mine, version=version - 1)
+            assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
+        assert total % 2**64 == digest(whole)
