@@ -91,6 +91,18 @@ def test_tensors_of_many_chunks(
     assert found.digest == digest(new)
 
 
+@pytest.mark.parametrize("apart", [8, 64, 512])
+def test_changes_that_are_each_alone_in_their_words(apart: int) -> None:
+    """Elements far apart, at even distances, change: no word of a mask has two of them."""
+    old = {"w": torch.zeros(1 << 20, dtype=torch.bfloat16), "b": torch.zeros(1 << 17).bool()}
+    new = clone(old)
+    for tensor in new.values():
+        tensor[::apart] = 1
+    patch = diff(old, new, base_version=0, version=1)
+    assert patch.changed == ((1 << 20) + (1 << 17)) // apart
+    assert same(carried(patch, old), new)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floats_are_compared_as_bits(dtype: torch.dtype) -> None:
     """0.0 to -0.0 is a change, a NaN with the same payload is none, one with another is."""
