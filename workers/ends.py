@@ -77,8 +77,8 @@ class Ends:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         for at, (root, end) in enumerate(zip(self._roots, self._ends, strict=True)):
-            # The whole time for the first, to the digit: it is what its error says.
-            left_s = deadline - loop.time() if at else timeout_s
+            # For the first one all of it; in round numbers, for errors name them.
+            left_s = round(deadline - loop.time(), 3) if at else timeout_s
             try:
                 if left_s <= 0:
                     raise WindowTimeout(end.spec.label, f"not reached within {timeout_s:g} s")
