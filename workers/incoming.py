@@ -175,9 +175,10 @@ class Incoming:
         """Compare the engine's tensors with the claim's manifest, and digest them as a reader."""
         try:
             self._require_fit(claim)
-            self._sources = sources = sources_of(claim, self._layout)
+            if self._sources is None or not self._sources.are_of(claim):
+                self._sources = sources_of(claim, self._layout)
             with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first payload tries again
-                self._ready(sources)
+                self._ready(self._sources)
             try:
                 with self._engine.guard().reading(timeout_s=self._guard_s):
                     found = self._digest()
@@ -200,7 +201,8 @@ class Incoming:
             mine.require_same(
                 self._layout.local, here="in the model", there="in the layout of this rank"
             )
-            self._layout.require_fit(claim.manifest)
+            # Asks if it fits, and spares the digest what that takes.
+            parts_of(self._layout, claim.manifest)
 
     def _ready(self, sources: Sources) -> None:
         """Spare the first round what it takes to check and apply what comes."""

@@ -51,6 +51,8 @@ class Sources:
 
     whole: Root
     roots: tuple[Root, ...]
+    #: The roots as the claim has them.
+    packed: tuple[bytes, ...]
 
     @property
     def manifest(self) -> Manifest:
@@ -61,6 +63,11 @@ class Sources:
     def senders(self) -> tuple[Root, ...]:
         """Those that send updates."""
         return self.roots or (self.whole,)
+
+    def are_of(self, claim: Claim) -> bool:
+        """Whether another claim has the same: of many roots it takes seconds to see what they send
+        here, and one claim may be proven several times."""
+        return (self.manifest.hash, self.packed) == (claim.manifest.hash, claim.roots)
 
     def of(self, announce: Announce | LogEntry) -> list[tuple[Root, AnyPiece]]:
         """Whose patches an update or an entry of the log consists of, in the order of the roots,
@@ -102,7 +109,7 @@ def sources_of(claim: Claim, layout: Layout | None) -> Sources:
         require_whole(layouts, manifest)
     target = layout if layout is not None else identity(manifest)
     roots = (Root(root.local, through(root, target), root.hash) for root in layouts)
-    return Sources(Root(manifest, layout), tuple(roots))
+    return Sources(Root(manifest, layout), tuple(roots), claim.roots)
 
 
 def pieces_of(announce: Announce | LogEntry) -> tuple[AnyPiece, ...]:
