@@ -22,7 +22,8 @@ from ..pipeline.bus.base import Bus, Message
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.log.base import Log
-from ..pipeline.windows.base import Window, WindowFactory, WindowSpec
+from ..pipeline.windows.base import WindowFactory, WindowSpec
+from .ends import Ends
 
 log = logging.getLogger("sparsecast.driver")
 
@@ -250,27 +251,31 @@ class Windows:
     def __init__(self, ports: Ports, subjects: Subjects) -> None:
         self._ports = ports
         self._subjects = subjects
-        self._windows: dict[int, Window] = {}
+        self._windows: dict[int, Ends] = {}
 
-    def __getitem__(self, window: int) -> Window | None:
+    def __getitem__(self, window: int) -> Ends | None:
         return self._windows.get(window)
 
     async def open(self, command: cmd.OpenWindow) -> ev.WindowOpened | ev.WindowFailed:
-        """Open a window and keep it."""
+        """Open this process's ends of a window, and keep them."""
         stamp = command.stamp
-        spec = WindowSpec(
-            kind=command.kind,
-            prefix=self._subjects.window(stamp.epoch, stamp.window),
-            epoch=stamp.epoch,
-            window=stamp.window,
-            rank=command.rank,
-            size=command.size,
-            device=self._ports.device,
-        )
+        prefix = self._subjects.window(stamp.epoch, stamp.window)
+        specs = [
+            WindowSpec(
+                kind=command.kind,
+                prefix=prefix if command.of == 1 else f"{prefix}.{root}",
+                epoch=stamp.epoch,
+                window=stamp.window,
+                rank=command.rank,
+                size=command.size,
+                device=self._ports.device,
+            )
+            for root in command.roots
+        ]
         try:
-            window = self._ports.windows(spec, self._ports.bus)
-            self._windows[stamp.window] = window
-            await window.open(command.timeout_s)
+            made = [self._ports.windows(spec, self._ports.bus) for spec in specs]
+            ends = self._windows[stamp.window] = Ends(command.roots, made)
+            await ends.open(command.timeout_s)
         except WindowError as exc:
             return ev.WindowFailed(stamp.epoch, stamp.window, exc.reason)
         return ev.WindowOpened(stamp.epoch, stamp.window)
@@ -283,7 +288,7 @@ class Windows:
         """Leave an idle one in order."""
         await self._end(window, lambda found: found.close())
 
-    async def _end(self, window: int, end: Callable[[Window], Awaitable[None]]) -> None:
+    async def _end(self, window: int, end: Callable[[Ends], Awaitable[None]]) -> None:
         found = self._windows.get(window)
         if found is not None:
             # Forgotten afterwards: if this is cancelled, abort_all() waits for what it began.

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..messages.control import Claim, LogEntry, Stamp
-from ..messages.errors import PatchError, WindowError, brief
+from ..messages.errors import CorruptPatch, LogError, PatchError, WindowError, brief
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.log.base import Progress
 from .driver import Ports, Windows
 from .incoming import Incoming, Together
+from .roots import pieces_of
 
 T = TypeVar("T")
 
@@ -59,40 +60,44 @@ class Hands:
             await self._ports.run(self._incoming.warm)
 
     async def receive(self, command: cmd.Receive) -> ev.Staged | ev.ReceiveFailed:
-        """Receive a payload through its window, check it, and stage it."""
+        """Receive the payload of each root through its end of the window, check them, and stage
+        them all or none."""
         stamp, announce = command.stamp, command.announce
         identity = (stamp.epoch, stamp.window, stamp.attempt)
-        window = self._windows[stamp.window]
-        if window is None:
+        ends = self._windows[stamp.window]
+        if ends is None:
             return ev.ReceiveFailed(*identity, stamp.version, "the window is gone", corrupt=False)
         began = self._ports.clock()
         try:
+            sizes = [piece.nbytes for piece in pieces_of(announce)]
+            if len(sizes) != len(ends):
+                raise CorruptPatch(f"{len(sizes)} pieces, and the window has {len(ends)} roots")
             # Fresh memory for each attempt: an aborted one may still write to its own.
-            buffer = self._incoming.staging(announce.nbytes, window.spec.kind)
-        except (RuntimeError, TypeError) as exc:  # more than there is, or no size at all
+            buffers = self._incoming.staging(sizes, ends.spec.kind)
+        except (PatchError, RuntimeError, TypeError) as exc:  # more than there is, or no size
             reason = f"no staging for the announced {announce.nbytes} bytes: {brief(exc)}"
             return ev.ReceiveFailed(*identity, stamp.version, reason, corrupt=False)
-        payload = self._incoming.expect(buffer, announce)
+        payloads = self._incoming.expect(buffers, announce)
         try:
-            await window.receive(
-                buffer, attempt=stamp.attempt, timeout_s=command.timeout_s, behind=payload
+            await ends.receive(
+                buffers, attempt=stamp.attempt, timeout_s=command.timeout_s, behind=payloads
             )
         except WindowError as exc:
             return ev.ReceiveFailed(*identity, stamp.version, exc.reason, corrupt=False)
         receive_us = round((self._ports.clock() - began) * 1e6)
         stage = functools.partial(
             self._incoming.stage,
-            buffer,
+            buffers,
             announce,
             receive_us=receive_us,
-            transport=window.spec.kind,
+            transport=ends.spec.kind,
             window=stamp.window,
             attempt=stamp.attempt,
             scratch=command.scratch,
-            payload=payload,
+            payloads=payloads,
         )
         try:
-            if payload is not None and payload.settled:
+            if payloads is not None and all(payload.settled for payload in payloads):
                 stage()  # the window has waited for all of it
             else:
                 await self._ports.run(stage)
@@ -103,9 +108,26 @@ class Hands:
     # ---- staging and weights
 
     async def take(self, entry: LogEntry, *, timeout_s: float, progress: Progress) -> None:
-        """Load an entry of the log, check it, and stage it (LogError, BusError, PatchError)."""
+        """Load what is needed here of an entry of the log, check it, and stage all of it or none
+        (LogError, BusError, PatchError).
+
+        `progress` hears bytes of the whole entry; what is not needed counts as come.
+        """
         began = self._ports.clock()
-        data = await self._ports.log.load(entry, timeout_s=timeout_s, progress=progress)
+        data: list[bytes | bytearray | None] = []
+        before = 0
+        pieces = entry.pieces or (entry,)
+        for piece, needed in zip(pieces, self._incoming.wanted(entry), strict=True):
+            left_s = timeout_s - (self._ports.clock() - began)
+            if not needed:
+                data.append(None)
+                progress(before + piece.nbytes)
+            elif left_s <= 0:
+                raise LogError(f"log entry {entry.name!r} did not come within {timeout_s:g} s")
+            else:
+                heard = functools.partial(_further, progress, before)
+                data.append(await self._ports.log.load(piece, timeout_s=left_s, progress=heard))
+            before += piece.nbytes
         receive_us = round((self._ports.clock() - began) * 1e6)
         await self._ports.run(
             lambda: self._incoming.stage_bytes(data, entry, receive_us=receive_us)
@@ -141,3 +163,8 @@ class Hands:
         result: T = await self._ports.run(function, *args)
         self._notify()
         return result
+
+
+def _further(progress: Progress, before: int, nbytes: int) -> None:
+    """Tell of so many bytes beyond those that were there before."""
+    progress(before + nbytes)

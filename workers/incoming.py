@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -26,7 +26,6 @@ from ..messages.errors import (
     WrongBase,
 )
 from ..messages.layout import Layout
-from ..messages.manifest import Manifest
 from ..pipeline.core import events as ev
 from ..pipeline.delta import (
     Checked,
@@ -39,7 +38,8 @@ from ..pipeline.delta import (
 )
 from ..pipeline.delta.parts import parts_of
 from .engine import Engine
-from .rehearsal import rehearse
+from .rehearsal import rehearse, rehearse_layouts
+from .roots import AnyPiece, Root, Sources, named, sources_of
 from .streams import CudaFence, devices_of, host_empty, new_stream, own, settle
 
 #: How many applied versions' step and tags are remembered: a sample of an older one goes without.
@@ -63,12 +63,13 @@ Together: TypeAlias = Callable[[Callable[[], None]], None]
 
 @dataclass(slots=True)
 class Staged:
-    """A checked patch in staging. Times in seconds of the driver's clock, or µs.
+    """A checked update in staging. Times in seconds of the driver's clock, or µs.
 
-    `checked` None: it was applied, and only what there is to tell of it is left.
+    `pieces` are the patches of it of which something is held here, each with its sender; None: it
+    was applied, and only what there is to tell of it is left.
     """
 
-    checked: Checked | None
+    pieces: tuple[tuple[Root, Checked], ...] | None
     base_version: int | None
     version: int
     nbytes: int
@@ -115,7 +116,8 @@ class Incoming:
         self._fence = CudaFence()
         #: Of the tensors whose devices the fence has.
         self._ordered: object = None
-        self._manifest: Manifest | None = None
+        #: What may come under the claim that the weights were last compared with.
+        self._sources: Sources | None = None
         self._staged: dict[int, Staged] = {}
         #: Held by whoever changes what is staged.
         self._staging = threading.Lock()
@@ -149,8 +151,9 @@ class Incoming:
         """Look at all that an apply will look at, which it does the quicker for it."""
         with contextlib.suppress(Exception):  # the apply will meet it again, and tell
             tensors = self._engine.tensors()
-            if self._manifest is not None:
-                warm(tensors, self._manifest, self._device, self._layout)
+            for root in self._sources.senders if self._sources is not None else ():
+                if root.held:
+                    warm(tensors, root.manifest, self._device, root.layout)
 
     def _order(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have the guard order the devices on which the weights lie by now."""
@@ -171,10 +174,11 @@ class Incoming:
     def prove(self, claim: Claim) -> ev.Proved | ev.Unfit:
         """Compare the engine's tensors with the claim's manifest, and digest them as a reader."""
         try:
-            self._require_fit(claim.manifest)
-            self._manifest = claim.manifest
+            self._require_fit(claim)
+            if self._sources is None or not self._sources.are_of(claim):
+                self._sources = sources_of(claim, self._layout)
             with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the first payload tries again
-                ready(claim.manifest, self._device)
+                self._ready(self._sources)
             try:
                 with self._engine.guard().reading(timeout_s=self._guard_s):
                     found = self._digest()
@@ -188,23 +192,35 @@ class Incoming:
             return ev.Unfit(claim.epoch, f"its weights cannot be read: {type(exc).__name__}: {exc}")
         return ev.Proved(claim.epoch, claim.manifest.hash, found)
 
-    def _require_fit(self, manifest: Manifest) -> None:
+    def _require_fit(self, claim: Claim) -> None:
         """ManifestMismatch unless the engine's tensors are the published ones, or their parts."""
         mine = manifest_of(self._engine.tensors())
         if self._layout is None:
-            mine.require_same(manifest)
+            mine.require_same(claim.manifest)
         else:
-            local = Manifest(tensors=self._layout.tensors)
-            mine.require_same(local, here="in the model", there="in the layout of this rank")
-            # Asks if it fits, and spares the first round what that takes.
-            parts_of(self._layout, manifest)
+            mine.require_same(
+                self._layout.local, here="in the model", there="in the layout of this rank"
+            )
+            # Asks if it fits, and spares the digest what that takes.
+            parts_of(self._layout, claim.manifest)
+
+    def _ready(self, sources: Sources) -> None:
+        """Spare the first round what it takes to check and apply what comes."""
+        ready([root.manifest for root in sources.senders], self._device)
+        for root in sources.senders:
+            if root.layout is not None:
+                parts_of(root.layout, root.manifest)
+        if sources.roots:
+            layouts = [root.layout for root in sources.roots if root.layout is not None]
+            rehearse_layouts(self._engine.tensors(), layouts)
 
     def _digest(self) -> int:
         """Of the weights as they stand, or this rank's share of it. Inside the guard."""
         tensors = self._engine.tensors()
         if self._layout is None:
             return digest(tensors)
-        return digest(tensors, manifest=self._manifest, layout=self._layout)
+        assert self._sources is not None  # what is read was compared with a claim
+        return digest(tensors, manifest=self._sources.manifest, layout=self._layout)
 
     def hold(self, version: int) -> None:
         """Serve the weights, as they stand, as `version`."""
@@ -216,13 +232,19 @@ class Incoming:
 
     # ---- staging
 
-    def staging(self, nbytes: int, transport: str) -> torch.Tensor:
-        """Fresh memory for a payload that comes through a window of this kind: uint8 [nbytes].
+    def staging(self, sizes: Sequence[int], transport: str) -> list[torch.Tensor]:
+        """Fresh memory for payloads that come through a window of this kind: uint8 [nbytes] each.
 
         On any thread. On the device only for NCCL, and while staging there has room; else on the
         host. RuntimeError or TypeError: there is no room for so many bytes at all.
         """
-        if transport == "nccl" and self._fits(nbytes):
+        made: list[torch.Tensor] = []
+        for nbytes in sizes:
+            made.append(self._memory(nbytes, transport, beside=_on_device(made)))
+        return made
+
+    def _memory(self, nbytes: int, transport: str, *, beside: int) -> torch.Tensor:
+        if transport == "nccl" and self._fits(nbytes + beside):
             try:
                 # From the pool of a stream of our own: a block of another one's may still be in
                 # use by what its owner has queued, and the window does not wait for that.
@@ -238,9 +260,9 @@ class Incoming:
         room = self._device_nbytes - self._on_device_nbytes
         return self._device.type == "cuda" and nbytes <= room
 
-    def _placed(self, buffer: torch.Tensor) -> torch.Tensor:
+    def _placed(self, buffer: torch.Tensor, *, beside: int) -> torch.Tensor:
         """The same bytes on the device, where there is room for them."""
-        if buffer.is_cuda or not self._fits(buffer.numel()):
+        if buffer.is_cuda or not self._fits(buffer.numel() + beside):
             return buffer
         try:
             return buffer.to(self._device, non_blocking=True)
@@ -250,21 +272,40 @@ class Incoming:
     def _count(self) -> None:
         """Under the lock."""
         self._on_device_nbytes = sum(
-            staged.nbytes
+            _on_device([checked.patch.buffer for _, checked in staged.pieces or ()])
             for staged in self._staged.values()
-            if staged.checked is not None and staged.checked.patch.buffer.is_cuda
         )
 
-    def expect(self, buffer: torch.Tensor, announce: Announce) -> Payload | None:
-        """What is to follow a payload that a window brings into `buffer`; on any thread."""
-        manifest = self._manifest
-        if manifest is None or announce.manifest_hash != manifest.hash:
+    def expect(self, buffers: Sequence[torch.Tensor], announce: Announce) -> list[Payload] | None:
+        """What is to follow the payloads that a window brings into these buffers, one a root; on
+        any thread."""
+        sources = self._sources
+        if sources is None:
+            return None
+        try:
+            sent = sources.of(announce)
+        except PatchError:
             return None  # stage() refuses it
-        return Payload(buffer, manifest)
+        return [
+            Payload(buffer, root.manifest) for buffer, (root, _) in zip(buffers, sent, strict=True)
+        ]
+
+    def wanted(self, entry: LogEntry) -> list[bool]:
+        """Of each piece of an entry of the log, whether anything of it is held here; on any thread.
+
+        ManifestMismatch, CorruptPatch: the entry is of other tensors, or other roots, than the
+        claim's.
+        """
+        return [root.held for root, _ in self._sent(entry)]
+
+    def _sent(self, announce: Announce | LogEntry) -> list[tuple[Root, AnyPiece]]:
+        if self._sources is None:
+            raise ManifestMismatch(f"version {announce.version}: no claim was followed yet")
+        return self._sources.of(announce)
 
     def stage(
         self,
-        buffer: torch.Tensor,
+        buffers: Sequence[torch.Tensor | None],
         announce: Announce | LogEntry,
         *,
         receive_us: int,
@@ -272,42 +313,42 @@ class Incoming:
         window: int = 0,
         attempt: int = 0,
         scratch: bool = False,
-        payload: Payload | None = None,
+        payloads: Sequence[Payload] | None = None,
     ) -> None:
-        """Check a payload (uint8, 1-d) against what was announced of it, and keep it.
+        """Check payloads (uint8, 1-d), one a root, against what was announced of them, and keep all
+        of them. None: one of which nothing is held here, see wanted().
 
-        `scratch`: check and drop it. `payload`: expect()'s; if it is settled, this waits for
-        nothing and is for any thread. CorruptPatch or ManifestMismatch: nothing was kept.
+        `scratch`: check and drop them. `payloads`: expect()'s; if all are settled, this waits for
+        nothing and is for any thread. PatchError: nothing was kept.
         """
         began = self._clock()
-        manifest = self._manifest
-        if manifest is None or announce.manifest_hash != manifest.hash:
-            raise ManifestMismatch(f"version {announce.version} is of another manifest")
-        if buffer.numel() != announce.nbytes:
-            raise CorruptPatch(f"{buffer.numel()} bytes, {announce.nbytes} were announced")
-        if payload is None or not payload.settled:
-            buffer = self._placed(buffer)
-            own(buffer)
-            payload = Payload(buffer, manifest)
-        if payload.checksum != announce.checksum:
-            raise CorruptPatch(
-                f"checksum {payload.checksum:016x}, announced was {announce.checksum:016x}"
-            )
-        patch = payload.patch
-        if (patch.base_version, patch.version) != (announce.base_version, announce.version):
-            raise CorruptPatch(
-                f"it says {patch.base_version} → {patch.version}, announced was "
-                f"{announce.base_version} → {announce.version}"
-            )
-        checked = payload.check()
+        sent = self._sent(announce)
+        if len(buffers) != len(sent):
+            raise CorruptPatch(f"{len(buffers)} payloads, {len(sent)} were announced")
+        given: Sequence[Payload | None] = payloads or [None] * len(sent)
+        pieces: list[tuple[Root, Checked]] = []
+        beside = 0
+        for at, ((root, piece), buffer, payload) in enumerate(
+            zip(sent, buffers, given, strict=True)
+        ):
+            if buffer is None:
+                assert not root.held
+                continue
+            try:
+                checked = self._checked(root, piece, buffer, payload, announce, beside)
+            except PatchError as exc:
+                raise named(exc, at, len(sent)) from exc
+            if root.held:
+                pieces.append((root, checked))
+                beside += _on_device([checked.patch.buffer])
         now = self._clock()
         if scratch:
             return
         staged = Staged(
-            checked=checked,
-            base_version=patch.base_version,
-            version=patch.version,
-            nbytes=patch.nbytes,
+            pieces=tuple(pieces),
+            base_version=announce.base_version,
+            version=announce.version,
+            nbytes=announce.nbytes,
             staged_at=now,
             receive_us=receive_us,
             check_us=round((now - began) * 1e6),
@@ -319,25 +360,60 @@ class Incoming:
             tags=announce.tags,
         )
         with self._staging:
-            before = self._staged.get(patch.version)
+            before = self._staged.get(staged.version)
             # Window and log may bring the same version: the wider one fits more. What an earlier
             # epoch called so is another.
             if (
                 before is not None
-                and before.digest == announce.digest
-                and _reaches_back(before.base_version, patch.base_version)
+                and before.digest == staged.digest
+                and _reaches_back(before.base_version, staged.base_version)
             ):
                 return
-            self._staged[patch.version] = staged
+            self._staged[staged.version] = staged
             self._count()
 
-    def stage_bytes(self, data: bytes | bytearray, entry: LogEntry, *, receive_us: int) -> None:
+    def _checked(
+        self,
+        root: Root,
+        piece: AnyPiece,
+        buffer: torch.Tensor,
+        payload: Payload | None,
+        announce: Announce | LogEntry,
+        beside: int,
+    ) -> Checked:
+        """One root's payload, if it is what was announced of it."""
+        if buffer.numel() != piece.nbytes:
+            raise CorruptPatch(f"{buffer.numel()} bytes, {piece.nbytes} were announced")
+        if payload is None or not payload.settled:
+            buffer = self._placed(buffer, beside=beside)
+            own(buffer)
+            payload = Payload(buffer, root.manifest)
+        if payload.checksum != piece.checksum:
+            raise CorruptPatch(
+                f"checksum {payload.checksum:016x}, announced was {piece.checksum:016x}"
+            )
+        patch = payload.patch
+        if (patch.base_version, patch.version) != (announce.base_version, announce.version):
+            raise CorruptPatch(
+                f"it says {patch.base_version} → {patch.version}, announced was "
+                f"{announce.base_version} → {announce.version}"
+            )
+        return payload.check()
+
+    def stage_bytes(
+        self, data: Sequence[bytes | bytearray | None], entry: LogEntry, *, receive_us: int
+    ) -> None:
         """stage() for what the log gave."""
-        if not data:
-            raise CorruptPatch(f"log entry {entry.name!r} has no bytes")
-        whole = data if isinstance(data, bytearray) else bytearray(data)
-        buffer = torch.frombuffer(whole, dtype=torch.uint8)
-        self.stage(buffer, entry, receive_us=receive_us, transport="log")
+        buffers: list[torch.Tensor | None] = []
+        for one in data:
+            if one is None:
+                buffers.append(None)
+                continue
+            if not one:
+                raise CorruptPatch(f"log entry {entry.name!r} has no bytes")
+            whole = one if isinstance(one, bytearray) else bytearray(one)
+            buffers.append(torch.frombuffer(whole, dtype=torch.uint8))
+        self.stage(buffers, entry, receive_us=receive_us, transport="log")
 
     def drop(self, versions: tuple[int, ...] | None) -> None:
         """Forget staged patches (None: all)."""
@@ -385,12 +461,11 @@ class Incoming:
                     writer.begin_write()
 
                 for patch in patches:
-                    assert patch.checked is not None
-                    own(patch.checked.patch.buffer)
-                    changed = apply_checked(
-                        patch.checked, tensors, layout=self._layout, begin=begin
-                    )
-                    names.update(dict.fromkeys(changed))
+                    for root, checked in patch.pieces or ():
+                        own(checked.patch.buffer)
+                        changed = apply_checked(checked, tensors, layout=root.layout, begin=begin)
+                        names.update(dict.fromkeys(changed))
+                begin()  # who has nothing to write leads others that have
                 last = patches[-1]
                 self._engine.after_apply(last.version, list(names))
                 writer.commit(last.version)
@@ -404,7 +479,7 @@ class Incoming:
         now = self._clock()
         last.apply_us = round((now - began) * 1e6)
         last.staged_us = round((now - last.staged_at) * 1e6)
-        self.last = replace(last, checked=None)
+        self.last = replace(last, pieces=None)
         self.origins[last.version] = (last.step, last.tags)
         while len(self.origins) > ORIGINS:
             self.origins.popitem(last=False)
@@ -422,6 +497,11 @@ class Incoming:
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
         return ev.Digested(version, found, round((self._clock() - began) * 1e6))
+
+
+def _on_device(buffers: Sequence[torch.Tensor]) -> int:
+    """How many of their bytes are on the device."""
+    return sum(buffer.numel() for buffer in buffers if buffer.is_cuda)
 
 
 def _reaches_back(base_version: int | None, other: int | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,18 @@ def rehearse(
                 rehearse_parts(kind.device, kind.held, kind.dims)
     if device.type == "cuda":
         _fill_pool(device)
+
+
+def rehearse_layouts(tensors: Mapping[str, torch.Tensor], layouts: Sequence[Layout]) -> None:
+    """Check, apply and digest by layouts of which these are local tensors: what patches of several
+    senders take beyond rehearse().
+
+    Loads and leaves alone what that does, and fails alike.
+    """
+    kinds = {kind for layout in layouts for kind in kinds_of(tensors, layout=layout)}
+    for kind in sorted(kinds, key=str):
+        if kind.dims and kind.device.type == "cuda":
+            rehearse_parts(kind.device, kind.held, kind.dims)
 
 
 def kinds_of(

@@ -30,6 +30,11 @@ class Announced:
         """The epoch of the claim; 0 before the first."""
         return self.claim.epoch if self.claim is not None else 0
 
+    @property
+    def roots(self) -> int:
+        """How many ranks the trainer sends from."""
+        return max(len(self.claim.roots), 1) if self.claim is not None else 1
+
     def outranks(self, claim: Claim) -> bool:
         """Whether a claim is to be refused: lower epochs are, and what was said twice."""
         if self.claim is None or claim.epoch > self.epoch:

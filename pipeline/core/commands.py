@@ -23,13 +23,19 @@ from .ledger import RoundRecord
 @dataclass(frozen=True, slots=True)
 class OpenWindow:
     """Open this window and keep it; `rank` is the first one of this side's. Ends in WindowOpened or
-    WindowFailed."""
+    WindowFailed.
+
+    It has an end for each root, a communicator of its own: `roots` are those to open here, in this
+    order, of as many as `of` says.
+    """
 
     stamp: Stamp
     kind: WindowKind
     rank: int
     size: int
     timeout_s: float
+    roots: tuple[int, ...] = (0,)
+    of: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,11 @@ class Seat:
         self._going = stamp
         if stamp.attempt == 0:
             rank, size = opening.first_rank(self._me), opening.size
-            return [cmd.OpenWindow(stamp, opening.kind, rank, size, self._policy.open_s)]
+            roots = self._announced.roots
+            open_s = self._policy.open_s
+            return [
+                cmd.OpenWindow(stamp, opening.kind, rank, size, open_s, tuple(range(roots)), roots)
+            ]
         # The journal's word, where it is here already.
         announce = self._announced.announce(stamp.version) or go.announce
         if announce is None or announce.version != stamp.version:

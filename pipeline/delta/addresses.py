@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .kernels.plan import Plan
     from .kernels.regions import Regions
 
-#: Sets of addresses and plans that are remembered: a process has one or two models.
-_KNOWN = 8
+#: Sets of addresses and plans that are remembered: a process has one or two models, each perhaps in
+#: as many pieces as its trainer has ranks.
+_KNOWN = 1024
 
 
 def plan_of(manifest: Manifest, device: torch.device) -> Plan:

@@ -19,8 +19,8 @@ from ...messages.layout import NO_AXIS, Layout, Part
 from ...messages.manifest import Manifest, TensorSpec
 from .bits import indices
 
-#: Layouts that are remembered: a process has one or two.
-_KNOWN = 8
+#: Layouts that are remembered: a process has one or two, or one for each rank of a trainer.
+_KNOWN = 1024
 
 
 def strides_of(shape: Sequence[int]) -> list[int]:

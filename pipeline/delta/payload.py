@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,12 +101,14 @@ class Payload:
         return check(self.patch, self._manifest, checking=self._told())
 
 
-def ready(manifest: Manifest, device: torch.device) -> None:
-    """Make on a device what the check of a first payload for these weights needs."""
-    if manifest.numel and kernels.usable(device):
-        with quiet():
-            nothing = torch.zeros(HEADER.size, dtype=torch.uint8, device=device)
-            Payload(nothing, manifest).prepare()
+def ready(manifests: Sequence[Manifest], device: torch.device) -> None:
+    """Make on a device what the check of first payloads needs that come together, each for weights
+    of one of these manifests."""
+    if kernels.usable(device):
+        from .readied import reserve
+
+        with quiet(), on(device):
+            reserve([manifest for manifest in manifests if manifest.numel], device)
 
 
 def warm(

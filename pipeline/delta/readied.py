@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,14 +143,30 @@ class Checking:
 #: Rooms that nobody uses just now, by manifest and device: of a few, as many as a round needs.
 _rooms: dict[tuple[str, torch.device], list[_Room]] = {}
 _KNOWN, _SPARE = 8, 2
+#: Of as many manifests as a trainer has ranks, or a few of them.
+_RESERVED = 1024
+#: How many payloads of these come together: so many of their rooms stay.
+_reserved: dict[tuple[str, torch.device], int] = {}
+
+
+def reserve(manifests: Sequence[Manifest], device: torch.device) -> None:
+    """Make the rooms of payloads that come together, each for weights of one of these manifests,
+    which have elements; they stay, for the next that come."""
+    _reserved.update(Counter((manifest.hash, device) for manifest in manifests))
+    for oldest in list(_reserved)[:-_RESERVED]:
+        del _reserved[oldest]
+    nothing = torch.zeros(HEADER.size, dtype=torch.uint8, device=device)
+    # All of them at a time: two of one manifest need a room each.
+    together = [Checking(nothing, manifest) for manifest in manifests]
+    together.clear()
 
 
 def _keep(key: tuple[str, torch.device], room: _Room) -> None:
     rooms = _rooms.pop(key, [])
-    if len(rooms) < _SPARE:
+    if len(rooms) < max(_SPARE, _reserved.get(key, 0)):
         rooms.append(room)
     _rooms[key] = rooms  # the one that was used last stays longest
-    for oldest in list(_rooms)[:-_KNOWN]:
+    for oldest in [other for other in list(_rooms) if other not in _reserved][:-_KNOWN]:
         _rooms.pop(oldest, None)
 
 

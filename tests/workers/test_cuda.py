@@ -415,8 +415,9 @@ async def test_staging_on_the_device_is_bounded(site: Site, room: int) -> None:
         await publisher.publish()
         await eventually(lambda: guard._writers_waiting == 1, 30.0)
         (staged,) = replica._incoming._staged.values()
-        assert staged.checked is not None
-        assert staged.checked.patch.buffer.is_cuda is (room > 1)
+        assert staged.pieces is not None
+        ((_, checked),) = staged.pieces
+        assert checked.patch.buffer.is_cuda is (room > 1)
         assert replica._incoming._on_device_nbytes == (staged.nbytes if room > 1 else 0)
     await replica.wait_version(1, timeout_s=30)
     await eventually(lambda: replica.verified == 1, 30.0)

@@ -3,17 +3,19 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sparsecast import BusUnavailable, WaitTimeout, WindowAborted, WindowError
+from sparsecast import BusUnavailable, WaitTimeout, WindowAborted, WindowError, WindowTimeout
 from sparsecast.messages.control import Stamp
 from sparsecast.messages.subjects import Subjects
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
 from sparsecast.workers.driver import Changes, Driver, Outbox, Windows
+from sparsecast.workers.ends import Ends
 
 
 class Toy:
@@ -258,6 +260,61 @@ async def test_an_abort_that_was_cancelled_is_waited_for() -> None:
     await windows.abort_all()
     assert made[0].gone
     assert isinstance(await opening, ev.WindowFailed)
+
+
+async def test_every_root_has_an_end_of_its_own() -> None:
+    """A worker opens an end for each of three roots, a rank of the trainer its own, each under a
+    prefix of its own; of a trainer of one rank the prefix is that of the window. Aborting one
+    aborts all."""
+    for roots, of, prefixes in (
+        ((0, 1, 2), 3, ["window.1.3.0", "window.1.3.1", "window.1.3.2"]),
+        ((1,), 3, ["window.1.3.1"]),
+        ((0,), 1, ["window.1.3"]),
+    ):
+        windows, made = _windows()
+        command = replace(_opening("gloo"), roots=roots, of=of)
+        opening = asyncio.create_task(windows.open(command))
+        await asyncio.sleep(0)
+        assert [end.spec.prefix for end in made] == [f"sparsecast.r.{one}" for one in prefixes]
+        await windows.abort(3)
+        assert all(end.gone for end in made)
+        failed = await opening
+        assert isinstance(failed, ev.WindowFailed)
+        assert ("root 0: " in failed.reason) == (len(roots) > 1)
+
+
+class Steady:
+    """An end that takes its time over everything, and notes what it was given."""
+
+    def __init__(self, takes_s: float) -> None:
+        self.spec: Any = SimpleNamespace(label="gloo:1.3")
+        self.takes_s = takes_s
+        self.given: list[Any] = []
+
+    async def receive(self, staging: Any, *, attempt: int, timeout_s: float, behind: Any) -> None:
+        """Take a while, or as long as there is."""
+        self.given.append((staging, attempt, behind))
+        await asyncio.sleep(min(self.takes_s, timeout_s))
+        if self.takes_s > timeout_s:
+            raise WindowTimeout(self.spec.label, "no sender")
+
+
+async def test_ends_receive_in_turn_within_one_deadline() -> None:
+    """Each root's payload goes to its own staging; a slow first root leaves the second what is left
+    of the time, and nothing to the third: who waited in vain is named."""
+    ends: list[Any] = [Steady(0.05), Steady(0.02), Steady(0.0)]
+    await Ends((0, 1, 2), ends).receive("abc", attempt=2, timeout_s=5.0, behind="xyz")  # type: ignore[arg-type]
+    assert [end.given for end in ends] == [[(a, 2, b)] for a, b in zip("abc", "xyz", strict=True)]
+    ends = [Steady(0.1), Steady(60.0), Steady(0.0)]
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(WindowTimeout, match="root 1: no sender"):
+        await Ends((0, 1, 2), ends).receive("abc", attempt=1, timeout_s=0.3)  # type: ignore[arg-type]
+    assert asyncio.get_running_loop().time() - began < 3.0
+    assert not ends[2].given
+    ends = [Steady(0.2), Steady(0.0)]
+    ends[0].receive = lambda *_, **__: asyncio.sleep(0.2)
+    with pytest.raises(WindowTimeout, match=r"root 1: not reached within 0\.1 s"):
+        await Ends((0, 1), ends).receive("ab", attempt=1, timeout_s=0.1)  # type: ignore[arg-type]
 
 
 async def test_waits_look_again_at_every_change() -> None:

@@ -98,7 +98,7 @@ class Stand:
     def stage(self, patch: Patch, entry: LogEntry | None = None, **options: Any) -> None:
         """Stage a patch under what was announced of it."""
         self.incoming.stage(
-            patch.buffer.clone(),
+            [patch.buffer.clone()],
             entry or self.entry(patch),
             receive_us=1,
             transport="bus",
@@ -155,7 +155,7 @@ def test_a_log_entry_without_bytes_is_refused() -> None:
     stand = Stand()
     entry = stand.entry(stand.patch(0, 1))
     with pytest.raises(CorruptPatch, match="no bytes"):
-        stand.incoming.stage_bytes(b"", entry, receive_us=1)
+        stand.incoming.stage_bytes([b""], entry, receive_us=1)
 
 
 def test_scratch_is_checked_and_dropped() -> None:

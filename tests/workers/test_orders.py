@@ -9,12 +9,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecast import CorruptPatch, LogHole, PatchError
-from sparsecast.messages.control import Stamp
+from sparsecast.messages.control import LogEntry, Stamp
 from sparsecast.messages.errors import SparsecastError
 from sparsecast.messages.ranks import Answer, Order
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
 from sparsecast.workers.orders import Given, Taken, answer_of, decode_what, result_of
+
+PIECE = LogEntry(
+    name="1-patch-2-3.0",
+    epoch=1,
+    base_version=2,
+    version=3,
+    nbytes=5,
+    checksum=6,
+    digest=2**64 - 1,
+    manifest_hash="of its own tensors",
+    chunks=1,
+    roots=2,
+    layout="its layout",
+    whole="of the published ones",
+)
+GROUPED = msgspec.structs.replace(
+    PIECE,
+    name="1-patch-2-3",
+    manifest_hash="of the published ones",
+    layout="",
+    pieces=(PIECE, msgspec.structs.replace(PIECE, name="1-patch-2-3.1", root=1)),
+)
 
 
 @given(seed=st.integers(0, 2**32), ranks=st.integers(1, 3), orders=st.integers(1, 30))
@@ -88,6 +110,8 @@ def test_answers_are_forgotten_once_all_have_answered() -> None:
     ("deed", "what"),
     [
         ("open", cmd.OpenWindow(Stamp(1, 2, 0, 3), "gloo", 1, 4, 5.0)),
+        ("open", cmd.OpenWindow(Stamp(1, 2, 0, 3), "gloo", 1, 4, 5.0, (0, 1, 2), 3)),
+        ("take", GROUPED),
         ("abort", 7),
         ("alert", Stamp(1, 2, 1, 3)),
         ("drop", None),
@@ -95,7 +119,7 @@ def test_answers_are_forgotten_once_all_have_answered() -> None:
         ("quarantine", "it is torn"),
         ("apply", (3, 4)),
     ],
-    ids=["open", "abort", "alert", "drop-all", "drop", "quarantine", "apply"],
+    ids=["open", "open-roots", "take", "abort", "alert", "drop-all", "drop", "quarantine", "apply"],
 )
 def test_what_comes_with_an_order_comes_as_it_was(deed: Any, what: Any) -> None:
     """Given, encoded and decoded: the same command or value."""

@@ -22,6 +22,24 @@ def test_a_join_says_what_the_trainer_must_know_to_choose_a_window() -> None:
     assert (join.gpus, join.version) == (("GPU-1",), 0)
 
 
+def test_a_window_is_opened_at_an_end_for_each_root() -> None:
+    """The claim names two roots: the member opens both ends of a window, in their order; of one
+    that names none, the one end that there is."""
+    for roots, ends in (((), (0,)), ((b"first", b"second"), (0, 1))):
+        talk = Talk()
+        talk.hear(replace(claim(epoch=2), roots=roots))
+        stamp = Stamp(2, 1)
+        talk.hear(
+            msg.Opening(
+                sender=TRAINER, stamp=stamp, kind="gloo", members=(ME,), ranks=(1,), enters_at=0
+            )
+        )
+        talk.hear(msg.Go(sender=TRAINER, stamp=stamp))
+        opening = talk.only(cmd.OpenWindow)
+        assert (opening.roots, opening.of) == (ends, len(ends))
+        assert (opening.rank, opening.size) == (1, 2)
+
+
 def test_a_round_from_announcement_to_verified() -> None:
     """Announced, committed, received, applied, digested: each step is reported."""
     talk = Talk(window=True)

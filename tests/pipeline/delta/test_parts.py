@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dealt import fill, held, layouts, published
+from sparsecast.messages.compose import through
 from sparsecast.messages.errors import (
     CorruptPatch,
     ManifestMismatch,
@@ -63,6 +64,34 @@ def test_a_rank_takes_what_its_parts_hold(
             assert names == [spec.name for spec in layout.tensors if spec.name in holding]
             share += digest(local, manifest=manifest, layout=layout)
     assert share & M == digest(new)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), published(), densities, seeds, strides)
+def test_a_rank_takes_from_each_root_what_it_holds_of_it(
+    data: Any, old: State, density: float, seed: int, laid: str
+) -> None:
+    """Ranks of a trainer hold the tensors in any way, those of a worker in any other: the patches
+    of what each of the former holds, each through both layouts, leave in every one of the latter
+    what cutting the new tensors would, and padding as it was."""
+    roots, ranks = data.draw(layouts(old)), data.draw(layouts(old))
+    new = changed(old, density, seed)
+    generator = torch.Generator().manual_seed(seed)
+    pieces = []
+    for root in roots:
+        before = held(root, generator)
+        fill(root, before, old)
+        after = clone(before)
+        fill(root, after, new)
+        pieces.append(diff(before, after, base_version=0, version=1))
+    for layout in ranks:
+        local = held(layout, generator, laid)
+        fill(layout, local, old)
+        expected = clone(local)
+        fill(layout, expected, new)
+        for root, piece in zip(roots, pieces, strict=True):
+            apply(piece, local, version=0, layout=through(root, layout), manifest=root.local)
+        assert same(local, expected)
 
 
 # ---- shapes that engines have

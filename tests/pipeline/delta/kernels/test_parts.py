@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dealt import fill, held, layouts
+from sparsecast.messages.compose import through
 from sparsecast.messages.errors import UnsupportedTensor
 from sparsecast.messages.layout import Layout, Padding, Part
 from sparsecast.messages.manifest import TensorSpec
@@ -61,6 +62,37 @@ def test_a_rank_takes_what_its_parts_hold(data: Any, old: State, density: float,
             assert digest(local, manifest=manifest, layout=layout) == found
         share += found
     assert share & MASK == digest(new)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data(), small(), st.sampled_from([0.01, 0.2, 1.0]), seeds)
+def test_a_rank_takes_from_each_root_what_it_holds_of_it(
+    data: Any, old: State, density: float, seed: int
+) -> None:
+    """The patches of what each rank of a trainer holds, each through its layout and a worker's:
+    together they leave what cutting the new tensors would, in two ranks of a worker."""
+    roots, ranks = data.draw(layouts(old)), data.draw(layouts(old))[:2]
+    new = copied(old)
+    step(new, density, seed)
+    generator = torch.Generator().manual_seed(seed)
+    pieces = []
+    for root in roots:
+        before = held(root, generator)
+        fill(root, before, old)
+        after = {name: tensor.clone() for name, tensor in before.items()}
+        fill(root, after, {name: tensor.cpu() for name, tensor in new.items()})
+        with by_torch():
+            pieces.append(diff(copied(before), copied(after), base_version=0, version=1))
+    for layout in ranks:
+        local = copied(held(layout, generator))
+        fill(layout, local, copied(old))
+        expected = copied(local)
+        fill(layout, expected, new)
+        with by_kernels():
+            for root, piece in zip(roots, pieces, strict=True):
+                checked = check(piece, root.local)
+                apply_checked(checked, local, layout=through(root, layout))
+        require_same(local, expected)
 
 
 def model(dtype: str) -> tuple[State, Layout]:

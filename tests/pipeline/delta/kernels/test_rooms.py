@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecast.pipeline.delta import Patch, apply_checked, check, diff, digest
+from sparsecast.pipeline.delta import (
+    Patch,
+    Payload,
+    apply_checked,
+    check,
+    diff,
+    digest,
+    manifest_of,
+    ready,
+)
 from sparsecast.pipeline.delta.timing import Mark
 from states import bits
 from twins import DEVICE, by_kernels, by_torch, copied, model, require_same
@@ -62,6 +71,38 @@ def test_models_come_and_go() -> None:
             check(patch, patch.manifest)
     gc.collect()
     assert len(rooms()) == 8
+
+
+def test_rooms_of_what_comes_together_stay() -> None:
+    """Three roots send patches of tensors that are called and shaped alike, and one others: a room
+    for each is made before, no round makes any, and other models come and go beside them."""
+    rooms().clear()
+    alike, other = model(torch.uint8, w=(300,)), model(torch.uint8, v=(200,))
+    models = [alike, alike, alike, other]
+    with by_kernels():
+        ready([manifest_of(tensors) for tensors in models], DEVICE)
+        gc.collect()
+        made = {id(room) for found in rooms().values() for room in found}
+        assert len(made) == 4
+        for at, old in enumerate([model(torch.uint8, w=(100 + size,)) for size in range(10)]):
+            new = copied(old)
+            bits(new["w"])[:9] ^= 1
+            with by_torch():
+                patch = diff(old, new, base_version=at, version=at + 1)
+            check(patch, manifest_of(old))
+        for _ in range(2):
+            patches = [diff(old, copied(old), base_version=0, version=1) for old in models]
+            together = [
+                Payload(patch.buffer, manifest_of(old))
+                for patch, old in zip(patches, models, strict=True)
+            ]
+            for payload in together:
+                payload.enqueue()
+            used = {id(payload.check().readied.checking.room) for payload in together}  # type: ignore[union-attr]
+            assert used == made
+            payload = None
+            together.clear()
+            gc.collect()
 
 
 class _Slow(Mark):
