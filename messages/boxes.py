@@ -1,10 +1,10 @@
-"""Boxes of elements, and whether several of them cover a tensor once and no more."""
+"""Boxes of elements: which of them meet, and whether several cover a tensor once and no more."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from itertools import product
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations, product
 from typing import NamedTuple
 
 
@@ -21,6 +21,12 @@ class Box(NamedTuple):
     def end(self) -> tuple[int, ...]:
         """One past the last index in each dimension."""
         return tuple(b + n for b, n in zip(self.begin, self.shape, strict=True))
+
+    def shared(self, other: Box) -> Box:
+        """What it has in common with another box of the same tensor; perhaps of no elements."""
+        begin = tuple(map(max, self.begin, other.begin))
+        ends = map(min, self.end, other.end)
+        return Box(begin, tuple(max(e - b, 0) for b, e in zip(begin, ends, strict=True)))
 
     def within(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape has all of it."""
@@ -60,6 +66,37 @@ def first_miscount(shape: tuple[int, ...], boxes: Iterable[Box]) -> Miscount | N
         excess[corner] -= sign
     first = min((corner for corner, weight in excess.items() if weight), default=None)
     return None if first is None else Miscount(first, 1 + excess[first])
+
+
+def meetings(boxes: Sequence[Box]) -> Iterator[tuple[int, int]]:
+    """The pairs of boxes of one tensor that have elements in common, by place, the lower first.
+
+    They are swept along the dimension in which they begin at the most different indices, and each
+    is held against those that reach as far: n boxes in a row, or two rows of them, take O(n log n).
+    """
+    solid = [at for at, box in enumerate(boxes) if 0 not in box.shape]
+    if not solid:
+        return
+    dims = range(len(boxes[solid[0]].begin))
+    along = max(dims, key=lambda d: len({boxes[at].begin[d] for at in solid}), default=None)
+    if along is None:  # of a 0-dim tensor each has the one element
+        yield from combinations(solid, 2)
+        return
+    reaching: list[int] = []
+    for at in sorted(solid, key=lambda at: boxes[at].begin[along]):
+        first = boxes[at].begin[along]
+        reaching = [o for o in reaching if boxes[o].begin[along] + boxes[o].shape[along] > first]
+        for other in reaching:
+            if 0 not in boxes[at].shared(boxes[other]).shape:
+                yield min(at, other), max(at, other)
+        reaching.append(at)
+
+
+def first_meeting(boxes: Sequence[Box]) -> tuple[int, ...] | None:
+    """An element that several boxes of one tensor hold, if there is one."""
+    for one, other in meetings(boxes):
+        return boxes[one].shared(boxes[other]).begin
+    return None
 
 
 def gap_at(index: tuple[int, ...], shape: tuple[int, ...], boxes: Iterable[Box]) -> Box:

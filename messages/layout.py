@@ -14,16 +14,20 @@ from functools import cached_property
 
 import msgspec
 
-from .boxes import Box, first_miscount, gap_at
+from .boxes import Box, first_meeting, first_miscount, gap_at
 from .errors import ManifestMismatch
 from .manifest import Manifest, TensorSpec
+
+#: Stands in Part.axes for a dimension of extent 1 that runs along none of the local tensor.
+NO_AXIS = -1
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A box of a published tensor, and the box of a local one that holds it, element for element.
 
     Element begin + d of the published tensor is element at + d' of the local one, for every d with
-    0 ≤ d < shape, where d'[axes[k]] = d[k] and every other d' is 0.
+    0 ≤ d < shape, where d'[axes[k]] = d[k] and every other d' is 0. Where the box is one element
+    thick, k may run along no dimension of the local tensor: axes[k] is NO_AXIS then.
     """
 
     #: The published tensor, with the first index and the extent of the box in each dimension of it.
@@ -46,7 +50,12 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             )
         if min((*self.begin, *self.shape, *self.at), default=0) < 0:
             raise ValueError(f"a part of tensor {self.tensor!r} has a negative index or extent")
-        if len(set(self.axes)) < len(self.axes) or not set(self.axes) <= set(range(len(self.at))):
+        running = [
+            axis
+            for axis, size in zip(self.axes, self.shape, strict=True)
+            if (axis, size) != (NO_AXIS, 1)
+        ]
+        if len(set(running)) < len(running) or not set(running) <= set(range(len(self.at))):
             raise ValueError(
                 f"a part of tensor {self.tensor!r} has axes {list(self.axes)}, which are not "
                 f"distinct dimensions of {self.local!r}, a tensor of {len(self.at)}"
@@ -62,7 +71,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """What it is of the local tensor."""
         extent = [1] * len(self.at)
         for axis, size in zip(self.axes, self.shape, strict=True):
-            extent[axis] = size
+            if axis != NO_AXIS:
+                extent[axis] = size
         return Box(self.at, tuple(extent))
 
 
@@ -94,6 +104,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, dict
     tensors: tuple[TensorSpec, ...]
     parts: tuple[Part, ...]
     padding: tuple[Padding, ...] = ()
+    #: Whether elements that are in no part and no padding come from elsewhere: what is published
+    #: comes from several sources, and this says what one of them gives (compose.through).
+    partial: bool = False
 
     @cached_property
     def hash(self) -> str:
@@ -112,8 +125,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, dict
         """ManifestMismatch unless the parts are of published tensors and fill the local ones.
 
         Parts lie within both tensors, which have one dtype, and with the padding they cover every
-        local element once. What the manifest has and this rank does not hold is no error:
-        require_whole() asks it of all ranks together.
+        local element once; in a partial layout, none twice. What the manifest has and this rank
+        does not hold is no error: require_whole() asks it of all ranks together.
         """
         published = {spec.name: spec for spec in manifest.tensors}
         local = {spec.name: spec for spec in self.tensors}
@@ -134,19 +147,23 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, dict
         for spec in self.tensors:
             held = holders[spec.name]
             boxes = [holder.local_box for holder in held]
-            wrong = first_miscount(spec.shape, boxes)
-            if wrong is None:
-                continue
-            if wrong.times == 0:
+            if self.partial:
+                element = first_meeting(boxes)
+            elif (wrong := first_miscount(spec.shape, boxes)) is None:
+                element = None
+            elif wrong.times == 0:
                 gap = gap_at(wrong.element, spec.shape, boxes)
                 raise ManifestMismatch(
                     f"{gap} of local tensor {spec.name!r} is in no part and in no padding"
                 )
-            one, other = [h for h in held if h.local_box.holds(wrong.element)][:2]
-            raise ManifestMismatch(
-                f"element {list(wrong.element)} of local tensor {spec.name!r} is in {_named(one)} "
-                f"and in {_named(other)}"
-            )
+            else:
+                element = wrong.element
+            if element is not None:
+                one, other = [h for h in held if h.local_box.holds(element)][:2]
+                raise ManifestMismatch(
+                    f"element {list(element)} of local tensor {spec.name!r} is in {_named(one)} "
+                    f"and in {_named(other)}"
+                )
 
     def is_identity(self, manifest: Manifest) -> bool:
         """Whether the local tensors are the published ones, whole and under their own names."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...messages.layout import Layout, Part
+from ...messages.layout import NO_AXIS, Layout, Part
 from ...messages.manifest import Manifest, TensorSpec
 from .bits import indices
 
@@ -74,7 +74,7 @@ class Region:
         """The region in its local tensor: a view, its dimensions in the published order."""
         steps = local.stride()
         offset = sum(at * step for at, step in zip(self.part.at, steps, strict=True))
-        strides = [steps[axis] for axis in self.part.axes]
+        strides = _along(self.part, steps)
         return local.as_strided(self.part.shape, strides, local.storage_offset() + offset)
 
     def pieces(self, numel: int) -> Iterator[tuple[slice, ...]]:
@@ -215,9 +215,14 @@ def _regions(layout: Layout, manifest: Manifest) -> Iterator[Region]:
         local_steps = strides_of(holder.shape)
         offset = sum(at * step for at, step in zip(part.at, local_steps, strict=True))
         dims = _dims(part, whole, strides_of(part.shape))
-        held = _dims(part, whole, [local_steps[axis] for axis in part.axes])
+        held = _dims(part, whole, _along(part, local_steps))
         yield Region(number, part, tensor, place, low, high, dims, held, offset)
         number += 1
+
+
+def _along(part: Part, steps: Sequence[int]) -> list[int]:
+    """The steps in the local tensor, in elements, along each dimension of the published one."""
+    return [0 if axis == NO_AXIS else steps[axis] for axis in part.axes]
 
 
 def _dims(part: Part, whole: TensorSpec, strides: Sequence[int]) -> tuple[Dim, ...]:

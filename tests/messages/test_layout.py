@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecast.messages import codec
-from sparsecast.messages.boxes import Box, first_miscount, gap_at
+from sparsecast.messages.boxes import Box, first_meeting, first_miscount, gap_at, meetings
 from sparsecast.messages.errors import ManifestMismatch, RemoteProtocolError
 from sparsecast.messages.layout import Layout, Padding, Part, identity, require_whole
 from sparsecast.messages.manifest import Manifest, TensorSpec
@@ -108,6 +108,25 @@ def test_a_tensor_cut_into_pieces_is_covered_once(data: st.DataObject, shape: In
         assert first_miscount(shape, pieces[1:]) == (one.begin, 0)
         assert gap_at(one.begin, shape, pieces[1:]) == one
         assert first_miscount(shape, [*pieces, one]) == (one.begin, 2)
+
+
+@given(data=st.data(), shape=shapes)
+def test_boxes_that_meet_are_found(data: st.DataObject, shape: Index) -> None:
+    """Boxes of a tensor at random: the pairs that have an element in common, one by one, and one of
+    the elements that several have."""
+    boxes = data.draw(st.lists(boxes_within(shape), max_size=6))
+    held = [set(elements(box)) for box in boxes]
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(range(len(boxes)), 2)
+        if held[one] & held[other]
+    ]
+    assert sorted(meetings(boxes)) == pairs
+    for one, other in pairs:
+        assert set(elements(boxes[one].shared(boxes[other]))) == held[one] & held[other]
+    found = first_meeting(boxes)
+    assert (found is None) == (not pairs)
+    assert found is None or counted(boxes)[found] > 1
 
 
 # ---- one rank
