@@ -19,7 +19,7 @@ from ..pipeline.log.retention import leading, needless, spare
 from ..pipeline.log.spans import spans
 from .anchors import intact, read
 from .driver import Ports
-from .outgoing import Outgoing, Root, describe
+from .outgoing import Origin, Outgoing, describe
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -386,8 +386,15 @@ def _join(
 
 def _described(patch: Patch, last: LogEntry, merged: int) -> tuple[LogEntry, memoryview]:
     """The entry of a merged patch that ends where `last` does, of the same root, and its bytes."""
-    root = Root(last.root, last.roots, last.layout, last.whole) if last.roots > 1 else None
+    several = last.roots > 1
     entry = describe(
-        patch, last.epoch, last.digest, last.step, last.tags, last.writer, merged=merged, root=root
+        patch,
+        last.epoch,
+        last.digest,
+        last.step,
+        last.tags,
+        last.writer,
+        merged=merged,
+        origin=Origin(last.root, last.roots, last.layout, last.whole) if several else None,
     )
     return entry, patch.buffer.numpy().data

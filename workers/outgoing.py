@@ -66,14 +66,14 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class Root:
-    """Which rank of a trainer of several stores an entry of its own, and in which coordinates.
+class Origin:
+    """Which root of a trainer of several an entry is of, and in which coordinates.
 
     `layout` and `whole` are the hashes of its layout, and of the manifest that is published.
     """
 
-    number: int
-    of: int
+    root: int
+    roots: int
     layout: str
     whole: str
 
@@ -417,16 +417,16 @@ def describe(
     *,
     checksum: int | None = None,
     merged: int = 0,
-    root: Root | None = None,
+    origin: Origin | None = None,
 ) -> LogEntry:
     """The log entry of a patch; `chunks` is for the tier to fill in. `checksum`: if it is known.
-    `root`: whose piece of the version it is; None: it is all of it."""
+    `origin`: whose piece of the version it is; None: it is all of it."""
     kind = "anchor"
     if patch.base_version is not None:
         kind = f"{'merged' if merged else 'patch'}-{patch.base_version}"
     name = f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else "")
     return LogEntry(
-        name=name if root is None else piece_name(name, root.number),
+        name=name if origin is None else piece_name(name, origin.root),
         epoch=epoch,
         base_version=patch.base_version,
         version=patch.version,
@@ -439,10 +439,10 @@ def describe(
         merged=merged,
         step=step,
         tags=tags,
-        root=0 if root is None else root.number,
-        roots=1 if root is None else root.of,
-        layout="" if root is None else root.layout,
-        whole="" if root is None else root.whole,
+        root=0 if origin is None else origin.root,
+        roots=1 if origin is None else origin.roots,
+        layout="" if origin is None else origin.layout,
+        whole="" if origin is None else origin.whole,
     )
 
 
