@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .kernels.plan import Plan
     from .kernels.regions import Regions
 
-#: Sets of addresses and plans that are remembered: a process has one or two models.
-_KNOWN = 8
+#: Sets of addresses and plans that are remembered: a process has one or two models, and those of
+#: each rank of a trainer that has several.
+_KNOWN = 64
 
 
 def plan_of(manifest: Manifest, device: torch.device) -> Plan:

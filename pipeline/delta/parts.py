@@ -19,8 +19,9 @@ from ...messages.layout import NO_AXIS, Layout, Part
 from ...messages.manifest import Manifest, TensorSpec
 from .bits import indices
 
-#: Layouts that are remembered: a process has one or two.
-_KNOWN = 8
+#: Layouts that are remembered: a process has one or two, and one for each rank of a trainer that
+#: has several.
+_KNOWN = 64
 
 
 def strides_of(shape: Sequence[int]) -> list[int]:

@@ -31,8 +31,9 @@ EncodingName = Literal["none", "sparse", "bitmap", "dense"]
 
 Found = TypeVar("Found")
 
-#: Manifests that are remembered: a process has one or two.
-_KNOWN = 8
+#: Manifests that are remembered: a process has one or two, and one for each rank of a trainer that
+#: has several.
+_KNOWN = 64
 #: Header and table come to the host in one copy of so many bytes: tables of up to 1,636 sections.
 START_NBYTES = 1 << 16
 _NAMES: dict[Encoding, EncodingName] = {
