@@ -1,0 +1,61 @@
+"""A trainer of several ranks in one process: each rank's tensors are its part of a whole model."""
+
+import asyncio
+from typing import Any
+
+from layouts import contents
+from runs import QUICK, Site, Tensors
+from sparsecast import AsyncPublisher, Contributor, Layout
+from sparsecast.workers.updates import Made
+
+
+class Trainers:
+    """The ranks of a trainer, whose layouts say what each has of `whole`, which a test changes."""
+
+    def __init__(self, site: Site, whole: Tensors, layouts: list[Layout]) -> None:
+        self.site = site
+        self.whole = whole
+        self.layouts = layouts
+        self.held = [contents(layout, whole) for layout in layouts]
+
+    def first(self, **options: Any) -> AsyncPublisher:
+        """The first rank, not yet entered."""
+        given = {"policy": QUICK, "linger_s": 5.0, "layout": self.layouts[0]} | options
+        return AsyncPublisher(
+            self.held[0],
+            run=self.site.run,
+            bus=self.site.url,
+            ranks=len(self.layouts),
+            **given,
+        )
+
+    def other(self, rank: int, **options: Any) -> Contributor:
+        """Another rank, not yet entered."""
+        given = {"policy": QUICK, "linger_s": 5.0, "layout": self.layouts[rank]} | options
+        return Contributor(
+            self.held[rank], run=self.site.run, bus=self.site.url, rank=rank, **given
+        )
+
+    async def start(self, **options: Any) -> AsyncPublisher:
+        """All ranks, running until the test ends; the first one's publisher."""
+        self.publisher = self.first(**options)
+        others = {name: options[name] for name in options if name in ("policy", "log", "shadow")}
+        self.others = [self.other(rank, **others) for rank in range(1, len(self.layouts))]
+        await asyncio.gather(*(rank.__aenter__() for rank in (*self.others, self.publisher)))
+        for rank in (*self.others, self.publisher):
+            self.site.ends(rank)
+        return self.publisher
+
+    def share(self) -> None:
+        """Every rank's tensors are its part of the whole model as it is now."""
+        for layout, held in zip(self.layouts, self.held, strict=True):
+            for name, tensor in contents(layout, self.whole).items():
+                held[name].copy_(tensor)
+
+    async def publish(self) -> Any:
+        """Publish on every rank at once; the first one's update."""
+        self.share()
+        ranks = (self.publisher, *self.others)
+        updates: list[Made] = await asyncio.gather(*(rank.publish() for rank in ranks))
+        assert len({update.version for update in updates}) == 1
+        return updates[0]
