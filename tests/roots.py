@@ -330,4 +330,4 @@ class Trainer:
     async def _send(self, root: int, patch: Patch, stamp: Stamp) -> None:
         ends = self.ends[root][stamp.window]
         assert ends is not None
-        await ends.send(patch.buffer, attempt=stamp.attempt, timeout_s=10.0)
+        await ends.send([patch.buffer], attempt=stamp.attempt, timeout_s=10.0)

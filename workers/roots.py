@@ -7,8 +7,11 @@ rank, whose claim names no roots, sends the published tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import msgspec
 
 from ..messages import codec
 from ..messages.compose import through
@@ -126,6 +129,20 @@ def pieces_of(announce: Announce | LogEntry) -> tuple[AnyPiece, ...]:
             f"{announce.nbytes} and {announce.checksum:016x}"
         )
     return pieces
+
+
+def routed(announce: Announce, routes: Sequence[Sequence[Piece]], of_class: int | None) -> Announce:
+    """The announcement as ranks of one class of a window get it: each root's patch without what
+    they do not hold. CorruptPatch if nothing is routed to them."""
+    if of_class is None or any(of_class >= len(classes) for classes in routes):
+        raise CorruptPatch(f"version {announce.version} is routed to no class {of_class}")
+    pieces = tuple(classes[of_class] for classes in routes)
+    return msgspec.structs.replace(
+        announce,
+        pieces=pieces,
+        nbytes=sum(piece.nbytes for piece in pieces),
+        checksum=sum(piece.checksum for piece in pieces) & MASK,
+    )
 
 
 def named(exc: PatchError, root: int, roots: int) -> PatchError:
