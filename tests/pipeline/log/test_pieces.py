@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from logs import entry, pieces
 from sparsecast.messages.control import LogEntry
-from sparsecast.messages.errors import LogFull
-from sparsecast.pipeline.log.base import oldest_first
+from sparsecast.messages.errors import LogError, LogFull, LogHole
+from sparsecast.pipeline.log.base import Progress, oldest_first
 from sparsecast.pipeline.log.memory import MemoryLog
 from sparsecast.pipeline.log.pieces import (
     WholeLog,
@@ -19,6 +19,7 @@ from sparsecast.pipeline.log.pieces import (
     root_of,
     whole,
 )
+from sparsecast.pipeline.log.tiered import TieredLog
 
 #: (epoch, base, version, roots, merged): what was stored, by trainers of one to four roots.
 Stored = tuple[int, int | None, int, int, int]
@@ -147,6 +148,37 @@ class FullLog(MemoryLog):
         if len(self._held) >= self.room:
             raise LogFull("no room")
         await super().store(entry, payload, timeout_s=timeout_s)
+
+
+class WeakLog(MemoryLog):
+    """Of each entry it gives the first byte, and then fails."""
+
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes:
+        """Some of the bytes."""
+        assert progress is not None
+        progress(1)
+        raise LogError("cannot be read")
+
+
+async def test_progress_falls_to_where_a_piece_began() -> None:
+    """A tier fails midway in the first piece, and the next one begins it anew and gives all; where
+    they all fail in the second piece, what was told fell back to the bytes of the first."""
+    payloads = [b"abc", b"de", b"fgh"]
+    weak, sound = WeakLog(), MemoryLog()
+    log = WholeLog(TieredLog({"weak": weak, "sound": sound}, tell=lambda reason: None))
+    for one, payload in zip(pieces(0, 1, payloads), payloads, strict=True):
+        await log.store(one, payload, timeout_s=1)
+    [found] = await log.entries(timeout_s=1)
+    told: list[int] = []
+    assert await log.load(found, timeout_s=1, progress=told.append) == b"abcdefgh"
+    assert told == [1, 0, 3, 5, 8]  # a tier that has failed is asked last
+    await sound.prune(found.pieces[1:2], timeout_s=1)
+    told.clear()
+    with pytest.raises(LogHole):
+        await log.load(found, timeout_s=1, progress=told.append)
+    assert told == [3, 3, 4]
 
 
 @pytest.mark.parametrize("roots", [1, 2])
