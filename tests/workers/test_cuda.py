@@ -418,10 +418,10 @@ async def test_staging_on_the_device_is_bounded(site: Site, room: int) -> None:
         assert staged.pieces is not None
         ((_, checked),) = staged.pieces
         assert checked.patch.buffer.is_cuda is (room > 1)
-        assert replica._incoming._on_device_nbytes == (staged.nbytes if room > 1 else 0)
+        assert replica._incoming._memory.on_device_nbytes == (staged.nbytes if room > 1 else 0)
     await replica.wait_version(1, timeout_s=30)
     await eventually(lambda: replica.verified == 1, 30.0)
-    assert replica._incoming._on_device_nbytes == 0
+    assert replica._incoming._memory.on_device_nbytes == 0
     assert same_bits(_on_host(trained), _on_host(mine))
 
 

@@ -160,6 +160,19 @@ def _pieces(announce: msg.Announce, pieces: tuple[Piece, ...]) -> msg.Announce:
     return _piece(announce, 0) if pieces else announce
 
 
+def test_a_missing_payload_of_which_something_is_held_is_refused() -> None:
+    """What the log was not asked for is needed after all, since another claim has come: nothing is
+    staged."""
+    stand = Stand()
+    patches = stand.roots.step()
+    entry = stand.roots.entry(patches)
+    with pytest.raises(PatchError, match=r"root 1: .*its payload is missing"):
+        stand.incoming.stage([patches[0].buffer, None], entry, receive_us=1, transport="log")
+    with pytest.raises(CorruptPatch, match="1 payloads, 2 were announced"):
+        stand.incoming.stage([patches[0].buffer], entry, receive_us=1, transport="log")
+    assert not stand.incoming._staged
+
+
 def test_a_patch_in_another_roots_coordinates_is_refused() -> None:
     """The roots' payloads come in each other's places: their manifests tell, before anything is
     kept."""
