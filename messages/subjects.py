@@ -12,6 +12,7 @@ from .errors import InvalidName
 
 ROOT = "sparsecast"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ENTRY = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[0-9]{1,6})?")
 
 #: The stream that holds one lease a run, each with a time to live.
 LEASE_STREAM = "sparsecast-leases"
@@ -25,6 +26,14 @@ def check_token(kind: str, name: str) -> str:
     if kind == "worker" and name == "trainer":
         # Its metrics would go to the trainer's subject, and its events would be the trainer's.
         raise InvalidName(kind, name, "that is what the trainer is called")
+    return name
+
+
+def check_entry(name: str) -> str:
+    """Return `name` if a log entry can be called so, else raise InvalidName: one token, and another
+    one of digits for a piece of an entry."""
+    if not _ENTRY.fullmatch(name):
+        raise InvalidName("log entry", name)
     return name
 
 
@@ -55,8 +64,9 @@ class Subjects:
         #: The log: chunks of patches and anchors, and their index.
         self.log_stream = f"sparsecast-{run}-log"
         self.log_all = f"{self.prefix}.log.>"
-        self.log_chunks_all = f"{self.prefix}.log.chunks.*"
+        self.log_chunks_all = f"{self.prefix}.log.chunks.>"
         self.log_index = f"{self.prefix}.log.index"
+        self.log_index_all = f"{self.log_index}.>"
 
         #: Metrics and events, in JSON.
         self.metrics_trainer = f"{self.prefix}.metrics.trainer"
@@ -73,13 +83,17 @@ class Subjects:
         return f"{self.prefix}.worker.{check_token('worker', name)}.control"
 
     def orders(self, name: str) -> str:
-        """What the first rank of a worker tells the others."""
-        return f"{self.prefix}.worker.{check_token('worker', name)}.orders"
+        """What the first rank of a worker, or of the trainer, tells the others."""
+        return f"{self._side(name)}.orders"
 
     def rank(self, name: str, rank: int | None) -> str:
-        """What another rank of a worker tells the first one; None: any of them."""
-        which = "*" if rank is None else rank
-        return f"{self.prefix}.worker.{check_token('worker', name)}.rank.{which}"
+        """What another rank of a worker, or of the trainer, tells the first one; None: any."""
+        return f"{self._side(name)}.rank.{'*' if rank is None else rank}"
+
+    def _side(self, name: str) -> str:
+        if name == "trainer":
+            return f"{self.prefix}.trainer"
+        return f"{self.prefix}.worker.{check_token('worker', name)}"
 
     def metrics(self, name: str) -> str:
         """Metrics of one worker."""
@@ -103,11 +117,11 @@ class Subjects:
 
     def log_chunks(self, entry: str) -> str:
         """The chunks of one log entry, in the order of their sequences."""
-        return f"{self.prefix}.log.chunks.{check_token('log entry', entry)}"
+        return f"{self.prefix}.log.chunks.{check_entry(entry)}"
 
     def log_entry(self, entry: str) -> str:
         """The index entry of one log entry, a subject of its own: it can be dropped alone."""
-        return f"{self.log_index}.{check_token('log entry', entry)}"
+        return f"{self.log_index}.{check_entry(entry)}"
 
 
 def sender(subject: str) -> str:

@@ -1,6 +1,9 @@
 """Entries and payloads for tests of the log: any bytes will do, an anchor's too."""
 
 import zlib
+from collections.abc import Sequence
+
+import msgspec
 
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.manifest import Manifest, TensorSpec
@@ -33,6 +36,27 @@ def entry(
         merged=merged,
         step=version,
     )
+
+
+def pieces(
+    base: int | None,
+    version: int,
+    payloads: Sequence[bytes],
+    epoch: int = 1,
+    writer: str = "",
+    merged: int = 0,
+) -> list[LogEntry]:
+    """What the roots of a trainer of several ranks store of one version, in their order."""
+    found = []
+    for root, payload in enumerate(payloads):
+        one = entry(base, version, payload, epoch, writer, merged)
+        found.append(
+            msgspec.structs.replace(
+                one, name=f"{one.name}.{root}", root=root, roots=len(payloads),
+                layout=f"layout{root}", whole="whole",
+            )
+        )  # fmt: skip
+    return found
 
 
 def manifest(nbytes: int) -> Manifest:

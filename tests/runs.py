@@ -71,7 +71,8 @@ async def until_stored(
 
     Not in one of them: a publisher that is closed breaks off what the others still store.
     """
-    log = publisher._ports.log
+    log: Any = publisher._ports.log
+    log = log.log  # what holds the pieces
     tiers = list(log._tiers.values()) if isinstance(log, TieredLog) else [log]
     async with asyncio.timeout(timeout_s):
         while tiers:

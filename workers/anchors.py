@@ -8,6 +8,7 @@ import torch
 
 from ..messages.control import LogEntry
 from ..messages.errors import CorruptPatch, LocalProtocolError
+from ..messages.layout import Layout
 from ..messages.manifest import Manifest
 from ..pipeline.delta import Checked, Encoding, Patch, apply_checked, check
 from ..pipeline.delta import checksum as checksum_of
@@ -79,21 +80,38 @@ def read(data: bytearray, entry: LogEntry, manifest: Manifest) -> Checked:
 
 
 def remake(
-    data: bytearray, entry: LogEntry, manifest: Manifest, state: dict[str, torch.Tensor]
+    data: bytearray,
+    entry: LogEntry,
+    manifest: Manifest,
+    state: dict[str, torch.Tensor],
+    layout: Layout | None = None,
 ) -> None:
     """Apply an entry's bytes to a state in host memory; an anchor's become the state themselves.
 
+    With a layout the entry is a piece: `manifest` has the tensors that it names, and the layout
+    says where they lie in those of the state, which an anchor's piece makes where there are none.
     Their checksum is the caller's to check. PatchError.
     """
     checked = read(data, entry, manifest)
-    patch = checked.patch
-    if patch.base_version is not None:
-        apply_checked(checked, state)
-        return
-    sections = {section.index: section for section in patch.sections_of(manifest)}
+    if entry.base_version is None:
+        values = _values(checked.patch, manifest)
+        if layout is None:
+            state |= values
+            return
+        for spec in layout.tensors:
+            if spec.name not in state:
+                state[spec.name] = torch.empty(spec.shape, dtype=dtype_of(spec))
+    apply_checked(checked, state, layout=layout)
+
+
+def _values(anchor: Patch, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The tensors of an anchor, in the memory of its bytes (CorruptPatch)."""
+    sections = {section.index: section for section in anchor.sections_of(manifest)}
+    found = {}
     for index, spec in enumerate(manifest.tensors):
         dtype, section = dtype_of(spec), sections.get(index)
-        values = torch.empty(0, dtype=dtype) if section is None else patch.values(section)
+        values = torch.empty(0, dtype=dtype) if section is None else anchor.values(section)
         if values.numel() != spec.numel:
             raise CorruptPatch("an anchor that is not whole", tensor=spec.name)
-        state[spec.name] = values.view(dtype).view(spec.shape)
+        found[spec.name] = values.view(dtype).view(spec.shape)
+    return found

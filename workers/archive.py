@@ -14,11 +14,12 @@ from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch, merge
 from ..pipeline.log.base import way
+from ..pipeline.log.pieces import each, whole
 from ..pipeline.log.retention import leading, needless, spare
 from ..pipeline.log.spans import spans
 from .anchors import intact, read
 from .driver import Ports
-from .outgoing import Outgoing, describe
+from .outgoing import Origin, Outgoing, describe
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -55,12 +56,13 @@ class Archive:
         self._pruning = asyncio.Lock()
         #: What goes wrong just now, of merging and pruning.
         self._failing: set[str] = set()
-        least = 2 * roomy(outgoing.manifest.nbytes)
+        least = 2 * self._anchor_nbytes
         if policy.quota_nbytes is not None and policy.quota_nbytes < least:
+            model_nbytes = sum(manifest.nbytes for manifest in self._manifests)
             raise SettingsError(
                 f"Policy.quota_nbytes is {policy.quota_nbytes}: the log of a model of "
-                f"{outgoing.manifest.nbytes} bytes needs {least}, since an anchor stays until the "
-                "next one is there"
+                f"{model_nbytes} bytes needs {least}, since an anchor stays until the next one is "
+                "there"
             )
         #: Whether the quota leaves no room for patches before the next anchor.
         self._crowded = False
@@ -163,7 +165,18 @@ class Archive:
     def _most_nbytes(self) -> int | None:
         """What the log may hold beside the next anchor, within its quota."""
         quota = self._policy.quota_nbytes
-        return None if quota is None else quota - roomy(self._outgoing.manifest.nbytes)
+        return None if quota is None else quota - self._anchor_nbytes
+
+    @property
+    def _anchor_nbytes(self) -> int:
+        """What an anchor takes at most, all of its pieces together."""
+        return sum(roomy(manifest.nbytes) for manifest in self._manifests)
+
+    @property
+    def _manifests(self) -> list[Manifest]:
+        """The tensors in whose coordinates each root's patches are, in the order of the roots."""
+        roots = self._outgoing.roots
+        return [layout.local for layout in roots] if roots else [self._outgoing.manifest]
 
     async def _make_room(self, epoch: int) -> None:
         """Drop what has to go before an anchor fits: a trainer has died between an anchor and its
@@ -215,46 +228,52 @@ class Archive:
 
     async def _merge(self, after: int, epoch: int, going: Callable[[], bool]) -> bool:
         """Merge the spans that the versions above `after` have completed; whether any was."""
-        writer, policy, news = self._outgoing.writer, self._policy, False
+        policy, news = self._policy, False
+        line = (epoch, self._outgoing.writer, len(self._manifests))
         entries = await self._ports.log.entries(timeout_s=policy.store_s)
         ours = [
             entry
             for entry in entries
-            if (entry.epoch, entry.writer) == (epoch, writer) and entry.base_version is not None
+            if (entry.epoch, entry.writer, entry.roots) == line and entry.base_version is not None
         ]
         found = spans(ours, after=after, every=policy.merge_every, longest=policy.anchor_every)
         for begin, end in found:
             until = [entry for entry in ours if entry.version <= end]
             parts = way(until, epoch=epoch, held=begin, target=end)
             merged = await self._joined(parts, going) if len(parts) > 1 else None
-            if merged is not None and going() and await self._has_room(merged[0].nbytes, epoch):
-                entry, payload = merged
-                await self._ports.log.store(entry, payload, timeout_s=policy.store_s)
-                ours.append(entry)
+            if merged is None or not going():
+                continue
+            if await self._has_room(sum(entry.nbytes for entry, _ in merged), epoch):
+                for entry, payload in merged:
+                    await self._ports.log.store(entry, payload, timeout_s=policy.store_s)
+                ours += whole([entry for entry, _ in merged])
                 news = True
         return news
 
     async def _joined(
         self, parts: Sequence[LogEntry], going: Callable[[], bool]
-    ) -> tuple[LogEntry, memoryview] | None:
-        """These entries as one; None if it is no smaller than they are, or than an anchor."""
-        manifest, last = self._outgoing.manifest, parts[-1]
-        patch: Patch | None = None
-        for batch in _batches(parts, AT_ONCE * manifest.nbytes):
-            read_in: list[bytes | bytearray] = []
-            for part in batch:
-                if not going():
+    ) -> list[tuple[LogEntry, memoryview]] | None:
+        """These entries as one, or as a piece of each root, whose chains are merged one after the
+        other; None if that is no smaller than they are, or than an anchor."""
+        manifests = self._manifests
+        chains = zip(*(each(part) for part in parts), strict=True)
+        found: list[tuple[LogEntry, memoryview]] = []
+        nbytes, dense_nbytes = 0, sum(manifest.nbytes for manifest in manifests)
+        for chain, manifest in zip(chains, manifests, strict=True):
+            patch: Patch | None = None
+            for batch in _batches(chain, AT_ONCE * manifest.nbytes):
+                read_in: list[bytes | bytearray] = []
+                for part in batch:
+                    if not going():
+                        return None
+                    read_in.append(await self._ports.log.load(part, timeout_s=self._policy.store_s))
+                patch = await self._aside(_join, patch, batch, read_in, manifest)
+                if nbytes + patch.nbytes >= dense_nbytes:
                     return None
-                read_in.append(await self._ports.log.load(part, timeout_s=self._policy.store_s))
-            patch = await self._aside(_join, patch, batch, read_in, manifest)
-            if patch.nbytes >= patch.dense_nbytes:
-                return None
-        assert patch is not None
-        if patch.nbytes >= sum(part.nbytes for part in parts):
-            return None
-        entry: LogEntry
-        entry, payload = await self._aside(_described, patch, last, len(parts))
-        return entry, payload
+            assert patch is not None
+            nbytes += patch.nbytes
+            found.append(await self._aside(_described, patch, chain[-1], len(parts)))
+        return found if nbytes < sum(part.nbytes for part in parts) else None
 
     async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
         timeout_s = self._policy.store_s
@@ -316,8 +335,9 @@ class Archive:
             return ""
         timeout_s, log = self._policy.store_s, self._ports.log
         try:
-            data = await log.load(anchor, timeout_s=timeout_s)
-            await self._aside(intact, data, anchor)
+            for piece in each(anchor):
+                data = await log.load(piece, timeout_s=timeout_s)
+                await self._aside(intact, data, piece)
         except PatchError as exc:
             return f"log entry {anchor.name!r} is damaged: {exc}"
         except LogError as exc:
@@ -365,8 +385,16 @@ def _join(
 
 
 def _described(patch: Patch, last: LogEntry, merged: int) -> tuple[LogEntry, memoryview]:
-    """The entry of a merged patch that ends where `last` does, and its bytes."""
+    """The entry of a merged patch that ends where `last` does, of the same root, and its bytes."""
+    several = last.roots > 1
     entry = describe(
-        patch, last.epoch, last.digest, last.step, last.tags, last.writer, merged=merged
+        patch,
+        last.epoch,
+        last.digest,
+        last.step,
+        last.tags,
+        last.writer,
+        merged=merged,
+        origin=Origin(last.root, last.roots, last.layout, last.whole) if several else None,
     )
     return entry, patch.buffer.numpy().data

@@ -7,8 +7,7 @@ readers see is the first rank's: an apply holds its guard until every rank has w
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -16,7 +15,6 @@ from typing import Any, TypeVar
 from ..messages.control import Claim, LogEntry, Stamp, WindowKind
 from ..messages.errors import EngineError, LogError, ManifestMismatch, SparsecastError, brief
 from ..messages.layout import Layout, require_whole
-from ..messages.ranks import Deed
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
@@ -24,6 +22,7 @@ from ..pipeline.log.base import Progress
 from .hands import Hands
 from .incoming import Unwritten
 from .leading import Leading, RankSilent
+from .together import Together
 
 T = TypeVar("T")
 
@@ -37,6 +36,7 @@ class Group:
     def __init__(self, mine: Hands, leading: Leading, layout: Layout, policy: Policy) -> None:
         self._mine = mine
         self._leading = leading
+        self._ranks = Together(leading, policy)
         self._layout = layout
         self._policy = policy
         #: What is compared just now; an earlier comparison that still waits for a rank gives up.
@@ -62,7 +62,7 @@ class Group:
         timeout_s = command.timeout_s + self._policy.bus_s
         try:
             mine = partial(self._mine.open, command)
-            found = await self._all(mine, "open", command, timeout_s, hurry=True)
+            found = await self._ranks.all(mine, "open", command, timeout_s, hurry=True)
         except SparsecastError as exc:
             return ev.WindowFailed(command.stamp.epoch, command.stamp.window, brief(exc))
         opened: ev.WindowOpened | ev.WindowFailed = _first_of(ev.WindowFailed, found) or found[0]
@@ -70,15 +70,15 @@ class Group:
 
     async def abort(self, window: int) -> None:
         """Break a window off on every rank."""
-        await self._everywhere(partial(self._mine.abort, window), "abort", window)
+        await self._ranks.everywhere(partial(self._mine.abort, window), "abort", window)
 
     async def close(self, window: int) -> None:
         """Leave an idle window in order, on every rank."""
-        await self._everywhere(partial(self._mine.close, window), "close", window)
+        await self._ranks.everywhere(partial(self._mine.close, window), "close", window)
 
     async def alert(self, stamp: Stamp) -> None:
         """A round is about to come."""
-        await self._everywhere(partial(self._mine.alert, stamp), "alert", stamp)
+        await self._ranks.everywhere(partial(self._mine.alert, stamp), "alert", stamp)
 
     async def receive(self, command: cmd.Receive) -> ev.Staged | ev.ReceiveFailed:
         """Receive a payload on every rank: it is staged on all, or dropped."""
@@ -86,7 +86,7 @@ class Group:
         timeout_s = command.timeout_s + self._policy.store_s
         try:
             mine = partial(self._mine.receive, command)
-            found = await self._all(mine, "receive", command, timeout_s, hurry=True)
+            found = await self._ranks.all(mine, "receive", command, timeout_s, hurry=True)
         except SparsecastError as exc:
             identity = (stamp.epoch, stamp.window, stamp.attempt, stamp.version)
             failed = ev.ReceiveFailed(*identity, brief(exc), corrupt=False)
@@ -106,7 +106,7 @@ class Group:
         """Load an entry of the log, check it, and stage it, on every rank or on none."""
         mine = partial(self._mine.take, entry, timeout_s=timeout_s, progress=progress)
         try:
-            await self._all(mine, "take", entry, timeout_s + self._policy.bus_s)
+            await self._ranks.all(mine, "take", entry, timeout_s + self._policy.bus_s)
         except BaseException as exc:
             await self.drop((entry.version,))
             if isinstance(exc, RankSilent):
@@ -115,7 +115,7 @@ class Group:
 
     async def drop(self, versions: tuple[int, ...] | None) -> None:
         """Forget staged patches (None: all)."""
-        await self._everywhere(partial(self._mine.drop, versions), "drop", versions)
+        await self._ranks.everywhere(partial(self._mine.drop, versions), "drop", versions)
 
     async def prove(self, claim: Claim) -> ev.Proved | ev.Unfit:
         """Compare every rank's weights with a claim's manifest; their digests add up.
@@ -125,7 +125,7 @@ class Group:
         try:
             require_whole([self._layout, *self._leading.layouts], claim.manifest)
             mine = partial(self._mine.prove, claim)
-            found = await self._patiently(
+            found = await self._ranks.patiently(
                 mine, "prove", claim, while_=lambda: self._proving is claim
             )
         except ManifestMismatch as exc:
@@ -141,11 +141,11 @@ class Group:
 
     async def hold(self, version: int) -> None:
         """Serve the weights, as they stand, as `version`."""
-        await self._everywhere(partial(self._mine.hold, version), "hold", version)
+        await self._ranks.everywhere(partial(self._mine.hold, version), "hold", version)
 
     async def quarantine(self, reason: str) -> None:
         """Serve nothing until the next apply has committed."""
-        await self._everywhere(partial(self._mine.quarantine, reason), "quarantine", reason)
+        await self._ranks.everywhere(partial(self._mine.quarantine, reason), "quarantine", reason)
 
     async def apply(self, versions: tuple[int, ...]) -> ev.AppliedHere | ev.ApplyFailed:
         """Apply staged versions on every rank, the others within the first one's hold of the guard;
@@ -177,7 +177,9 @@ class Group:
     async def digest(self, version: int) -> ev.Digested | ev.DigestFailed:
         """The digest of the whole state: the shares of the ranks add up. Waits for silent ranks."""
         try:
-            found = await self._patiently(partial(self._mine.digest, version), "digest", version)
+            found = await self._ranks.patiently(
+                partial(self._mine.digest, version), "digest", version
+            )
         except SparsecastError as exc:
             return ev.DigestFailed(version, brief(exc))
         failed = _first_of(ev.DigestFailed, found)
@@ -185,61 +187,6 @@ class Group:
             return failed
         total = sum(event.digest for event in found.values()) & MASK
         return ev.Digested(version, total, max(event.verify_us for event in found.values()))
-
-    # ---- together
-
-    async def _all(
-        self,
-        mine: Callable[[], Awaitable[Any]],
-        deed: Deed,
-        what: Any,
-        timeout_s: float,
-        *,
-        hurry: bool = False,
-    ) -> dict[int, Any]:
-        """What came of it on every rank, once it is over on all; or what another rank raised, or
-        this one. `hurry`: this one breaks off when another one has not done it."""
-        silent = self.silent() if self._leading.ranks else None
-        if silent is not None:
-            raise RankSilent(silent)
-        # Before anything is waited for: orders are given in the order in which the core asks.
-        others = [asyncio.wrap_future(one) for one in self._leading.order(deed, what, timeout_s)]
-        own = asyncio.ensure_future(mine())
-
-        def look(other: asyncio.Future[Any]) -> None:
-            if not other.cancelled() and other.exception() is not None:
-                own.cancel()
-
-        for other in others if hurry else ():
-            other.add_done_callback(look)
-        results = await asyncio.gather(*others, own, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return dict(enumerate([results[-1], *results[:-1]]))
-
-    async def _patiently(
-        self,
-        mine: Callable[[], Awaitable[Any]],
-        deed: Deed,
-        what: Any,
-        *,
-        while_: Callable[[], bool] = lambda: True,
-    ) -> dict[int, Any]:
-        """The same, again and again until no rank is silent, or RankSilent."""
-        while True:
-            try:
-                return await self._all(mine, deed, what, self._policy.resume_s)
-            except RankSilent:
-                await asyncio.sleep(self._policy.heartbeat_s)
-                if not while_():
-                    raise
-
-    async def _everywhere(self, mine: Callable[[], Awaitable[None]], deed: Deed, what: Any) -> None:
-        """Have it done on every rank; a silent one does it when it is back."""
-        others = self._leading.order(deed, what, self._policy.store_s)
-        await mine()
-        await asyncio.gather(*map(asyncio.wrap_future, others), return_exceptions=True)
 
 
 def _outcome(future: Future[Any]) -> Any:

@@ -1,7 +1,8 @@
-"""The first rank's talk with the other ranks of its worker, on a loop and a connection of its own.
+"""The first rank's talk with the other ranks of its worker, or of its trainer, on a loop and a
+connection of its own.
 
 Of its own, since the torch thread waits for it within an apply, while readers of the guard, on the
-replica's loop perhaps, wait for that.
+replica's loop perhaps, wait for that. The other side is following.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .connect import LoopThread
 from .driver import Outbox
 from .orders import Given, result_of
 
-log = logging.getLogger("sparsecast.replica")
+log = logging.getLogger("sparsecast.ranks")
 
 #: So many orders are kept for a rank that does not answer; then it is given up.
 PATIENCE = 1000
@@ -70,6 +71,7 @@ class Leading:
         self._url = bus
         self._subjects = Subjects(run)
         self._name = name
+        self._who = "the trainer" if name == "trainer" else f"worker {name!r}"
         self._life = life
         self._policy = policy
         self._clock = clock
@@ -97,7 +99,7 @@ class Leading:
             async with asyncio.timeout(timeout_s):
                 await asyncio.wrap_future(self._met)
         except TimeoutError:
-            what = f"every rank of worker {self._name!r}"
+            what = f"every rank of {self._who}"
             absent = _ranks(self._given.ranks - self._fellows.keys())
             raise WaitTimeout(what, timeout_s, f"{absent} did not come") from None
 
@@ -108,7 +110,7 @@ class Leading:
             waiting = list(self._waiting.values())
         for wait in waiting:
             for future in wait.futures.values():
-                _fail(future, RankSilent(f"worker {self._name!r} leaves"))
+                _fail(future, RankSilent(f"{self._who} leaves"))
         thread, self._thread = self._thread, None
         if thread is not None:
             with contextlib.suppress(Exception):
@@ -155,7 +157,7 @@ class Leading:
             quiet = [rank for rank in self._given.ranks if self._is_silent(rank)]
         if not quiet:
             return None
-        return f"{_ranks(quiet)} of worker {self._name!r} unheard for {self._policy.silence_s:g} s"
+        return f"{_ranks(quiet)} of {self._who} unheard for {self._policy.silence_s:g} s"
 
     def _is_silent(self, rank: int) -> bool:
         heard = self._heard.get(rank)
@@ -175,14 +177,14 @@ class Leading:
             futures: dict[int, Future[Any]] = {rank: Future() for rank in sorted(self.ranks)}
             if self._over or self._thread is None:
                 for future in futures.values():
-                    future.set_exception(RankSilent(f"worker {self._name!r} has left"))
+                    future.set_exception(RankSilent(f"{self._who} has left"))
                 return list(futures.values())
             order = self._given.give(deed, what)
             self._waiting[order.number] = _Wait(order, self._clock() + timeout_s, futures)
             self._thread.loop.call_soon_threadsafe(self._put, order)
             too_many = self._given.waiting > PATIENCE
         if too_many:
-            self._broke(WorkerDied(f"{PATIENCE} orders wait for a rank of worker {self._name!r}"))
+            self._broke(WorkerDied(f"{PATIENCE} orders wait for a rank of {self._who}"))
         return list(futures.values())
 
     # ---- on the loop of this
@@ -196,7 +198,7 @@ class Leading:
             with self._lock:
                 match said:
                     case Answer() | Here() | Fellow() if said.rank not in self._given.ranks:
-                        log.warning("worker %s has no rank %d", self._name, said.rank)
+                        log.warning("%s has no rank %d", self._who, said.rank)
                     case Answer(leader=self._life):
                         self._answered(said)
                     case Here():
@@ -237,7 +239,7 @@ class Leading:
     def _lives(self, said: Here | Fellow) -> None:
         if not self._met.done():
             return
-        who = f"rank {said.rank} of worker {self._name!r}"
+        who = f"rank {said.rank} of {self._who}"
         if self._fellows[said.rank].incarnation != said.incarnation:
             # What its weights are nobody knows, and what was ordered it has not done.
             self._broke(WorkerDied(f"{who} has started again: start all of its ranks again"))

@@ -9,19 +9,25 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..messages import codec
+from ..messages.compose import through
 from ..messages.control import Claim, LogEntry
 from ..messages.errors import (
     BusError,
     LogError,
     LogHole,
+    ManifestMismatch,
     PatchError,
+    RemoteProtocolError,
     StreamMissing,
 )
+from ..messages.layout import Layout, identity
 from ..messages.manifest import Manifest
 from ..pipeline.bus.base import Bus
 from ..pipeline.bus.journal import Journal
 from ..pipeline.bus.nats import connect
-from ..pipeline.log.base import Log, oldest_first, way
+from ..pipeline.log.base import Log, way
+from ..pipeline.log.pieces import WholeLog, each, whole
 from ..pipeline.log.tiered import TieredLog
 from .anchors import PatchPayloads, remake
 from .tiers import JETSTREAM, open_tiers
@@ -41,15 +47,18 @@ class Logbook:
     bus: Bus | None
     #: What was found wrong: tiers that cannot be read, damaged files.
     problems: list[str] = field(default_factory=list)
-    #: The entries of each tier that can be read.
+    #: The entries of each tier that can be read, the pieces of several roots one by one.
     held: dict[str, list[LogEntry]] = field(default_factory=dict)
     claim: Claim | None = None
     payloads: PatchPayloads = field(default_factory=PatchPayloads)
     #: All tiers as one.
     log: Log = field(init=False)
+    #: Where the tensors of each root lie in the published ones, by the hashes of its layout and of
+    #: their manifest.
+    _through: dict[tuple[str, str], tuple[Manifest, Layout]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.log = TieredLog(self.tiers, tell=self.problems.append)
+        self.log = WholeLog(TieredLog(self.tiers, tell=self.problems.append))
 
     async def read(self) -> None:
         """Read what every tier has. LogError if none can be read."""
@@ -70,14 +79,19 @@ class Logbook:
 
     @property
     def entries(self) -> list[LogEntry]:
-        """The entries of all tiers, oldest first."""
-        merged = {entry.name: entry for held in self.held.values() for entry in held}
-        return oldest_first(list(merged.values()))
+        """The entries of all tiers that are whole, oldest first."""
+        return whole(self.stored)
+
+    @property
+    def stored(self) -> list[LogEntry]:
+        """What all tiers have, the pieces of several roots one by one."""
+        return list({entry.name: entry for held in self.held.values() for entry in held}.values())
 
     def holders(self, entry: LogEntry) -> tuple[str, ...]:
-        """The tiers that have an entry."""
+        """The tiers that have an entry, with all of its pieces."""
+        names = {piece.name for piece in each(entry)}
         return tuple(
-            name for name, held in self.held.items() if any(one.name == entry.name for one in held)
+            name for name, held in self.held.items() if names <= {one.name for one in held}
         )
 
     @property
@@ -116,8 +130,14 @@ class Logbook:
             )
         return found
 
+    async def prove(self, entry: LogEntry) -> None:
+        """Read an entry, piece by piece, from the first tier that has it (LogError)."""
+        for piece in each(entry):
+            await self.load(piece)
+
     async def load(self, entry: LogEntry, tier: Log | None = None) -> bytes | bytearray:
-        """The bytes of an entry, of one tier or the first that has it (LogError)."""
+        """The bytes of an entry of one root, or of a piece; of one tier or the first that has it
+        (LogError)."""
         data = await (tier or self.log).load(entry, timeout_s=self.timeout_s)
         found = await asyncio.to_thread(self.payloads.checksum, data)
         if found != entry.checksum:
@@ -127,14 +147,47 @@ class Logbook:
         return data
 
     async def apply(self, entry: LogEntry, manifest: Manifest, state: State) -> None:
-        """Apply an entry to a state in host memory (LogError)."""
-        data = await self.load(entry)
+        """Apply an entry, piece by piece, to a state in host memory (LogError: it is spoilt)."""
+        for piece in each(entry):
+            named, layout = manifest, None
+            if entry.pieces:
+                named, layout = await self._root(piece, manifest)
+            data = await self.load(piece)
+            bytes_ = data if isinstance(data, bytearray) else bytearray(data)
+            try:
+                await asyncio.to_thread(remake, bytes_, piece, named, state, layout)
+            except PatchError as exc:
+                raise LogError(f"log entry {piece.name!r}: {exc}") from exc
 
-        whole = data if isinstance(data, bytearray) else bytearray(data)
+    async def _root(self, piece: LogEntry, manifest: Manifest) -> tuple[Manifest, Layout]:
+        """The tensors that a piece names, and where they lie in those of this manifest (LogError).
+
+        What each root holds stands in the claim that it was stored under.
+        """
+        if self.bus is not None and not self._through:
+            for claim in await Journal(self.bus, self.run).claims(timeout_s=self.timeout_s):
+                self._through |= _roots(claim)
         try:
-            await asyncio.to_thread(remake, whole, entry, manifest, state)
-        except PatchError as exc:
-            raise LogError(f"log entry {entry.name!r}: {exc}") from exc
+            return self._through[piece.layout, manifest.hash]
+        except KeyError:
+            raise LogError(
+                f"log entry {piece.name!r} is of root {piece.root}, whose layout {piece.layout} "
+                "is not in the journal; give the --bus of the run"
+            ) from None
+
+
+def _roots(claim: Claim) -> dict[tuple[str, str], tuple[Manifest, Layout]]:
+    """What each root of a claim sends, and where that lies in the published tensors (LogError)."""
+    found = {}
+    published = identity(claim.manifest)
+    for number, packed in enumerate(claim.roots):
+        try:
+            root = codec.unpack_layout(packed)
+            root.require_fit(claim.manifest)
+        except (RemoteProtocolError, ManifestMismatch) as exc:
+            raise LogError(f"root {number} of epoch {claim.epoch} in the journal: {exc}") from exc
+        found[root.hash, claim.manifest.hash] = root.local, through(root, published)
+    return found
 
 
 @contextlib.asynccontextmanager

@@ -83,8 +83,9 @@ def ls(
     Exit code 1 if a tier cannot be read, a file is damaged, or nothing leads to the newest version.
     Keys of the JSON: run, tiers, head, nbytes, entries [{name, epoch, base_version (null: an
     anchor), version, nbytes, checksum, digest, manifest_hash, writer, merged (of so many others; 0:
-    stored as it was announced), step, tags, tiers}], way [the entries that lead to the newest
-    version], problems.
+    stored as it was announced), step, tags, tiers, pieces (so many roots have stored theirs)}], way
+    [the entries that lead to the newest version], partial [pieces of what other roots have not
+    stored], problems.
     """
     from .logview import listing, print_listing
 

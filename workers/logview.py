@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import BusError, LogError, LogHole
+from ..pipeline.log.pieces import each, partial, pruned
 from ..pipeline.log.retention import needless
 from .audit import Verdict
 from .logbook import Logbook
@@ -17,7 +18,8 @@ from .logbook import Logbook
 
 class EntryView(msgspec.Struct, frozen=True, kw_only=True):
     """An entry: `tiers` have it. `base_version` None: an anchor. `merged`: of so many others; 0 if
-    it was stored as it was announced. Sums are hex digits."""
+    it was stored as it was announced. `pieces`: so many roots have stored theirs. Sums are hex
+    digits."""
 
     name: str
     epoch: int
@@ -32,10 +34,12 @@ class EntryView(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None
     tags: Tags | None
     tiers: tuple[str, ...]
+    pieces: int
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
-    """What `sparsecast log ls --json` prints. `way` leads to the newest version."""
+    """What `sparsecast log ls --json` prints. `way` leads to the newest version. `partial` are the
+    pieces of what not all roots have stored."""
 
     run: str
     tiers: list[str]
@@ -43,6 +47,7 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
     entries: list[EntryView]
     way: list[str]
+    partial: list[str]
     problems: list[str]
 
 
@@ -64,7 +69,7 @@ def view(book: Logbook, entry: LogEntry) -> EntryView:
         name=entry.name, epoch=entry.epoch, base_version=entry.base_version, version=entry.version,
         nbytes=entry.nbytes, checksum=f"{entry.checksum:016x}", digest=f"{entry.digest:016x}",
         manifest_hash=entry.manifest_hash, writer=entry.writer, merged=entry.merged,
-        step=entry.step, tags=entry.tags, tiers=book.holders(entry),
+        step=entry.step, tags=entry.tags, tiers=book.holders(entry), pieces=entry.roots,
     )  # fmt: skip
 
 
@@ -83,6 +88,7 @@ def listing(book: Logbook, entries: Sequence[LogEntry]) -> Listing:
         nbytes=sum(entry.nbytes for entry in entries),
         entries=[view(book, entry) for entry in entries],
         way=way,
+        partial=[piece.name for piece in partial(book.stored)],
         problems=list(dict.fromkeys(book.problems)),
     )
 
@@ -105,20 +111,23 @@ async def prune(
         drop += needless(among, epoch=epoch, versions=keep_versions, nbytes=keep_nbytes)
     gone = {entry.name for entry in drop}
     kept = [entry for entry in entries if entry.name not in gone]
-    if drop and not dry_run:
+    going = pruned(book.stored, drop)
+    of_drop = {piece.name for entry in drop for piece in each(entry)}
+    lost = [piece for piece in going if piece.name not in of_drop]
+    if going and not dry_run:
         anchors = {(e.epoch, e.writer): e for e in kept if e.base_version is None}
         for anchor in anchors.values():
-            await book.load(anchor)
+            await book.prove(anchor)
         for name, tier in book.tiers.items():
             try:
-                await tier.prune(drop, timeout_s=book.timeout_s)
+                await tier.prune(going, timeout_s=book.timeout_s)
             except (LogError, BusError) as exc:
                 book.problems.append(f"{name}: {exc}")
     return Pruned(
         run=book.run,
         dry_run=dry_run,
-        dropped=[entry.name for entry in drop],
-        nbytes=sum(entry.nbytes for entry in drop),
+        dropped=[entry.name for entry in (*drop, *lost)],
+        nbytes=sum(entry.nbytes for entry in going),
         kept=len(kept),
         kept_nbytes=sum(entry.nbytes for entry in kept),
         problems=list(dict.fromkeys(book.problems)),
@@ -131,14 +140,25 @@ async def prune(
 def print_listing(found: Listing) -> None:
     """A line an entry, and where the newest version is."""
     table = Table(title=f"log of run {found.run}", title_justify="left")
-    for name in ("entry", "from", "to", "bytes", "step", "tiers"):
-        table.add_column(name, justify="right" if name in ("from", "to", "bytes") else "left")
+    several = any(entry.pieces > 1 for entry in found.entries)
+    for name in (
+        "entry",
+        "from",
+        "to",
+        "bytes",
+        *(("pieces",) if several else ()),
+        "step",
+        "tiers",
+    ):
+        right = name in ("from", "to", "bytes", "pieces")
+        table.add_column(name, justify="right" if right else "left")
     for entry in found.entries:
         table.add_row(
             entry.name,
             "anchor" if entry.base_version is None else str(entry.base_version),
             str(entry.version),
             f"{entry.nbytes:,}",
+            *((str(entry.pieces),) if several else ()),
             "" if entry.step is None else str(entry.step),
             ", ".join(entry.tiers),
         )
@@ -148,6 +168,9 @@ def print_listing(found: Listing) -> None:
         console.print("empty")
     elif found.way:
         console.print(f"version {found.head} by: {' '.join(found.way)}", soft_wrap=True)
+    if found.partial:
+        console.print(f"not whole, other roots' pieces are missing: {' '.join(found.partial)}",
+                      soft_wrap=True)  # fmt: skip
 
 
 def print_entries(entries: Sequence[EntryView]) -> None:

@@ -18,9 +18,11 @@ import torch
 
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import LogError
+from ..messages.layout import Layout
 from ..pipeline.core.events import Sealed
 from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
 from ..pipeline.delta import checksum as checksum_of
+from ..pipeline.log.pieces import piece_name
 from .streams import devices_of, finish, own, settle, to_host
 from .views import View, viewed
 
@@ -61,6 +63,19 @@ class Past:
     version: int
     digest: int
     tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which root of a trainer of several an entry is of, and in which coordinates.
+
+    `layout` and `whole` are the hashes of its layout, and of the manifest that is published.
+    """
+
+    root: int
+    roots: int
+    layout: str
+    whole: str
 
 
 @dataclass(slots=True)
@@ -136,6 +151,8 @@ class Outgoing:
         self._clock = clock
         #: The trainer's incarnation, by which its log entries are told from another's.
         self.writer = writer
+        #: What each rank of a trainer of several publishes, in their order; empty: this one, all.
+        self.roots: tuple[Layout, ...] = ()
         #: Held over a diff and by whoever changes what is pending; `_lists` tells of the latter.
         self._diffing = threading.Lock()
         self._lists = threading.Condition()
@@ -400,13 +417,16 @@ def describe(
     *,
     checksum: int | None = None,
     merged: int = 0,
+    origin: Origin | None = None,
 ) -> LogEntry:
-    """The log entry of a patch; `chunks` is for the tier to fill in. `checksum`: if it is known."""
+    """The log entry of a patch; `chunks` is for the tier to fill in. `checksum`: if it is known.
+    `origin`: whose piece of the version it is; None: it is all of it."""
     kind = "anchor"
     if patch.base_version is not None:
         kind = f"{'merged' if merged else 'patch'}-{patch.base_version}"
+    name = f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else "")
     return LogEntry(
-        name=f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else ""),
+        name=name if origin is None else piece_name(name, origin.root),
         epoch=epoch,
         base_version=patch.base_version,
         version=patch.version,
@@ -419,6 +439,10 @@ def describe(
         merged=merged,
         step=step,
         tags=tags,
+        root=0 if origin is None else origin.root,
+        roots=1 if origin is None else origin.roots,
+        layout="" if origin is None else origin.layout,
+        whole="" if origin is None else origin.whole,
     )
 
 

@@ -89,6 +89,7 @@ class Recall:
                     step = self._step(entries, claims, announced, version)
                     if version is None and step.entry.digest == await self._published():
                         return Past(step.version, step.entry.digest, {})
+                    _require_one_root(step)
                     try:
                         return Past(step.version, step.entry.digest, await self._state(step))
                     except _Spoilt as exc:
@@ -139,6 +140,16 @@ class Recall:
             reason = f"it leads to digest {found:016x}, {step.entry.digest:016x} was published"
             raise _Spoilt(step.entry, reason)
         return state
+
+
+def _require_one_root(step: Step) -> None:
+    """LogError if it takes what a trainer of several ranks has stored, each in its coordinates."""
+    for entry in step.way:
+        if entry.pieces:
+            raise LogError(
+                f"log entry {entry.name!r} is of a trainer of {entry.roots} ranks, whose states "
+                "are not made again here; have it as a file by: sparsecast log export"
+            )
 
 
 def _put(data: bytes | bytearray, entry: LogEntry, manifest: Manifest, state: State) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,19 +11,17 @@ import torch
 
 from ..messages import codec
 from ..messages.control import WindowKind
-from ..messages.errors import Closed, RemoteProtocolError, SettingsError, SparsecastError
+from ..messages.errors import Closed, SettingsError
 from ..messages.layout import Layout
-from ..messages.ranks import Answer, Fellow, Here, Lead, Order, Over
-from ..pipeline.bus.base import Message
+from ..messages.ranks import Fellow, Order
 from ..pipeline.core.policy import Policy
 from ..pipeline.log.base import unheard
 from .driver import Ports
 from .engine import Engine
-from .orders import Taken, answer_of, decode_what
+from .following import Following
+from .orders import decode_what
 from .rank import Rank
 from .tiers import DEFAULT_LOG, LogSetting
-
-log = logging.getLogger("sparsecast.replica")
 
 
 class Shard(Rank):
@@ -77,23 +73,24 @@ class Shard(Rank):
                 f"rank {rank} of worker {name!r}: its first rank, 0, is a Replica; Shards follow"
             )
         self.rank = rank
-        self._taken: Taken | None = None
-        self._heard = 0.0
+        self._following: Following | None = None
 
     async def _start(self, life: contextlib.AsyncExitStack) -> None:
         await self._reach(life)
-        self._incarnation = self._ports.token()
-        self._taken = None
-        #: Lives of the first rank that were followed before.
-        self._ended: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        #: Lets go of what an earlier life has begun; what this one orders meanwhile waits.
-        self._clearing: asyncio.Task[None] | None = None
-        self._early: list[tuple[Taken, Order]] = []
-        life.push_async_callback(self._stop_work)
-        subscription = await self._ports.bus.subscribe(self._subjects.orders(self.name), self._hear)
-        life.push_async_callback(subscription.unsubscribe)
-        self._beating = self._spawn(self._beat())
+        self._following = Following(
+            ports=self._ports,
+            outbox=self._outbox,
+            run=self.run,
+            name=self.name,
+            rank=self.rank,
+            policy=self.policy,
+            perform=self._perform,
+            introduce=self._introduce,
+            let_go=self._let_go,
+            deserted=self._windows.abort_all,  # the others' ends may wait for ours
+        )
+        await self._following.start()
+        life.push_async_callback(self._following.stop)
 
     @property
     def version(self) -> int | None:
@@ -105,10 +102,11 @@ class Shard(Rank):
         """Where this rank stands, in words."""
         if self._life is None:
             return "not started"
-        if self._taken is None:
+        following = self._following
+        if following is None or following.leader is None:
             return f"waiting for the first rank of worker {self.name!r}"
-        if self._abandoned:
-            away_s = self._ports.clock() - self._heard
+        if following.abandoned:
+            away_s = following.away_s
             return f"the first rank of worker {self.name!r} is unheard for {away_s:.1f} s"
         return f"rank {self.rank} of worker {self.name!r}, at version {self.version}"
 
@@ -131,105 +129,25 @@ class Shard(Rank):
         )
         return await self._on_own_loop(waiting)
 
-    # ---- what the first rank says
+    # ---- what the first rank wants
 
-    def _hear(self, message: Message) -> None:
-        try:
-            said = codec.decode_rank(message.data, subject=message.subject)
-        except RemoteProtocolError as exc:
-            log.warning("ignored: %s", exc)
-            return
-        if not isinstance(said, Lead | Over | Order) or not self._obeys(said.leader):
-            return
-        taken = self._taken
-        assert taken is not None
-        match said:
-            case Lead(done=done, gathering=gathering):
-                taken.done(done)
-                if gathering:
-                    self._introduce(said.leader)
-            case Over():
-                self._follow(None)
-            case Order():
-                answer = taken.repeat(said)
-                if answer is not None:
-                    self._say(answer)
-                for order in taken.hear(said):
-                    if self._clearing is None:
-                        self._spawn(self._do(taken, order))
-                    else:
-                        self._early.append((taken, order))
-
-    @property
-    def _abandoned(self) -> bool:
-        """Whether the first rank is unheard for too long."""
-        away_s = self._ports.clock() - self._heard
-        return self._taken is not None and away_s > self.policy.silence_s
-
-    def _obeys(self, leader: str) -> bool:
-        """Whether this life of the first rank is the one to follow."""
-        taken = self._taken
-        if leader in self._ended:
-            return False
-        if taken is None or (leader != taken.leader and self._abandoned):
-            self._follow(leader)
-        elif leader != taken.leader:
-            return False
-        self._heard = self._ports.clock()
-        return True
-
-    def _follow(self, leader: str | None) -> None:
-        """Follow another life of the first rank: nothing goes on of what this one has ordered."""
-        before = self._taken
-        self._taken = Taken(leader) if leader is not None else None
-        if before is None:
-            return
-        self._ended.add(before.leader)
-        for task in self._tasks - {self._beating, self._clearing}:
-            task.cancel()
-        self._early.clear()
-        if self._clearing is None and before.begun:
-            self._clearing = self._spawn(self._clear())
-
-    async def _clear(self) -> None:
-        try:
-            await self._let_go()
-            # Behind what the torch thread was at: it is whole again, or torn. Which version that
-            # is has to be shown anew.
-            await self._ports.run(self.engine.guard().declare, None)
-        finally:
-            self._clearing = None
-            early, self._early = self._early, []
-            for taken, order in early:
-                self._spawn(self._do(taken, order))
-
-    async def _let_go(self) -> None:
-        await self._windows.abort_all()
-        await self._hands.drop(None)
-
-    def _introduce(self, leader: str) -> None:
+    def _introduce(self, leader: str, incarnation: str) -> Fellow:
         assert self.layout is not None
-        fellow = Fellow(
+        return Fellow(
             leader=leader,
             rank=self.rank,
-            incarnation=self._incarnation,
+            incarnation=incarnation,
             layout=codec.pack_layout(self.layout),
             kinds=self._kinds,
             gpu=self._ports.gpu,
         )
-        self._say(fellow)
 
-    async def _do(self, taken: Taken, order: Order) -> None:
-        result: Any
-        try:
-            result = await self._perform(order)
-            answer = answer_of(order, self.rank, result)
-        except Exception as exc:
-            if not isinstance(exc, SparsecastError):
-                log.warning("rank %d of %s: %s", self.rank, self.name, order.deed, exc_info=exc)
-            answer = answer_of(order, self.rank, exc)
-        taken.answer(answer)
-        self._say(answer)
+    async def _let_go(self) -> None:
+        await self._windows.abort_all()
+        await self._hands.drop(None)
+        # Behind what the torch thread was at: it is whole again, or torn. Which version that is
+        # has to be shown anew.
+        await self._ports.run(self.engine.guard().declare, None)
 
     async def _perform(self, order: Order) -> Any:
         what, hands = decode_what(order), self._hands
@@ -240,31 +158,3 @@ class Shard(Rank):
                 return await hands.take(what, timeout_s=self.policy.store_s, progress=unheard)
             case deed:
                 return await getattr(hands, deed)(what)
-
-    # ---- what it says
-
-    async def _beat(self) -> None:
-        while True:
-            leader = self._taken.leader if self._taken is not None else ""
-            here = Here(leader=leader, rank=self.rank, incarnation=self._incarnation)
-            self._say(here)
-            if self._abandoned:
-                await self._windows.abort_all()  # the others' ends may wait for ours
-            await asyncio.sleep(self.policy.heartbeat_s)
-
-    def _say(self, message: Here | Fellow | Answer) -> None:
-        self._outbox.put(self._subjects.rank(self.name, self.rank), codec.encode(message))
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # A task that is cancelled before its first step leaves its coroutine unawaited.
-        task.add_done_callback(lambda _: coroutine.close())
-        return task
-
-    async def _stop_work(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,6 +10,7 @@ from ..messages.errors import SettingsError
 from ..pipeline.log.base import Log, Payloads, Streams, Tell
 from ..pipeline.log.directory import DirectoryLog
 from ..pipeline.log.jetstream import JetStreamLog
+from ..pipeline.log.pieces import WholeLog
 from ..pipeline.log.tiered import TieredLog
 
 #: What a user gives: a tier, several with a comma between, or a sequence, the quickest first.
@@ -46,10 +47,11 @@ def open_log(
     tell: Tell,
     quota_nbytes: int | None = None,
 ) -> Log:
-    """These tiers as one log. `streams` is the bus, for jetstream, where it takes no more than
-    `quota_nbytes`."""
+    """These tiers as one log, of whole entries. `streams` is the bus, for jetstream, where it takes
+    no more than `quota_nbytes`."""
     opened = open_tiers(tiers, streams, run, payloads, tell=tell, quota_nbytes=quota_nbytes)
-    return next(iter(opened.values())) if len(opened) == 1 else TieredLog(opened, tell=tell)
+    one = next(iter(opened.values())) if len(opened) == 1 else TieredLog(opened, tell=tell)
+    return WholeLog(one)
 
 
 def open_tiers(

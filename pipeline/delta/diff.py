@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ...messages.errors import LocalProtocolError
+from ...messages.layout import Layout
 from ...messages.manifest import Manifest
 from . import kernels
 from .bits import Source, bits_dtype, quiet
-from .digest import addends, block_factors, dense_sum, digest, sparse_sum
+from .digest import addends, block_factors, dense_sum, digest, region_sum, sparse_sum
 from .digest import checksum as checksum_of
 from .encode import Draft, Piece, assemble
 from .layout import ANCHOR, blocks_of
+from .parts import Parts, Region, parts_of
 from .patch import Patch
 from .search import Change, Taking, chunks, scan
 from .tensors import Dtypes, dtype_of, manifest_of, require_manifest
@@ -208,6 +210,24 @@ def _draft(index: int, itemsize: int, source: Source, pieces: list[Piece]) -> Dr
     return Draft(index, itemsize, source.numel, count, pieces, dense)
 
 
+def _places(parts: Parts) -> list[tuple[str, int] | None]:
+    """Of each local tensor: which published one it is a run of, in C order, and from where on."""
+    regions: dict[int, list[Region]] = {}
+    for region in parts.regions:
+        regions.setdefault(region.local, []).append(region)
+    found: list[tuple[str, int] | None] = []
+    for at, spec in enumerate(parts.local.tensors):
+        held = regions.get(at, [])
+        place: tuple[str, int] | None = None
+        if len(held) == 1 and held[0].flat and held[0].part.counted:
+            region = held[0]
+            runs = len(region.held) == 1 and region.held[0].stride <= 1
+            if runs and region.high - region.low == spec.numel:
+                place = region.part.tensor, region.low
+        found.append(place)
+    return found
+
+
 class Shadow:
     """A private copy of the bits that were published last, beside the tensors they are of.
 
@@ -217,10 +237,20 @@ class Shadow:
     to 12 % of the model, 6 % in the first, which a model of up to a milliard elements keeps for the
     next one; with torch up to about 12 bytes a changed 8-byte word. The patch's memory may be twice
     as large as the patch, and a MiB. Not for several threads at once.
+
+    With a `layout` the tensors are its local ones, in whose coordinates patches are, while digests
+    are their share of those of the `published` tensors, which it fits (ManifestMismatch). Kernels
+    read all of the copy again for that, and diff() waits for them.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], *, dtype: Dtypes = None, host: bool = False
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        dtype: Dtypes = None,
+        host: bool = False,
+        layout: Layout | None = None,
+        published: Manifest | None = None,
     ) -> None:
         self._dtype = dtype
         self._torn = False
@@ -232,8 +262,19 @@ class Shadow:
             for held, source in zip(self._held, sources, strict=True):
                 for start, stop in chunks(source.numel):
                     held[start:stop].copy_(source.piece(start, stop))
-            self._factors: list[Tensor] | None = None
-            self._digest = digest(self._named())
+            self._factors: dict[int, Tensor] = {}
+            self._layout, self._published = layout, published
+            #: Of each tensor, under which name its elements count for the digest, and from which
+            #: place on; None: they do not lie there as one run.
+            self._places: list[tuple[str, int] | None] = [
+                (spec.name, 0) for spec in self.manifest.tensors
+            ]
+            self._parts: Parts | None = None
+            if layout is not None and published is not None:
+                self._parts = parts_of(layout, published)
+                self.manifest.require_same(self._parts.local)
+                self._places = _places(self._parts)
+            self._digest = self._whole_digest()
             #: The last diff, while nobody has asked for the digest after it.
             self._last: Diffed | None = None
             self._fused: Differ | None = None
@@ -250,6 +291,9 @@ class Shadow:
     def nbytes(self) -> int:
         """Bytes of the dense state that it holds."""
         return self.manifest.nbytes
+
+    def _whole_digest(self) -> int:
+        return digest(self._named(), manifest=self._published, layout=self._layout)
 
     def _named(self) -> dict[str, Tensor]:
         return {
@@ -328,6 +372,10 @@ class Shadow:
             )
         self._torn = False
         self._mark = found.written
+        if self._parts is not None:
+            # Now: what it is of the copy moves on with the next diff.
+            share = self._whole_digest()
+            return Diffed(patch, lambda: _Facts(share, found.sums()[1], *found.times_us()))
         return Diffed(patch, lambda: _Facts(*found.sums(), *found.times_us()))
 
     def _diff_torch(self, tensors: Mapping[str, Tensor], base_version: int, version: int) -> Diffed:
@@ -338,17 +386,25 @@ class Shadow:
         drafts: list[Draft] = []
         taken: list[Taking] = []
         sums: dict[torch.device, Tensor] = {}
+
+        def count(amount: Tensor) -> None:
+            here = sums.get(amount.device)
+            sums[amount.device] = amount if here is None else here + amount
+
+        scattered: list[int] = []
         for index, (held, source) in enumerate(zip(self._held, sources, strict=True)):
             pieces = []
+            place = self._places[index]
             for change in scan(partial(_part, held), source, taken):
                 pieces.append(change.piece)
-                sum_here = sums.get(held.device)
-                amount = self._digest_of(index, change)
-                sums[held.device] = amount if sum_here is None else sum_here + amount
+                if place is not None:
+                    count(self._digest_of(index, place, change))
             if pieces:
                 itemsize = self.manifest.tensors[index].itemsize
                 drafts.append(_draft(index, itemsize, source, pieces))
-        after = (before + sum(int(value.item()) for value in sums.values())) & _MASK
+                if place is None:
+                    scattered.append(index)
+                    count(-self._share_of(index))
         found_at = time.perf_counter()
         patch = _assemble(
             drafts, self.manifest, self._hash, sources,
@@ -359,23 +415,42 @@ class Shadow:
         for taking in taken:
             taking.take()
         self._torn = False
+        for index in scattered:
+            count(self._share_of(index))
+        after = (before + sum(int(value.item()) for value in sums.values())) & _MASK
         taken_at = time.perf_counter()
         diff_us = round((found_at - began + taken_at - encoded_at) * 1e6)
         encode_us = round((encoded_at - found_at) * 1e6)
         return Diffed(patch, lambda: _Facts(after, checksum_of(patch.buffer), diff_us, encode_us))
 
-    def _digest_of(self, index: int, change: Change) -> Tensor:
+    def _digest_of(self, index: int, place: tuple[str, int], change: Change) -> Tensor:
+        """What a change adds to the digest, where the tensor lies as one run from a place on."""
         piece, old_N = change.piece, change.old_N
+        name, first = place
+        start = first + piece.start
         if change.idx_N is None:
-            name = self.manifest.tensors[index].name
-            return dense_sum(change.new_N, name, piece.start) - dense_sum(old_N, name, piece.start)
-        if self._factors is None:
-            self._factors = [
-                block_factors(spec.name, 0, blocks_of(spec.numel), held.device)
-                for spec, held in zip(self.manifest.tensors, self._held, strict=True)
-            ]
-        g_K = self._factors[index][piece.start >> 16 : (piece.start + piece.numel + 0xFFFF) >> 16]
-        return sparse_sum(addends(change.new_N).sub_(addends(old_N)), change.idx_N, g_K)
+            return dense_sum(change.new_N, name, start) - dense_sum(old_N, name, start)
+        base = first >> 16
+        if index not in self._factors:
+            held = self._held[index]
+            blocks = blocks_of((first & 0xFFFF) + held.numel())
+            self._factors[index] = block_factors(name, base, blocks, held.device)
+        g_K = self._factors[index][
+            (start >> 16) - base : ((start + piece.numel + 0xFFFF) >> 16) - base
+        ]
+        idx_N = change.idx_N + (start & 0xFFFF) if start & 0xFFFF else change.idx_N
+        return sparse_sum(addends(change.new_N).sub_(addends(old_N)), idx_N, g_K)
+
+    def _share_of(self, index: int) -> Tensor:
+        """The digest's share of a tensor that lies here and there, as it is held now."""
+        assert self._parts is not None
+        spec, held = self.manifest.tensors[index], self._held[index]
+        total = torch.zeros((), dtype=torch.int64, device=held.device)
+        for region in self._parts.regions:
+            if region.local == index and region.part.counted:
+                whole = self._parts.manifest.tensors[region.tensor]
+                total += region_sum(region, held.view(dtype_of(spec)).view(spec.shape), whole)
+        return total
 
     def since(self, tensors: Mapping[str, Tensor], *, base_version: int, version: int) -> Patch:
         """The patch from `tensors`, of the published dtypes and on any device, to what is held.

@@ -25,10 +25,11 @@ from typing import TypeVar
 from ...messages.control import LogEntry
 from ...messages.errors import LogError, LogHole, PatchError
 from ...messages.manifest import Manifest
-from ...messages.subjects import check_token
+from ...messages.subjects import check_entry, check_token
 from .base import Payloads, Progress, Tell, oldest_first, require_size, unheard
 from .container import Damaged
 from .files import SUFFIX, GoOn, read, read_payload, write
+from .pieces import root_of
 from .threads import Threads
 
 log = logging.getLogger("sparsecast.log")
@@ -164,7 +165,7 @@ class DirectoryLog:
 
     def _store(self, entry: LogEntry, view: memoryview, go_on: GoOn) -> None:
         path = self._file(entry)
-        self._prepare()
+        self._prepare(entry)
         with contextlib.suppress(FileNotFoundError):
             if self._entry(path) is not None:
                 # Whoever renamed it may have died before the directory was on the disk.
@@ -185,15 +186,20 @@ class DirectoryLog:
             raise
         _sync(self.path)
 
-    def _prepare(self) -> None:
-        """Make the run's directory, and sweep what dead writers have left there."""
+    def _prepare(self, entry: LogEntry) -> None:
+        """Make the run's directory, and sweep what dead writers have left there.
+
+        Of a trainer of several roots each sweeps what is its own: the others may be writing now.
+        """
         if not self.path.is_dir():
             self.path.mkdir(exist_ok=True)
             _sync(self._root)
         if not self._swept:
             for path in self.path.glob(f".*{TEMPORARY}"):
-                log.info("swept %s, which a dead writer has left", path)
-                path.unlink(missing_ok=True)
+                name = path.name[1:].removesuffix(TEMPORARY).rpartition(".")[0]
+                if root_of(name) % entry.roots == entry.root:
+                    log.info("swept %s, which a dead writer has left", path)
+                    path.unlink(missing_ok=True)
             self._swept = True
 
     def _prune(self, drop: Sequence[LogEntry], go_on: GoOn) -> None:
@@ -271,7 +277,7 @@ class DirectoryLog:
         return None
 
     def _file(self, entry: LogEntry) -> Path:
-        return self.path / f"{check_token('log entry', entry.name)}{SUFFIX}"
+        return self.path / f"{check_entry(entry.name)}{SUFFIX}"
 
 
 def _damaged(path: Path, why: Damaged) -> LogError:

@@ -31,6 +31,7 @@ from ...messages.errors import (
 from ...messages.manifest import Manifest
 from ...messages.subjects import Subjects
 from .base import Progress, Record, Streams, oldest_first, require_size, unheard
+from .pieces import root_of
 
 log = logging.getLogger("sparsecast.log")
 
@@ -81,6 +82,9 @@ class JetStreamLog:
         self._storing = asyncio.Lock()
         #: Where the chunks of what was stored here begin in the stream, by name.
         self._begins: dict[str, int] = {}
+        #: Whether other roots of the same trainer store in the stream too, and whether what dead
+        #: ones of this root have left is gone.
+        self._shared = self._swept = False
 
     @property
     def chunk_nbytes(self) -> int:
@@ -100,10 +104,16 @@ class JetStreamLog:
         view = require_size(entry, payload)
         try:
             async with asyncio.timeout(timeout_s), self._storing:
+                answer_s = min(timeout_s, ANSWER_S)
+                if entry.roots > 1:
+                    self._shared = True
+                    if not self._swept:
+                        await self._drop_orphans(entry, answer_s)
+                        self._swept = True
                 try:
                     await self._store(entry, view, timeout_s)
                 except StreamFull:
-                    if not await self._drop_orphans(min(timeout_s, ANSWER_S)):
+                    if not await self._drop_orphans(entry, answer_s):
                         raise
                     await self._store(entry, view, timeout_s)
         except TimeoutError:
@@ -204,7 +214,7 @@ class JetStreamLog:
 
     async def entries(self, *, timeout_s: float) -> list[LogEntry]:
         """Every entry that is there, oldest first; none if there is no log yet (LogError)."""
-        index = f"{self._subjects.log_index}.*"
+        index = self._subjects.log_index_all
         found: dict[str, LogEntry] = {}
         try:
             async for record in self._read(index, timeout_s):
@@ -295,8 +305,11 @@ class JetStreamLog:
     async def _sweep(self, timeout_s: float) -> None:
         """Drop chunks without an entry, which a trainer that died while it stored has left.
 
-        They lie before everything kept; where that begins, only who stored it knows.
+        They lie before everything kept; where that begins, only who stored it knows. Chunks of
+        other roots may lie there too, whose entries are still to come.
         """
+        if self._shared:
+            return
         kept = {entry.name for entry in await self.entries(timeout_s=timeout_s)}
         if kept and kept <= self._begins.keys():
             await self._streams.purge(
@@ -305,13 +318,23 @@ class JetStreamLog:
                 timeout_s=timeout_s,
             )
 
-    async def _drop_orphans(self, timeout_s: float) -> bool:
+    async def _drop_orphans(self, storing: LogEntry, timeout_s: float) -> bool:
         """Drop all chunks without an entry, wherever they lie; whether there were any. Nothing else
-        may be stored meanwhile: the trainer that holds the run does it where room is short."""
+        of this root may be stored meanwhile: the trainer that holds the run does it where room is
+        short, or before the first of its pieces."""
         kept = {self._chunks(entry) for entry in await self.entries(timeout_s=timeout_s)}
         chunks = self._subjects.log_chunks_all
-        found = await self._streams.subjects(self._stream, chunks, timeout_s=timeout_s)
-        orphans = [subject for subject in found if subject not in kept]
+        try:
+            found = await self._streams.subjects(self._stream, chunks, timeout_s=timeout_s)
+        except StreamMissing:
+            return False
+        prefix = chunks.removesuffix(">")
+        orphans = [
+            subject
+            for subject in found
+            if subject not in kept
+            and root_of(subject.removeprefix(prefix)) % storing.roots == storing.root
+        ]
         for subject in orphans:
             await self._streams.purge(self._stream, subject=subject, timeout_s=timeout_s)
         return bool(orphans)

@@ -10,6 +10,7 @@ from ...messages.control import LogEntry
 from ...messages.errors import LogError, LogHole
 from ...messages.manifest import Manifest
 from .base import Progress, oldest_first, require_size, unheard
+from .pieces import pruned, whole
 from .retention import needless
 
 
@@ -37,8 +38,8 @@ class MemoryLog:
             if entry.name in self._held:
                 return
             held = [other for other, _ in self._held.values()]
-            pushed = needless(oldest_first([*held, entry]), epoch=entry.epoch, nbytes=1)
-            pushed = [other for other in pushed if other.name != entry.name]
+            drop = needless(whole([*held, entry]), epoch=entry.epoch, nbytes=1)
+            pushed = [other for other in pruned(held, drop) if other.name != entry.name]
             room = self.max_nbytes - sum(other.nbytes for other in held)
             gone = []
             while room < entry.nbytes and pushed:

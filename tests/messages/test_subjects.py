@@ -29,6 +29,17 @@ def test_names_that_would_escape_their_token_are_refused(name: str) -> None:
         Subjects(name)
 
 
+@pytest.mark.parametrize("name", ["a.b", "a.", ".1", "a.1.2", "../1", "a.1/2", "a.-1", "x" * 65])
+def test_a_piece_of_a_log_entry_has_its_root_behind_a_dot(name: str) -> None:
+    """A number is all that may stand there: nothing speaks for another entry, or leaves a
+    directory."""
+    subjects = Subjects("r")
+    assert subjects.log_entry("1-patch-2.13") == "sparsecast.r.log.index.1-patch-2.13"
+    for of in (subjects.log_entry, subjects.log_chunks):
+        with pytest.raises(InvalidName, match="log entry"):
+            of(name)
+
+
 def test_no_worker_is_called_as_the_trainer_is() -> None:
     """Its metrics would be taken for the trainer's; a run may well have that name."""
     with pytest.raises(InvalidName, match="what the trainer is called"):

@@ -414,7 +414,7 @@ async def test_a_silent_rank_costs_its_worker_alone(site: Site) -> None:
     other = await site.replica(plain, "w1")
     await publisher.wait_members(2, timeout_s=10)
     await train(publisher, trained, range(1, 2))
-    with mock.patch.object(shard, "_say"):
+    with mock.patch.object(shard._following, "_say"):
         for version in range(2, 5):
             step(trained, version)
             await publisher.publish()

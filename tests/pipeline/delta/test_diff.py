@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layouts import contents
+from ranks import split
 from sparsecast.messages.errors import LocalProtocolError, ManifestMismatch, UnsupportedTensor
 from sparsecast.pipeline.delta import Patch, Shadow, apply, diff, digest, manifest_of
 from sparsecast.pipeline.delta.search import Taking
@@ -87,6 +89,18 @@ def test_tensors_of_many_chunks(
     found = Shadow(old).diff(new, base_version=0, version=1)
     assert found.patch.to_bytes() == patch.to_bytes()
     assert found.digest == digest(new)
+
+
+@pytest.mark.parametrize("apart", [8, 64, 512])
+def test_changes_that_are_each_alone_in_their_words(apart: int) -> None:
+    """Elements far apart, at even distances, change: no word of a mask has two of them."""
+    old = {"w": torch.zeros(1 << 20, dtype=torch.bfloat16), "b": torch.zeros(1 << 17).bool()}
+    new = clone(old)
+    for tensor in new.values():
+        tensor[::apart] = 1
+    patch = diff(old, new, base_version=0, version=1)
+    assert patch.changed == ((1 << 20) + (1 << 17)) // apart
+    assert same(carried(patch, old), new)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -254,3 +268,36 @@ def test_times_are_reported() -> None:
     found = Shadow(old).diff(changed(old, 0.01, 1), base_version=0, version=1)
     assert found.diff_us > 0
     assert found.encode_us > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), ranks=st.integers(1, 4))
+def test_the_shadows_of_shards_know_their_shares(seed: int, ranks: int) -> None:
+    """Each rank diffs what it holds of some tensors, rows or columns or copies: after every step
+    the digests of the shadows add up to that of the whole, and local patches bring it."""
+    random = torch.Generator().manual_seed(seed)
+    whole = {
+        "rows": torch.randn(37, 3001, generator=random).bfloat16(),
+        "layer": torch.randn(19, 31, generator=random),
+        "norm": torch.randn(5, generator=random).double(),
+    }
+    manifest = manifest_of(whole)
+    layouts = split(whole, ranks)
+    shadows = [
+        Shadow(dict(contents(layout, whole)), layout=layout, published=manifest)
+        for layout in layouts
+    ]
+    held = [{n: t.clone() for n, t in contents(layout, whole).items()} for layout in layouts]
+    for version in range(1, 4):
+        for tensor in whole.values():
+            some = torch.rand(tensor.shape, generator=random) < 10.0**-version
+            tensor[some] = torch.randn(int(some.sum()), generator=random).to(tensor.dtype)
+        total = 0
+        for shadow, layout, mine in zip(shadows, layouts, held, strict=True):
+            wanted = contents(layout, whole)
+            found = shadow.diff(wanted, base_version=version - 1, version=version)
+            total += found.digest
+            assert found.digest == shadow.digest
+            apply(found.patch, mine, version=version - 1)
+            assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
+        assert total % 2**64 == digest(whole)

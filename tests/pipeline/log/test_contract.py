@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from logs import ToyPayloads, entry
+from logs import ToyPayloads, entry, manifest, pieces
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.errors import LogError, LogHole
 from sparsecast.pipeline.bus.broker import Broker
@@ -18,6 +18,7 @@ from sparsecast.pipeline.log.base import Log, way
 from sparsecast.pipeline.log.directory import DirectoryLog
 from sparsecast.pipeline.log.jetstream import JetStreamLog
 from sparsecast.pipeline.log.memory import MemoryLog
+from sparsecast.pipeline.log.pieces import WholeLog
 from sparsecast.pipeline.log.tiered import TieredLog
 
 Connect = Callable[..., Awaitable[NatsBus]]
@@ -25,9 +26,9 @@ Connect = Callable[..., Awaitable[NatsBus]]
 OpenLog = Callable[[], Awaitable[Log]]
 S = 10.0
 
-pytestmark = pytest.mark.parametrize(
-    "tier", ["memory", "jetstream", "directory", "tiered", "one of two"]
-)
+TIERS = ["memory", "jetstream", "directory", "tiered", "one of two", "whole"]
+
+pytestmark = pytest.mark.parametrize("tier", TIERS)
 
 
 @pytest.fixture
@@ -53,10 +54,23 @@ async def open_log(
         gone = DirectoryLog(tmp_path / "not there", run, ToyPayloads())
         return TieredLog({"gone": gone, "jetstream": await jetstream()})
 
+    async def whole_log() -> Log:
+        return WholeLog(await tiered())
+
     return {
         "memory": memory, "jetstream": jetstream, "directory": directory, "tiered": tiered,
-        "one of two": one_of_two,
+        "one of two": one_of_two, "whole": whole_log,
     }[tier]  # fmt: skip
+
+
+@pytest.fixture
+def open_whole(open_log: OpenLog) -> OpenLog:
+    """The same, as readers see it: pieces are one entry once all are there."""
+
+    async def opened() -> Log:
+        return WholeLog(await open_log())
+
+    return opened
 
 
 @pytest.fixture
@@ -101,7 +115,7 @@ async def test_what_is_stored_is_loaded_to_the_byte(
     "nbytes", [0, 1, 1000, 512 << 10, 3_000_000, 20_000_000], ids=lambda n: f"{n} bytes"
 )
 async def test_a_load_tells_how_far_it_is(
-    log: Log, open_log: OpenLog, nbytes: int, base: int | None
+    log: Log, open_log: OpenLog, tier: str, nbytes: int, base: int | None
 ) -> None:
     """Of every size, patch and anchor: what is told never falls, on the loop's thread, and ends
     with all bytes before load() returns; a large entry is told in between, but not byte by byte."""
@@ -119,7 +133,7 @@ async def test_a_load_tells_how_far_it_is(
     assert told == sorted(told)
     assert told[-1] == nbytes
     assert len(told) <= nbytes // (500 << 10) + 4
-    if nbytes == 20_000_000 and not isinstance(log, MemoryLog):
+    if nbytes == 20_000_000 and tier != "memory":
         assert any(0 < so_far < nbytes for so_far in told)
     seen = len(told)
     await asyncio.sleep(0.01)
@@ -254,3 +268,130 @@ async def test_a_reader_meets_the_broom(log: Log, open_log: OpenLog) -> None:
         except LogHole:
             holes += 1
     assert holes + whole == 12
+
+
+# ---- pieces, of a trainer of several roots
+
+NBYTES = {"one chunk": 1000, "several": 1_200_001, "many": 9_000_000}
+
+
+@pytest.mark.parametrize("base", [0, None], ids=["patch", "anchor"])
+@pytest.mark.parametrize("nbytes", NBYTES.values(), ids=NBYTES)
+async def test_pieces_are_one_entry_once_all_are_there(
+    open_whole: OpenLog, base: int | None, nbytes: int
+) -> None:
+    """Three roots store what is theirs of one version, each in a process of its own: readers see
+    nothing before the last one has, then one entry of all bytes, and how far a load is."""
+    payloads = [os.urandom(nbytes + root) for root in range(3)]
+    stored = pieces(base, 1, payloads)
+    reader = await open_whole()
+    for one, payload in zip(stored, payloads, strict=True):
+        assert await reader.entries(timeout_s=S) == []
+        await (await open_whole()).store(one, payload, timeout_s=S)
+    [found] = await reader.entries(timeout_s=S)
+    assert found.name == stored[0].name.removesuffix(".0")
+    assert (found.root, found.roots, found.manifest_hash) == (0, 3, "whole")
+    assert found.nbytes == sum(map(len, payloads))
+    assert found.checksum == sum(one.checksum for one in stored)
+    assert [msgspec.structs.replace(one, chunks=0) for one in found.pieces] == stored
+    told: list[int] = []
+    assert await reader.load(found, timeout_s=S, progress=told.append) == b"".join(payloads)
+    assert told == sorted(told)
+    assert told[-1] == found.nbytes
+    for one, payload in zip(found.pieces, payloads, strict=True):
+        assert await reader.load(one, timeout_s=S) == payload
+
+
+async def test_roots_store_at_once(open_whole: OpenLog) -> None:
+    """Four roots store twelve versions at the same time, each in its own pace: nobody sweeps away
+    what another one is at, and whoever sees an entry gets the bytes of all."""
+    payloads = {v: [os.urandom(90_000 * root + v) for root in range(4)] for v in range(1, 13)}
+
+    async def store(root: int) -> None:
+        log = await open_whole()
+        for version, of_roots in payloads.items():
+            one = pieces(version - 1, version, of_roots)[root]
+            await log.store(one, of_roots[root], timeout_s=S)
+
+    async def read_all() -> None:
+        reader, seen = await open_whole(), set[int]()
+        async with asyncio.timeout(4 * S):
+            while len(seen) < len(payloads):
+                for found in await reader.entries(timeout_s=S):
+                    if found.version not in seen:
+                        seen.add(found.version)
+                        data = await reader.load(found, timeout_s=S)
+                        assert data == b"".join(payloads[found.version])
+
+    await asyncio.gather(read_all(), *(store(root) for root in range(4)))
+
+
+async def test_pruning_drops_all_pieces(open_whole: OpenLog) -> None:
+    """A root died at version 2, which is never whole. As soon as what lies around it goes, it goes
+    too; a piece of a version that is being stored just now stays, and becomes whole."""
+    log, payloads = await open_whole(), [b"abc", b"defg"]
+    for version in (1, 2, 3, 4, 5):
+        for one, payload in zip(pieces(version - 1, version, payloads), payloads, strict=True):
+            if (version, one.root) not in [(2, 1), (5, 0)]:
+                await log.store(one, payload, timeout_s=S)
+    before = await log.entries(timeout_s=S)
+    assert [one.version for one in before] == [1, 3, 4]
+    with pytest.raises(LogHole):
+        await log.load(pieces(1, 2, payloads)[1], timeout_s=S)
+    await log.prune(before[:2], timeout_s=S)
+    other = await open_whole()
+    assert await other.entries(timeout_s=S) == before[2:]
+    for one in (*before[:2], *pieces(1, 2, payloads), *pieces(2, 3, payloads)):
+        with pytest.raises(LogHole):
+            await other.load(one, timeout_s=S)
+    await other.store(pieces(4, 5, payloads)[0], payloads[0], timeout_s=S)
+    assert [one.version for one in await log.entries(timeout_s=S)] == [4, 5]
+
+
+async def test_an_entry_of_pieces_is_not_stored_as_one(open_whole: OpenLog) -> None:
+    """Each root stores its own: what is put together already is refused by name."""
+    log, payloads = await open_whole(), [b"abc", b"defg"]
+    for one, payload in zip(pieces(0, 1, payloads), payloads, strict=True):
+        await log.store(one, payload, timeout_s=S)
+    [found] = await log.entries(timeout_s=S)
+    with pytest.raises(LogError, match=r"'1-patch-1' is 2 pieces"):
+        await log.store(found, b"abcdefg", timeout_s=S)
+
+
+async def test_a_load_of_pieces_meets_the_broom(open_whole: OpenLog) -> None:
+    """A piece of an anchor is gone when its turn comes: a hole, and no bytes."""
+    log, payloads = await open_whole(), [os.urandom(50_000), os.urandom(70_000)]
+    for one, payload in zip(pieces(None, 1, payloads), payloads, strict=True):
+        await log.store(one, payload, timeout_s=S)
+    [found] = await log.entries(timeout_s=S)
+    await log.prune([found.pieces[1]], timeout_s=S)
+    assert await log.entries(timeout_s=S) == []
+    with pytest.raises(LogHole):
+        await log.load(found, timeout_s=S)
+
+
+async def test_a_piece_of_an_anchor_tells_its_names(open_whole: OpenLog, tier: str) -> None:
+    """Who looks for the tensors of one root finds them where files have names, and nowhere else."""
+    log, payloads = await open_whole(), [os.urandom(1000), os.urandom(2000)]
+    for one, payload in zip(pieces(None, 1, payloads), payloads, strict=True):
+        await log.store(one, payload, timeout_s=S)
+    names = tier in ("directory", "tiered", "whole")
+    for payload in payloads:
+        wanted = manifest(len(payload))
+        assert await log.manifest(wanted.hash, timeout_s=S) == (wanted if names else None)
+    assert await log.manifest("whole", timeout_s=S) is None
+
+
+async def test_tries_that_fail_do_not_fill_the_log(open_whole: OpenLog) -> None:
+    """One root stores its piece of one anchor after the other, the other one fails each time: the
+    pieces of one anchor are there at most, until one is whole."""
+    log, payloads = await open_whole(), [os.urandom(1000), os.urandom(2000)]
+    tries = [pieces(None, version, payloads) for version in (1, 2, 3)]
+    for of_version in tries:
+        await log.store(of_version[0], payloads[0], timeout_s=S)
+    await log.store(tries[2][1], payloads[1], timeout_s=S)
+    [found] = await log.entries(timeout_s=S)
+    assert await log.load(found, timeout_s=S) == b"".join(payloads)
+    for of_version in tries[:2]:
+        with pytest.raises(LogHole):
+            await log.load(of_version[0], timeout_s=S)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logs import ToyPayloads, entry
+from logs import ToyPayloads, entry, pieces
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.errors import InvalidName, LogError, LogHole
 from sparsecast.pipeline.log import directory as module
@@ -149,6 +149,22 @@ def test_a_death_at_any_step_leaves_nothing_half(tmp_path: Path, step: str) -> N
         "1-anchor-0.safetensors", "1-patch-1.safetensors", "1-patch-2.safetensors"
     ]  # fmt: skip
     assert told == []
+
+
+async def test_roots_sweep_what_is_their_own(tmp_path: Path) -> None:
+    """A trainer of three roots died amid its pieces, and its successor has two, one of which writes
+    just now: the other one sweeps what nobody can be at, and a trainer of one root the rest."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("old.0", "old.1", "old.2", "alone"):
+        (folder / f".{name}.abcd{module.TEMPORARY}").touch()
+    await open_log(tmp_path).store(pieces(0, 1, [b"abc", b"de"])[0], b"abc", timeout_s=S)
+    assert left_over(tmp_path) == [f".old.1.abcd{module.TEMPORARY}"]
+    await open_log(tmp_path).store(entry(0, 1, b"abc"), b"abc", timeout_s=S)
+    assert left_over(tmp_path) == []
+    assert {one.name for one in await open_log(tmp_path).entries(timeout_s=S)} == {
+        "1-patch-1", "1-patch-1.0"
+    }  # fmt: skip
 
 
 # ---- broken disks

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from logs import pieces
 from servers import Proxy, until
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.errors import LogError, LogFull, LogHole
@@ -99,6 +100,29 @@ async def test_what_a_dead_trainer_left_half_is_not_counted(bus: NatsBus, run: s
     await log.prune(found[:1], timeout_s=S)
     assert await held(bus, run) == {"log.chunks.1-patch-1": 2, "log.index.1-patch-1": 1}
     assert await log.load(found[1], timeout_s=S) == payload
+
+
+async def test_roots_sweep_what_is_their_own(bus: NatsBus, run: str) -> None:
+    """A trainer of three roots died amid its pieces, and its successor has two: before its first
+    piece each root drops the chunks without an entry that nobody else may be at, and no prune
+    drops those of the other root, which may be on their way."""
+    subjects = Subjects(run)
+    first, second = JetStreamLog(bus, run), JetStreamLog(bus, run)
+    await JetStreamLog(bus, run).store(entry(b"x", "warm"), b"x", timeout_s=S)
+    for name in ("old.0", "old.1", "old.2", "alone"):
+        await bus.append(
+            subjects.log_stream, subjects.log_chunks(name), b"left", message_id=name, timeout_s=S
+        )
+    stored = pieces(0, 1, [b"abc", b"de"])
+    kept = {"log.chunks.warm": 1, "log.index.warm": 1}
+    one = {"log.chunks.1-patch-1.0": 1, "log.index.1-patch-1.0": 1}
+    await first.store(stored[0], b"abc", timeout_s=S)
+    assert await held(bus, run) == kept | one | {"log.chunks.old.1": 1}
+    [warm, _] = await first.entries(timeout_s=S)
+    await first.prune([warm], timeout_s=S)
+    assert await held(bus, run) == one | {"log.chunks.old.1": 1}
+    await second.store(stored[1], b"de", timeout_s=S)
+    assert await held(bus, run) == one | {"log.chunks.1-patch-1.1": 1, "log.index.1-patch-1.1": 1}
 
 
 async def test_a_store_that_ran_out_of_time_leaves_nothing(

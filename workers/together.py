@@ -1,0 +1,72 @@
+"""One thing done on every rank: by the first one itself, and by the others at its order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ..messages.ranks import Deed
+from ..pipeline.core.policy import Policy
+from .leading import Leading, RankSilent
+
+
+class Together:
+    """What the first rank does, `mine`, with what it orders beside it. On the driver's loop."""
+
+    def __init__(self, leading: Leading, policy: Policy) -> None:
+        self._leading = leading
+        self._policy = policy
+
+    async def all(
+        self,
+        mine: Callable[[], Awaitable[Any]],
+        deed: Deed,
+        what: Any,
+        timeout_s: float,
+        *,
+        hurry: bool = False,
+    ) -> dict[int, Any]:
+        """What came of it on every rank, once it is over on all; or what another rank raised, or
+        this one. `hurry`: this one breaks off when another one has not done it."""
+        silent = self._leading.silent() if self._leading.ranks else None
+        if silent is not None:
+            raise RankSilent(silent)
+        # Before anything is waited for: orders are given in the order in which the core asks.
+        others = [asyncio.wrap_future(one) for one in self._leading.order(deed, what, timeout_s)]
+        own = asyncio.ensure_future(mine())
+
+        def look(other: asyncio.Future[Any]) -> None:
+            if not other.cancelled() and other.exception() is not None:
+                own.cancel()
+
+        for other in others if hurry else ():
+            other.add_done_callback(look)
+        results = await asyncio.gather(*others, own, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return dict(enumerate([results[-1], *results[:-1]]))
+
+    async def patiently(
+        self,
+        mine: Callable[[], Awaitable[Any]],
+        deed: Deed,
+        what: Any,
+        *,
+        while_: Callable[[], bool] = lambda: True,
+    ) -> dict[int, Any]:
+        """The same, again and again until no rank is silent, or RankSilent."""
+        while True:
+            try:
+                return await self.all(mine, deed, what, self._policy.resume_s)
+            except RankSilent:
+                await asyncio.sleep(self._policy.heartbeat_s)
+                if not while_():
+                    raise
+
+    async def everywhere(self, mine: Callable[[], Awaitable[None]], deed: Deed, what: Any) -> None:
+        """Have it done on every rank; a silent one does it when it is back."""
+        others = self._leading.order(deed, what, self._policy.store_s)
+        await mine()
+        await asyncio.gather(*map(asyncio.wrap_future, others), return_exceptions=True)
