@@ -77,7 +77,9 @@ class Sources:
         """
         # An entry by itself may be that of a trainer's only root.
         rooted = isinstance(announce, LogEntry) and announce.layout != ""
-        published = announce.whole if rooted else announce.manifest_hash
+        published = announce.manifest_hash
+        if isinstance(announce, LogEntry) and rooted:
+            published = announce.whole
         if published != self.manifest.hash:
             raise ManifestMismatch(f"version {announce.version} is of another manifest")
         pieces = pieces_of(announce)
