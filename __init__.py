@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .pipeline.core.policy import Policy
     from .pipeline.delta import Patch, apply, diff, digest, merge
     from .pipeline.log.memory import MemoryLog
+    from .workers.contributor import Contributor
     from .workers.engine import Engine
     from .workers.layouts import config_manifest, engine_layout, layout_of
     from .workers.publisher import AsyncPublisher, Publisher, Report
@@ -80,6 +81,7 @@ _HOMES = {
     "engine_layout": ".workers.layouts",
     "layout_of": ".workers.layouts",
     "AsyncPublisher": ".workers.publisher",
+    "Contributor": ".workers.contributor",
     "Publisher": ".workers.publisher",
     "Report": ".workers.publisher",
     "Replica": ".workers.replica",
@@ -96,6 +98,7 @@ __all__ = [
     "BusUnavailable",
     "CannotResume",
     "Closed",
+    "Contributor",
     "CorruptPatch",
     "Engine",
     "EngineError",

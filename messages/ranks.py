@@ -1,4 +1,5 @@
-"""Messages between the ranks of one worker: the first one leads, the others follow its orders.
+"""Messages between the ranks of one worker, or of a trainer: the first one leads, the others follow
+its orders.
 
 Each docstring says who sends the message, who receives it, and what its absence means.
 """
@@ -10,11 +11,14 @@ from typing import Literal
 import msgspec
 
 from .control import WindowKind
+from .manifest import Manifest
 
-#: What a rank can be told to do; what comes with it is typed in workers/orders.py.
+#: What a rank can be told to do; what comes with it is typed in workers/orders.py. First what both
+#: do, then what a worker's ranks do, then a trainer's.
 Deed = Literal[
-    "open", "abort", "close", "alert", "receive",
-    "take", "drop", "prove", "hold", "quarantine", "apply", "digest",
+    "open", "abort", "close", "alert",
+    "receive", "take", "drop", "prove", "hold", "quarantine", "apply", "digest",
+    "publish", "begin", "seal", "send", "store", "release", "copy", "keep",
 ]  # fmt: skip
 
 
@@ -84,6 +88,46 @@ class Fellow(RankMessage, frozen=True, kw_only=True):
     layout: bytes
     kinds: tuple[WindowKind, ...]
     gpu: str
+
+
+class Publish(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranks of a trainer publish together: `roots` are their layouts, packed, in their
+    order, and `manifest` the tensors that those make up. `writer` names the first rank's life."""
+
+    manifest: Manifest
+    roots: tuple[bytes, ...]
+    writer: str
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True):
+    """The run starts, or starts anew, with what is published now as `version`. `made`: only if this
+    is what publish() has made here so far; None: whatever that is."""
+
+    version: int
+    made: int | None = None
+
+
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """Fix the bytes of what leads to `version`, merged onto the kept patches of `unsafe` ones."""
+
+    version: int
+    unsafe: tuple[int, ...]
+
+
+class Store(msgspec.Struct, frozen=True, kw_only=True):
+    """Put these kept versions into the log as one entry, whose `digest` is the whole state's."""
+
+    versions: tuple[int, ...]
+    epoch: int
+    digest: int
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """The version that a rank has published, and its share of the digest. None: it is another one
+    than was asked for, and nothing was done."""
+
+    version: int
+    digest: int | None
 
 
 AnyRankMessage = Lead | Over | Order | Answer | Here | Fellow

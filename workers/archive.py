@@ -19,6 +19,7 @@ from ..pipeline.log.retention import leading, needless, spare
 from ..pipeline.log.spans import spans
 from .anchors import intact, read
 from .driver import Ports
+from .leading import RankSilent
 from .outgoing import Origin, Outgoing, describe
 
 log = logging.getLogger("sparsecast.publisher")
@@ -71,7 +72,7 @@ class Archive:
         """Store these kept versions as one entry, and let go of them."""
         try:
             entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
-            if await self._has_room(entry.nbytes, epoch):
+            if await self._has_room(entry.nbytes * entry.roots, epoch):
                 await self._put(entry, patch)
                 self._crowded = False
             elif self._last_anchor < entry.version:  # else that has what there is no room for
@@ -285,7 +286,12 @@ class Archive:
     async def _put(self, entry: LogEntry, patch: Patch) -> None:
         # Copied on the torch thread: an anchor would hold the event loop up for long.
         payload = await self._ports.run(self._outgoing.wire, patch)
+        beside = self._outgoing.beside.pop(entry.name, [])
         await self._ports.log.store(entry, payload, timeout_s=self._policy.store_s)
+        try:
+            await asyncio.gather(*map(asyncio.wrap_future, beside))
+        except RankSilent as exc:
+            raise LogError(str(exc)) from exc
 
     async def _prune(self, epoch: int) -> bool:
         """Drop what the policy does not keep and nobody needs any more, once the anchor that is to

@@ -1,7 +1,7 @@
-"""The orders of a worker's first rank to the others: given, taken and answered, each once.
+"""The orders of a first rank, of a worker or of a trainer: given, taken and answered, each once.
 
 The bus may lose, double and delay messages. No I/O and no clock here: who speaks and who waits is
-in leading.py and shard.py.
+in leading.py and following.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 from ..messages.control import Claim, LogEntry, Stamp
 from ..messages.errors import LogError, LogHole, PatchError, SparsecastError, brief
-from ..messages.ranks import Answer, Deed, Order
+from ..messages.ranks import Answer, Begin, Deed, Held, Order, Publish, Seal, Store
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 
@@ -31,9 +31,19 @@ DEEDS: dict[Deed, Any] = {
     "quarantine": str,
     "apply": tuple[int, ...],
     "digest": int,
+    "publish": Publish,
+    "begin": Begin,
+    "seal": Seal,
+    "send": cmd.Send,
+    "store": Store,
+    "release": int,
+    "copy": int,
+    "keep": tuple[int, int],
 }
 #: Those that are nothing to a rank for which nobody waits.
-FLEETING = ("open", "alert", "receive", "take", "prove", "digest")
+FLEETING = ("open", "alert", "receive", "take", "prove", "digest", "send", "copy")
+#: Those that read or write the log.
+LOGGING = ("take", "store", "keep")
 NOTHING = msgspec.Raw(msgspec.msgpack.encode(()))
 #: What may come of one.
 EVENTS: dict[str, Any] = {
@@ -49,6 +59,10 @@ EVENTS: dict[str, Any] = {
         ev.ApplyFailed,
         ev.Digested,
         ev.DigestFailed,
+        ev.Sealed,
+        ev.NothingTaken,
+        ev.Sent,
+        Held,
     )
 }
 #: How the log may fail a rank, the narrower ones first: the first rank answers to each as if it had
@@ -65,8 +79,8 @@ def answer_of(order: Order, rank: int, result: Any) -> Answer:
         # What it does not know the first rank cannot answer to: it is a worker's failure then.
         known = (name for name, error in ERRORS.items() if isinstance(result, error))
         kind = next(known, SparsecastError.__name__)
-        if order.deed == "take" and kind == SparsecastError.__name__:
-            kind = LogError.__name__  # no memory, or no bus: the log gave nothing
+        if order.deed in LOGGING and kind == SparsecastError.__name__:
+            kind = LogError.__name__  # no memory, or no bus: the log gave nothing, or took nothing
         what = result.reason if isinstance(result, LogHole) else brief(result)
     elif result is not None:
         kind, what = type(result).__name__, result

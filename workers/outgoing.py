@@ -11,14 +11,17 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ..messages.control import LogEntry, Tags
-from ..messages.errors import LogError
+from ..messages.errors import LogError, UnsupportedTensor, WaitTimeout
 from ..messages.layout import Layout
+from ..messages.manifest import Manifest
+from ..messages.ranks import Held
 from ..pipeline.core.events import Sealed
 from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
 from ..pipeline.delta import checksum as checksum_of
@@ -63,6 +66,30 @@ class Past:
     version: int
     digest: int
     tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank of a trainer of several publishes: the local tensors of roots[root], of the
+    tensors of a manifest. `local` gives them as they are now."""
+
+    root: int
+    roots: tuple[Layout, ...]
+    manifest: Manifest
+    local: Callable[[], Mapping[str, torch.Tensor]]
+
+    @property
+    def layout(self) -> Layout:
+        """Of this rank."""
+        return self.roots[self.root]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What this rank publishes, as it is now (UnsupportedTensor)."""
+        found = self.local()
+        missing = [spec.name for spec in self.layout.tensors if spec.name not in found]
+        if missing:
+            raise UnsupportedTensor(missing[0], "is not there any more")
+        return {spec.name: found[spec.name] for spec in self.layout.tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +156,9 @@ class _Kept:
 class Outgoing:
     """The weights as published (the shadow), and the patches that lead there.
 
-    With a `view` what that gives is published, in place of the model's own tensors. Made on the
-    torch thread, to which it gives streams of its own.
+    With a `view` what that gives is published, in place of the model's own tensors; with a `share`
+    what this rank has of the tensors that several ranks publish together, and digests are shares
+    then. Made on the torch thread, to which it gives streams of its own.
     """
 
     def __init__(
@@ -145,14 +173,19 @@ class Outgoing:
         writer: str = "",
         shadow: ShadowPlace = "device",
         view: View | None = None,
+        share: Share | None = None,
     ) -> None:
-        self._lookup = Lookup(model, include, exclude, rename, dtype)
+        self._share = share
+        self._lookup: Lookup | Share = share or Lookup(model, include, exclude, rename, dtype)
         self._view = view
         self._clock = clock
         #: The trainer's incarnation, by which its log entries are told from another's.
         self.writer = writer
         #: What each rank of a trainer of several publishes, in their order; empty: this one, all.
-        self.roots: tuple[Layout, ...] = ()
+        self.roots: tuple[Layout, ...] = share.roots if share is not None else ()
+        self._origin: Origin | None = None
+        #: What other ranks still do for a log entry, by its name.
+        self.beside: dict[str, list[Future[Any]]] = {}
         #: Held over a diff and by whoever changes what is pending; `_lists` tells of the latter.
         self._diffing = threading.Lock()
         self._lists = threading.Condition()
@@ -166,13 +199,24 @@ class Outgoing:
         tensors = self.tensors()
         if view is not None:
             self.devices = _settled(devices_of([*weights.values(), *tensors.values()]))
-        self._shadow = Shadow(tensors, dtype=dtype, host=shadow == "host")
+        self._shadow = Shadow(
+            tensors,
+            dtype=dtype,
+            host=shadow == "host",
+            layout=share.layout if share is not None else None,
+            published=share.manifest if share is not None else None,
+        )
         for device in self.devices:
             finish(device)  # or they might change while they are copied
         #: The last diff, which the shadow is whole after.
         self._last: Diffed | None = None
-        self.manifest = self._shadow.manifest
-        self._numel = self.manifest.numel
+        #: The tensors that the run publishes, and those in whose coordinates patches are made here.
+        self.manifest = self.local = self._shadow.manifest
+        if share is not None:
+            self.manifest = share.manifest
+            hashes = (share.layout.hash, share.manifest.hash)
+            self._origin = Origin(share.root, len(share.roots), *hashes)
+        self._numel = self.local.numel
         self.version = 0
 
     def begin(self, version: int | None = None, past: Past | None = None) -> tuple[int, int]:
@@ -182,24 +226,36 @@ class Outgoing:
         `past` it starts from that state, and what the shadow's weights differ in is pending as the
         version after it.
         """
+        with self._diffing:
+            return self._begin(self.version if version is None else version, past)
+
+    def begin_at(self, made: int) -> Held:
+        """begin() at the version that publish() has made, if that is the one; Held says whether."""
+        with self._diffing:
+            digest = self._begin(made)[1] if self.version == made else None
+            return Held(version=self.version, digest=digest)
+
+    def _begin(self, start: int, past: Past | None = None) -> tuple[int, int]:
+        """Under the lock of a diff."""
         now = self._clock()
-        with self._diffing, self._lists:
-            self.version = self.version if version is None else version
+        with self._lists:
+            self.version = start
             self._pending.clear()
             self._kept.clear()
             self._lists.notify_all()
-            self._until_whole()
-            start, digest = self.version, self._shadow.digest
-            if past is None or past.digest == digest:
-                return start, digest
-            patch = self._shadow.since(past.tensors, base_version=start, version=start + 1)
-            for device in self.devices:
-                finish(device)
-            diff_us = round((self._clock() - now) * 1e6)
-            facts = _Facts(digest, None, diff_us=diff_us, encode_us=0)
+        self._until_whole()
+        digest = self._shadow.digest
+        if past is None or past.digest == digest:
+            return start, digest
+        patch = self._shadow.since(past.tensors, base_version=start, version=start + 1)
+        for device in self.devices:
+            finish(device)
+        diff_us = round((self._clock() - now) * 1e6)
+        facts = _Facts(digest, None, diff_us=diff_us, encode_us=0)
+        with self._lists:
             self._pending.append(_Kept(patch, now, None, None, _facts=facts))
             self.version = start + 1
-            return start, past.digest
+        return start, past.digest
 
     @property
     def digest(self) -> int:
@@ -246,13 +302,11 @@ class Outgoing:
             )
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found
-            self._pending.append(_Kept(found.patch, now, step, tags, found))
-            self.version = base + 1
-            if len(self._pending) >= PENDING:
-                try:
-                    self._pending = [_merged(self._pending)]
-                except (RuntimeError, MemoryError) as exc:
-                    log.warning("%d patches wait unmerged: %s", len(self._pending), exc)
+            with self._lists:
+                self._pending.append(_Kept(found.patch, now, step, tags, found))
+                self.version = base + 1
+                self._lists.notify_all()
+            self._merge_pending()
         patch = found.patch
         return Published(
             base_version=base,
@@ -264,6 +318,29 @@ class Outgoing:
             encoding=patch.encoding,
         )
 
+    def _merge_pending(self) -> None:
+        """Make one patch of those that wait, if they are many. Under the lock of a diff.
+
+        Of a rank among several the newest stay by themselves: the first rank may be some calls
+        behind, and asks for no more than it has made itself.
+        """
+        ahead = PENDING if self._share is not None else 0
+        many = self._pending[: len(self._pending) - ahead]
+        if len(many) < PENDING:
+            return
+        try:
+            self._pending[: len(many)] = [_merged(many)]
+        except (RuntimeError, MemoryError) as exc:
+            log.warning("%d patches wait unmerged: %s", len(self._pending), exc)
+
+    def wait_made(self, version: int, timeout_s: float) -> int:
+        """Wait until publish() has made this version; which it has made by now (WaitTimeout)."""
+        with self._lists:
+            if not self._lists.wait_for(lambda: self.version >= version, timeout_s):
+                reason = f"publish() has made {self.version} on this rank"
+                raise WaitTimeout(f"version {version}", timeout_s, reason)
+            return self.version
+
     def wait_taken(self, timeout_s: float) -> bool:
         """Wait until no patch is pending; False at the deadline."""
         with self._lists:
@@ -271,16 +348,19 @@ class Outgoing:
 
     # ---- the torch thread
 
-    def take(self, unsafe: Sequence[int]) -> Sealed | None:
+    def take(self, unsafe: Sequence[int], until: int | None = None) -> Sealed | None:
         """Fix the bytes of what is pending, merged onto the kept patches of `unsafe` versions.
 
         Waits for a publish() that has begun. None if nothing is pending: that one has failed, or
-        the run has begun anew since this was asked for.
+        the run has begun anew since this was asked for. What comes after version `until` stays.
         """
         self.awaited = True
         with _soon(self._diffing) if self.devices else self._diffing, self._lists:
             self.awaited = False
             taken, self._pending = self._pending, []
+            if until is not None:
+                self._pending = [kept for kept in taken if kept.patch.version > until]
+                taken = taken[: len(taken) - len(self._pending)]
             self._lists.notify_all()
         if not taken:
             return None
@@ -334,10 +414,13 @@ class Outgoing:
         host = kept.on_host() if kept is not None and ours else to_host(patch.buffer)
         return host.numpy().tobytes()
 
-    def entry(self, versions: Sequence[int], epoch: int) -> tuple[LogEntry, Patch]:
+    def entry(
+        self, versions: Sequence[int], epoch: int, digest: int | None = None
+    ) -> tuple[LogEntry, Patch]:
         """These kept versions as one log entry; they stay kept, as one, until released.
 
-        LogError if the run has begun anew meanwhile: its anchor covers them.
+        `digest`: of the whole state, where this rank has but a share of it. LogError if the run has
+        begun anew meanwhile: its anchor covers them.
         """
         found = [self._kept[version] for version in versions if version in self._kept]
         if not found:
@@ -349,11 +432,12 @@ class Outgoing:
         entry = describe(
             kept.patch,
             epoch,
-            kept.facts.digest,
+            kept.facts.digest if digest is None else digest,
             kept.step,
             kept.tags,
             self.writer,
             checksum=kept.checksum,
+            origin=self._origin,
         )
         return entry, kept.patch
 
@@ -367,13 +451,22 @@ class Outgoing:
 
         Holds publish() up while it copies.
         """
+        patch, digest = self.copy()
+        return self.anchored(patch, epoch, digest), patch
+
+    def copy(self) -> tuple[Patch, int]:
+        """A full copy of the shadow as an anchor of its version, in host memory, and its digest."""
         with self._diffing:
             self._until_whole()
             patch = self._shadow.anchor(self.version, device=torch.device("cpu"))
             digest = self._shadow.digest
             for device in self.devices:
                 finish(device)  # the next diff writes into the shadow, on another stream
-        return describe(patch, epoch, digest, writer=self.writer), patch
+        return patch, digest
+
+    def anchored(self, patch: Patch, epoch: int, digest: int) -> LogEntry:
+        """The log entry of a copy; `digest` is that of the whole state."""
+        return describe(patch, epoch, digest, writer=self.writer, origin=self._origin)
 
     def _until_whole(self) -> None:
         """Wait until the last diff has written the shadow, on whatever stream that was."""

@@ -8,9 +8,11 @@ from typing import Any, Self, TypeVar
 import torch
 
 from ..messages.control import Tags
-from ..messages.errors import Closed
+from ..messages.errors import Closed, LocalProtocolError, SettingsError
+from ..messages.layout import Layout
 from ..pipeline.core.policy import Policy
 from .connect import LoopThread
+from .contributor import Contributor
 from .outgoing import Published, ShadowPlace, Source
 from .publishing import NOT_OPEN, AsyncPublisher, AsyncUpdate, OnBusy, Resume
 from .tiers import DEFAULT_LOG, LogSetting
@@ -34,9 +36,10 @@ class Update(Made):
 
         `at_least` None: as Policy.quorum says, which is "all" unless it is set.
 
-        Raises only if the publisher was fenced, closed or broken.
+        Raises only if the publisher was fenced, closed or broken, and on other ranks than the
+        first, which alone hears from the workers.
         """
-        inner = self._publisher._inner
+        inner = self._publisher._first("wait_applied()")
         return self._publisher._call(inner._wait_applied(self.version, timeout_s, at_least))
 
 
@@ -44,6 +47,12 @@ class Publisher:
     """AsyncPublisher for synchronous training loops: its event loop runs on a thread of its own.
 
     publish() finds what changed on the caller's thread and returns; all else goes on behind it.
+
+    A trainer of several `ranks` (FSDP, tensor parallelism) makes one on each, with its `rank`, the
+    same run and bus: all of them enter, publish() and leave, and each diffs its own shard. DTensors
+    say by their placements what each rank holds; a `layout` says it for plain tensors. What
+    publish() returns is of this rank's part; the first rank alone hears from the workers, and only
+    it has wait_members() and wait_applied().
     """
 
     def __init__(
@@ -64,24 +73,36 @@ class Publisher:
         log: LogSetting = DEFAULT_LOG,
         resume: Resume = "auto",
         linger_s: float = 10.0,
+        rank: int = 0,
+        ranks: int = 1,
+        layout: Layout | None = None,
     ) -> None:
-        self._inner = AsyncPublisher(
-            model,
-            run=run,
-            bus=bus,
-            dtype=dtype,
-            include=include,
-            exclude=exclude,
-            rename=rename,
-            view=view,
-            on_busy=on_busy,
-            device=device,
-            shadow=shadow,
-            policy=policy,
-            log=log,
-            resume=resume,
-            linger_s=linger_s,
-        )
+        if not 0 <= rank < ranks:
+            raise SettingsError(
+                f"rank {rank} of a trainer of {ranks} ranks: they are 0 … ranks - 1"
+            )
+        common: dict[str, Any] = {
+            "run": run,
+            "dtype": dtype,
+            "include": include,
+            "exclude": exclude,
+            "rename": rename,
+            "layout": layout,
+            "device": device,
+            "shadow": shadow,
+            "policy": policy,
+            "log": log,
+            "linger_s": linger_s,
+        }
+        self._inner: AsyncPublisher | Contributor
+        if rank == 0:
+            self._inner = AsyncPublisher(
+                model, bus=bus, view=view, on_busy=on_busy, resume=resume, ranks=ranks, **common
+            )
+        elif bus is None or view is not None:
+            raise SettingsError(f"rank {rank} of the trainer needs bus=, and takes no view")
+        else:
+            self._inner = Contributor(model, bus=bus, rank=rank, **common)
         self._thread: LoopThread | None = None
 
     def __enter__(self) -> Self:
@@ -131,7 +152,7 @@ class Publisher:
     @property
     def window(self) -> str | None:
         """The kind of the open window, or None while none is open."""
-        return self._inner.window
+        return self._first("window").window
 
     def publish(self, step: int | None = None, tags: Tags | None = None) -> Update:
         """Publish what changed since the last call; returns once the weights may change again.
@@ -151,12 +172,20 @@ class Publisher:
         LogHole if the log does not lead to exactly that version (any more, or yet), LogError,
         BusError, Fenced, Closed, PublisherBusy: nothing was changed.
         """
-        rolled = self._call(self._inner.rollback(version, step, tags))
+        rolled = self._call(self._first("rollback()").rollback(version, step, tags))
         return Update(rolled._made, self)
 
     def wait_members(self, n: int, timeout_s: float = 60.0) -> list[str]:
         """Wait until `n` workers are in and current; their names. WaitTimeout says who is not."""
-        return self._call(self._inner.wait_members(n, timeout_s))
+        return self._call(self._first("wait_members()").wait_members(n, timeout_s))
+
+    def _first(self, what: str) -> AsyncPublisher:
+        """The first rank's, which alone hears from the workers (LocalProtocolError)."""
+        if isinstance(self._inner, Contributor):
+            raise LocalProtocolError(
+                f"{what} on rank {self._inner.rank} of the trainer: its first rank alone knows"
+            )
+        return self._inner
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self._thread is None:

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self, get_args
 
 import torch
 
 from ..messages import codec
+from ..messages.compose import published_by, shared_out
 from ..messages.control import Prepare, Sender, Tags, WorkerMessage
 from ..messages.errors import (
     CannotResume,
@@ -18,8 +20,9 @@ from ..messages.errors import (
     LocalProtocolError,
     PublisherBusy,
     SettingsError,
-    WindowError,
 )
+from ..messages.layout import Layout
+from ..messages.ranks import Publish
 from ..messages.subjects import Subjects, sender
 from ..pipeline.bus.base import Message
 from ..pipeline.bus.journal import JournalState
@@ -31,20 +34,23 @@ from ..pipeline.delta import named_tensors
 from .archive import Archive
 from .connect import connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
-from .outgoing import Outgoing, Past, Published, ShadowPlace, Source
+from .leading import Leading
+from .outgoing import Outgoing, Past, Published, ShadowPlace, Share, Source
+from .parted import Parted
 from .recall import Recall
 from .rehearsal import rehearse
-from .streams import device_for
+from .sending import Sending, SendingTogether
+from .streams import device_for, in_order
 from .telling import Telling
 from .tenure import Tenure
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
+from .together import Together
+from .united import United
 from .updates import AtLeast, Made, Report
 from .views import View
 
 log = logging.getLogger("sparsecast.publisher")
 
-#: For how long the window's thread waits awake for a patch that is being made.
-ALERT_S = 0.02
 #: How long an update's way into the log waits for its members' words at most.
 ACKNOWLEDGED_S = 0.1
 
@@ -106,6 +112,11 @@ class AsyncPublisher:
     On CUDA publish() works in the order of the caller's current stream, and the weights may change
     again in that order. `device` is where windows take payloads from: None means the weights' CUDA
     device, or host memory; name one for weights in host memory whose workers are reached by NCCL.
+    `ranks`: a trainer that is spread over so many processes; this is the first of them, the others
+    are Contributors. Each publishes what it holds, which is read off DTensors, or what `layout`
+    says of plain tensors. They meet on entering, within Policy.gather_s (WaitTimeout); one that is
+    lost later breaks this publisher. Such a run does not resume from its log, nor roll back.
+
     `shadow`: the copy of what was published last lies beside the weights ("device"), or in pinned
     host memory ("host"). `log`: where patches and anchors are stored: "jetstream", "dir:/path" (a
     directory that workers share), several with a comma between, or tiers of your own.
@@ -129,6 +140,8 @@ class AsyncPublisher:
         log: LogSetting = DEFAULT_LOG,
         resume: Resume = "auto",
         linger_s: float = 10.0,
+        ranks: int = 1,
+        layout: Layout | None = None,
         ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
     ) -> None:
         _require_one_of("on_busy", on_busy, get_args(OnBusy))
@@ -139,6 +152,22 @@ class AsyncPublisher:
                 "view and dtype were both given: a view's tensors are published in the dtypes that "
                 "they have, so leave dtype out and cast within the view"
             )
+        if ranks < 1:
+            raise SettingsError(f"a trainer of {ranks} ranks")
+        self._ranks = ranks
+        self._parted: Parted | None = None
+        if ranks > 1:
+            if view is not None:
+                raise SettingsError("view and ranks were both given: a view is of one rank")
+            if bus is None and ports is None:
+                raise SettingsError(
+                    f"a trainer of {ranks} ranks needs bus=, a broker that all of them reach"
+                )
+            self._parted = Parted(
+                model, dtype=dtype, include=include, exclude=exclude, rename=rename, layout=layout
+            )
+        elif layout is not None:
+            raise SettingsError("layout= says what one of several ranks holds: give ranks= as well")
         self.run = run
         self.policy = policy or Policy()
         self._subjects = Subjects(run)
@@ -184,14 +213,16 @@ class AsyncPublisher:
         self._ports = ports = await self._make_ports(life)
         life.push_async_callback(ports.close)
         me = Sender("trainer", ports.token())
-        self._outgoing: Outgoing = await ports.run(self._make_outgoing, me.incarnation)
+        leading = await self._gather(life, me.incarnation) if self._parted is not None else None
+        self._outgoing: Outgoing = await ports.run(self._make_outgoing, me.incarnation, leading)
+        fellows = leading.fellows if leading is not None else []
         self._core = TrainerCore(
             run=self.run,
             me=me,
             manifest_hash=self._outgoing.manifest.hash,
-            kinds=ports.kinds,
+            kinds=tuple(k for k in ports.kinds if all(k in fellow.kinds for fellow in fellows)),
             policy=self.policy,
-            gpu=ports.gpu,
+            gpus=(ports.gpu, *(fellow.gpu for fellow in fellows)),
         )
         self._driver: Driver[ev.TrainerEvent, cmd.TrainerCommand] = Driver(
             self._core,
@@ -209,6 +240,11 @@ class AsyncPublisher:
         self._windows = Windows(ports, self._subjects)
         life.push_async_callback(self._windows.abort_all)
         life.push_async_callback(self._driver.stop)
+        sending = Sending(ports, self._windows, self._outgoing)
+        self._sending: Sending | SendingTogether = sending
+        if leading is not None:
+            together = Together(leading, self.policy)
+            self._sending = SendingTogether(sending, together, self.policy)
         self._telling = Telling(self.run, ports, self._outbox)
         self._archive = Archive(
             ports,
@@ -236,9 +272,32 @@ class AsyncPublisher:
         self._driver.post(claimed)
         self._driver.post(ev.Published(self._first))
 
+    async def _gather(self, life: contextlib.AsyncExitStack, incarnation: str) -> Leading:
+        """Meet the other ranks of this trainer (WaitTimeout)."""
+        ports = self._ports
+        leading = Leading(
+            bus=ports.bus.url,
+            run=self.run,
+            name="trainer",
+            life=incarnation,
+            ranks=self._ranks,
+            policy=self.policy,
+            clock=ports.clock,
+            broke=self._lost,
+        )
+        life.push_async_callback(leading.close)
+        await leading.start()
+        return leading
+
     async def _past(self, state: JournalState) -> Past | None:
         """What the run goes on from, if not from our own weights. CannotResume."""
         if self._resume == "never" or (self._resume == "auto" and state.claim is None):
+            return None
+        if self._ranks > 1:
+            reason = "a trainer of several ranks does not go on from the log"
+            if self._resume == "must":
+                raise CannotResume(self.run, reason)
+            self._telling.event("resume", "trainer", f"not from the log: {reason}")
             return None
         try:
             past = await self._recall.head(state)
@@ -277,7 +336,7 @@ class AsyncPublisher:
             name=f"{self.run}-trainer",
             device=lambda: device_for(self._device, self._tensors),
             tiers=self._tiers,
-            manifest=lambda: self._outgoing.manifest,
+            manifest=lambda: self._outgoing.local,
             tell=self._log_failed,
             quota_nbytes=self.policy.quota_nbytes,
             timeout_s=self.policy.bus_s,
@@ -289,14 +348,37 @@ class AsyncPublisher:
             self._loop.call_soon_threadsafe(self._telling.event, "log-failed", "trainer", reason)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
+        if self._parted is not None:
+            return self._parted.tensors()
         include, exclude = self._choice["include"], self._choice["exclude"]
         return named_tensors(
             self._model, include=include, exclude=exclude, rename=self._choice["rename"]
         )
 
-    def _make_outgoing(self, writer: str) -> Outgoing:
-        ports = self._ports
-        outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
+    def _make_outgoing(self, writer: str, leading: Leading | None) -> Outgoing:
+        ports, share = self._ports, None
+        if leading is None:
+            outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
+        else:
+            assert self._parted is not None
+            layouts = [self._parted.layout(), *leading.layouts]
+            manifest, roots = published_by(layouts), shared_out(layouts)
+            share = Share(0, tuple(roots), manifest, self._parted.tensors)
+            packed = tuple(map(codec.pack_layout, roots))
+            told = leading.order(
+                "publish",
+                Publish(manifest=manifest, roots=packed, writer=writer),
+                self.policy.store_s,
+            )
+            outgoing = self._parted.outgoing(
+                share,
+                partial(United, leading=leading, policy=self.policy),
+                clock=ports.clock,
+                writer=writer,
+                shadow=self._choice["shadow"],
+            )
+            for future in told:
+                future.result()
         if outgoing.devices or ports.device != "cpu":
             # Before any window opens: what is loaded while a collective is pending waits for it.
             rehearse(
@@ -304,6 +386,7 @@ class AsyncPublisher:
                 torch.device(ports.device),
                 dtype=self._choice["dtype"],
                 host=self._choice["shadow"] == "host",
+                layout=share.layout if share is not None else None,
             )
         return outgoing
 
@@ -373,14 +456,7 @@ class AsyncPublisher:
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> Published:
         """publish() on another thread, in the order of the caller's streams."""
-        streams = [torch.cuda.current_stream(device) for device in self._devices]
-
-        def publish() -> Published:
-            with contextlib.ExitStack() as entered:
-                for stream in streams:
-                    entered.enter_context(torch.cuda.stream(stream))
-                return self._publish(step, tags, tensors)
-
+        publish = in_order(self._devices, lambda: self._publish(step, tags, tensors))
         return await asyncio.to_thread(publish)
 
     async def rollback(
@@ -395,6 +471,8 @@ class AsyncPublisher:
         BusError, Fenced, Closed, PublisherBusy: nothing was changed.
         """
         core = self._live_core()
+        if self._ranks > 1:
+            raise LocalProtocolError("a trainer of several ranks cannot be rolled back")
         past = await self._recall.version(version, core.head)
         made = await self._publish_aside(step, tags, past.tensors)
         reason = f"version {made.version} has the contents of version {version}"
@@ -502,6 +580,11 @@ class AsyncPublisher:
     def _broke(self, exc: Exception) -> None:
         self._error = self._error or exc
 
+    def _lost(self, exc: Exception) -> None:
+        """A rank of this trainer is lost; on any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._broke, exc)
+
     # ---- what the core asks for
 
     def _perform(
@@ -510,10 +593,8 @@ class AsyncPublisher:
         match command:
             case cmd.Say(message):
                 self._outbox.put(self._subjects.trainer_control, codec.encode(message))
-                if isinstance(message, Prepare) and self._ports.device != "cpu":
-                    window = self._windows[message.stamp.window]
-                    if window is not None:
-                        window.alert(ALERT_S)
+                if isinstance(message, Prepare):
+                    self._sending.alert(message.stamp)
             case cmd.Tell(kind, member, reason):
                 self._telling.event(kind, member, reason)
             case cmd.Settled(record):
@@ -525,13 +606,13 @@ class AsyncPublisher:
             case cmd.Append(announce):
                 return self._tenure.announce(announce)
             case cmd.OpenWindow():
-                return self._windows.open(command)
+                return self._sending.open(command)
             case cmd.AbortWindow(window):
-                return self._windows.abort(window)
+                return self._sending.abort(window)
             case cmd.CloseWindow(window):
-                return self._windows.close(window)
+                return self._sending.close(window)
             case cmd.Send():
-                return self._send(command)
+                return self._sending.send(command)
             case cmd.Mend():
                 return self._archive.mend(self._epoch)
             case cmd.Store(versions):
@@ -543,25 +624,6 @@ class AsyncPublisher:
     async def _take(self, unsafe: tuple[int, ...]) -> ev.Sealed | ev.NothingTaken:
         sealed: ev.Sealed | None = await self._ports.run(self._outgoing.take, unsafe)
         return sealed or ev.NothingTaken()
-
-    async def _send(self, command: cmd.Send) -> ev.Sent:
-        stamp = command.stamp
-        window = self._windows[stamp.window]
-        payload = self._outgoing.payload(stamp.version)
-        if payload is not None and payload.is_cuda and window and window.spec.kind != "nccl":
-            # By our own stream: the window's thread would copy behind what the trainer has queued.
-            payload = await self._ports.run(self._outgoing.host_payload, stamp.version)
-        error: str | None = None
-        if window is None:
-            error = "the window is gone"
-        elif payload is None:
-            error = f"version {stamp.version} is not kept any more"
-        else:
-            try:
-                await window.send(payload, attempt=stamp.attempt, timeout_s=command.timeout_s)
-            except WindowError as exc:
-                error = exc.reason
-        return ev.Sent(stamp.window, stamp.attempt, error)
 
     async def _store(self, versions: tuple[int, ...]) -> ev.LogStored | ev.LogFailed:
         await self._until_acknowledged(versions[-1])

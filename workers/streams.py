@@ -7,12 +7,13 @@ for a device as a whole while a run is on: that would wait for the owner's work 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +22,8 @@ from ..pipeline.windows.gpus import let_captures_be
 from ..pipeline.windows.lane import sharpen_sleeps
 
 log = logging.getLogger("sparsecast.driver")
+
+T = TypeVar("T")
 
 #: Host copies up to this size lie in pinned memory, larger ones in pageable memory: torch keeps
 #: every pinned block for the life of the process.
@@ -56,6 +59,19 @@ def device_for(device: str | None, tensors: Callable[[], Mapping[str, torch.Tens
         log.debug("where the weights are is not known yet: %s", exc)
         return "cpu"
     return str(found[0]) if found else "cpu"
+
+
+def in_order(devices: Sequence[torch.device], work: Callable[[], T]) -> Callable[[], T]:
+    """The same work for another thread, in the order of this thread's current streams."""
+    streams = [torch.cuda.current_stream(device) for device in devices]
+
+    def on_streams() -> T:
+        with contextlib.ExitStack() as entered:
+            for stream in streams:
+                entered.enter_context(torch.cuda.stream(stream))
+            return work()
+
+    return on_streams
 
 
 def settle(devices: Sequence[torch.device]) -> None:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias, TypeVar
 
+from ..messages import codec
 from ..messages.control import Announce, Claim, Sender
 from ..messages.errors import (
     BusError,
@@ -18,12 +19,14 @@ from ..messages.errors import (
     SequenceConflict,
     SparsecastError,
     StreamMissing,
+    WaitTimeout,
 )
 from ..pipeline.bus.journal import Journal, JournalState
 from ..pipeline.bus.lease import Lease
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from .driver import Ports
+from .leading import RankSilent
 from .outgoing import Outgoing, Past
 
 log = logging.getLogger("sparsecast.publisher")
@@ -143,7 +146,7 @@ class Tenure:
             await self._append_claim(epoch, version, digest, state)
         except (SequenceConflict, Fenced) as exc:
             return ev.LeaseLost(str(exc))
-        except BusError as exc:
+        except (BusError, LogError, RankSilent, WaitTimeout) as exc:
             return ev.ReclaimFailed(str(exc))
         except SparsecastError as exc:
             return ev.LeaseLost(str(exc))
@@ -209,6 +212,7 @@ class Tenure:
             manifest=self._outgoing.manifest,
             nonce=self._ports.token() if state.claim is None else state.claim.nonce,
             heartbeat_s=self._policy.heartbeat_s,
+            roots=tuple(map(codec.pack_layout, self._outgoing.roots)),
         )
         message_id = f"{self._me.incarnation}-{epoch}-claim"
         self._sequence = await self._journal.append(

@@ -45,8 +45,8 @@ class Membership:
 
     policy: Policy
     members: dict[str, Member] = field(default_factory=dict)
-    #: The trainer's GPU: its rank in a window is there.
-    gpu: str = ""
+    #: The GPU of each of the trainer's ranks: its places in a window are there.
+    gpus: tuple[str, ...] = ("",)
     #: Before that, time alone changes nothing; None: to be found out. With many members each of
     #: their words would else cost a look at all of them.
     _calm_until: float | None = None
@@ -204,12 +204,15 @@ class Membership:
         shared = next(
             ((gpu, m.sender.name) for m in others for gpu in m.gpus if gpu in member.gpus), None
         )
-        if not self.gpu:
+        trainer = next((gpu for gpu in self.gpus if gpu in member.gpus), None)
+        if "" in self.gpus:
             why = "it is not known which GPU the trainer's weights are on"
+        elif len(set(self.gpus)) < len(self.gpus):
+            why = f"two of the trainer's {len(self.gpus)} ranks share a GPU"
         elif "" in member.gpus:
             why = "it is not known which GPU its weights are on"
-        elif self.gpu in member.gpus:
-            why = f"it shares {self.gpu} with the trainer"
+        elif trainer is not None:
+            why = f"it shares {trainer} with the trainer"
         elif len(set(member.gpus)) < len(member.gpus):
             why = f"two of its {len(member.gpus)} ranks share a GPU"
         elif shared is not None:
@@ -226,9 +229,9 @@ class Membership:
 
     def _one_a_gpu(self, able: list[Member], inside: frozenset[Sender]) -> list[Member]:
         """One of those that share a GPU, and none that shares the trainer's or is nowhere known."""
-        if not self.gpu:
+        if "" in self.gpus or len(set(self.gpus)) < len(self.gpus):
             return []
-        taken, seated = {"", self.gpu}, []
+        taken, seated = {"", *self.gpus}, []
         # Who is in the window stays in: a newcomer on the same GPU would break it.
         for member in sorted(able, key=lambda m: m.sender not in inside):
             alone = len(set(member.gpus)) == len(member.gpus)

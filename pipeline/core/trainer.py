@@ -52,8 +52,8 @@ STORING = (State.IDLE, State.OPENING, State.ROUND)
 
 
 class TrainerCore:
-    """Events in, commands out. `me` is the trainer, `kinds` the windows that it can open, `gpu`
-    where its weights are ("": on none)."""
+    """Events in, commands out. `me` is the trainer, `kinds` the windows that it can open, `gpus`
+    where the weights of each of its ranks are ("": on none)."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class TrainerCore:
         manifest_hash: str,
         kinds: tuple[WindowKind, ...],
         policy: Policy,
-        gpu: str = "",
+        gpus: tuple[str, ...] = ("",),
     ) -> None:
         self.run = run
         self.me = me
@@ -71,7 +71,7 @@ class TrainerCore:
         self.kinds = kinds
         self.policy = policy
         self.state = State.UNCLAIMED
-        self.membership = Membership(policy, gpu=gpu)
+        self.membership = Membership(policy, gpus=gpus)
         self.epoch = 0
         #: The newest version that was announced and whose round is over.
         self.head = 0

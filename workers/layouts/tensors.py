@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,10 +41,7 @@ def layout_of(
     """
     chosen = choose(source, include=include, exclude=exclude)
     sharded = {name: value for name, value in chosen.items() if isinstance(value, DTensor)}
-    with torch.no_grad():
-        local = distinct(
-            {n: v.to_local() if isinstance(v, DTensor) else v for n, v in chosen.items()}
-        )
+    local = _local(chosen)
     specs = manifest_of(local).tensors
     published = dict(zip(local, renamed(local, rename), strict=True))
     whole = mesh if mesh is not None else _only_mesh(sharded)
@@ -67,6 +65,23 @@ def layout_of(
                 )
             )
     return Layout(tensors=specs, parts=tuple(parts))
+
+
+def local_tensors(
+    source: nn.Module | Mapping[str, torch.Tensor],
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors that layout_of() describes: plain ones, and what this rank has of DTensors."""
+    return _local(choose(source, include=include, exclude=exclude))
+
+
+def _local(chosen: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return distinct(
+            {n: v.to_local() if isinstance(v, DTensor) else v for n, v in chosen.items()}
+        )
 
 
 def _parts(name: str, tensor: str, value: DTensor, whole: DeviceMesh | None) -> Iterator[Part]:

@@ -27,7 +27,7 @@ def join(
 
 def crew(*joins: Join, policy: Policy = POLICY, gpu: str = "") -> Membership:
     """These members, admitted at 0 s."""
-    membership = Membership(policy, gpu=gpu)
+    membership = Membership(policy, gpus=tuple(gpu.split(",")))
     for each in joins:
         membership.admit(each, 0.0)
     return membership

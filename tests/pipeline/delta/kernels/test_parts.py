@@ -152,6 +152,44 @@ def test_shapes_that_engines_have(dtype: str) -> None:
         assert set(launched) == {"digest_parts"}
 
 
+def test_what_a_root_stacks_goes_to_what_a_worker_turns() -> None:
+    """The patch of a root's stack, through its layout and a worker's: columns of each matrix lie
+    transposed in one tensor, and what the stack fixes runs along none of its dimensions."""
+    places = range(6)
+    root = Layout(
+        tensors=(TensorSpec("stack", "bfloat16", (2, 3, 40, 50)),),
+        parts=tuple(
+            Part(tensor=f"t{at}", begin=(0, 0), shape=(40, 50), local="stack",
+                 at=(at // 3, at % 3, 0, 0), axes=(2, 3))
+            for at in places
+        ),
+    )  # fmt: skip
+    worker = Layout(
+        tensors=(TensorSpec("flat", "bfloat16", (60, 40)),),
+        parts=tuple(
+            Part(tensor=f"t{at}", begin=(0, 30), shape=(40, 10), local="flat",
+                 at=(10 * at, 0), axes=(1, 0))
+            for at in places
+        ),
+    )  # fmt: skip
+    layout, manifest = through(root, worker), root.local
+    old = copied({"stack": random_tensor(torch.bfloat16, (2, 3, 40, 50), torch.Generator())})
+    for density in (0.01, 0.25, 1.0):
+        new = copied(old)
+        step(new, density, 3)
+        with by_torch():
+            patch = diff(old, new, base_version=0, version=1)
+        local = copied({"flat": old["stack"].view(6, 40, 50)[:, :, 30:40].mT.reshape(60, 40)})
+        expected = {"flat": new["stack"].view(6, 40, 50)[:, :, 30:40].mT.reshape(60, 40)}
+        with by_kernels() as launched:
+            checked = check(patch, manifest)
+            assert checked.readied is not None
+            assert not checked.readied.beyond_parts(local, parts_of(layout, manifest))
+            assert apply_checked(checked, local, layout=layout) == ["flat"]
+            assert set(launched) & WRITERS
+        require_same(local, expected)
+
+
 def test_what_kernels_cannot_write_goes_by_torch() -> None:
     """Local tensors that are strided or askew, beside one that is not: the kernels leave out just
     their boxes, and the update and the share are whole."""

@@ -1,0 +1,196 @@
+"""What each receiver needs of a patch, which of them need the same, and whether parting it pays.
+
+A rank of a trainer has a patch in the coordinates of its local tensors; a worker takes of these the
+parts of a composed layout (messages.compose.through). Either all get the whole patch and take their
+parts of it, or each gets a patch of its parts alone.
+
+N: elements of a patch that are looked at together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...messages.layout import Layout
+from ...messages.manifest import Manifest
+from .bits import indices, quiet
+from .decode import SPAN_BLOCKS, section_counts, span_index, span_values, spans_within
+from .encode import Draft, Piece, assemble, index_piece
+from .layout import Encoding, Section
+from .parts import Region, Run, parts_of
+from .patch import Patch
+from .tensors import require_hash
+
+# ---- a patch of parts
+
+
+def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
+    """The elements of a patch that lie in the parts of a layout, as a patch of the same manifest.
+
+    `manifest` is the patch's, and the layout fits it (ManifestMismatch). The result has its base
+    and version and lies on its device; each element that a part holds is in it once, and encodings
+    are chosen anew. Applied by that layout it leaves what the whole patch would. Of a dense section
+    all elements in the parts count as changed, for which of them were is not known. Where nothing
+    is left out it is the patch itself; so it is for an anchor, which carries everything or is none.
+
+    The patch must be sound: check() one that came from elsewhere. O(elements that it carries); but
+    for what is kept, temporaries stay within a span. Runs on the current stream of the patch's
+    device, and waits for it.
+    """
+    require_hash(patch.manifest_hash, manifest, f"patch {patch.base_version} → {patch.version}")
+    known = parts_of(parts, manifest)
+    if patch.base_version is None:
+        return patch
+    with quiet():
+        # In the full form they come by itemsize.
+        sections = sorted(patch.sections_of(manifest), key=lambda section: section.index)
+        held = [section for section in sections if section.index in known.runs]
+        counts = section_counts(patch, held)
+        pieces = [
+            _kept(patch, section, counts_K, known.runs[section.index])
+            for section, counts_K in zip(held, counts, strict=True)
+        ]
+        if len(held) == len(sections) and all(kept is None for kept in pieces):
+            return patch
+        return assemble(
+            [
+                _as_it_was(patch, section) if kept is None else _draft(section, kept)
+                for section, kept in zip(held, pieces, strict=True)
+                if kept is None or kept
+            ],
+            manifest_hash=patch.manifest_hash,
+            numel=patch.numel,
+            dense_nbytes=patch.dense_nbytes,
+            base_version=patch.base_version,
+            version=patch.version,
+            device=patch.buffer.device,
+            manifest=manifest,
+        )
+
+
+def _kept(
+    patch: Patch, section: Section, counts_K: Tensor, runs: Sequence[Run]
+) -> list[Piece] | None:
+    """What the regions of these runs have of a section; None if that is all of it."""
+    if runs[0].whole:
+        return None
+    pieces, count = [], 0
+    for run in runs:
+        for start, numel, idx_N, values_N in _spans(patch, section, counts_K, run):
+            kept = indices(_in_regions(idx_N, run.regions))
+            if kept.numel():
+                here_N = idx_N.index_select(0, kept).sub_(start)
+                pieces.append(index_piece(start, numel, here_N, values_N.index_select(0, kept)))
+                count += kept.numel()
+    return None if count == section.carried else pieces
+
+
+def _spans(
+    patch: Patch, section: Section, counts_K: Tensor, run: Run
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """The blocks of a run, a few at a time: their first element, how many they have, and of those
+    that the section carries the indices (int64, ascending) and the values (integer bits)."""
+    device = patch.buffer.device
+
+    def within(first_block: int, stop_block: int) -> tuple[int, int]:
+        return first_block << 16, min(stop_block << 16, section.numel)
+
+    if section.encoding is Encoding.DENSE:
+        values = patch.values(section)
+        for first_block in range(run.first_block, run.stop_block, SPAN_BLOCKS):
+            start, stop = within(first_block, min(first_block + SPAN_BLOCKS, run.stop_block))
+            idx_N = torch.arange(start, stop, dtype=torch.int64, device=device)
+            yield start, stop - start, idx_N, values[start:stop]
+        return
+    for span in spans_within(section, counts_K, run.first_block, run.stop_block):
+        start, stop = within(span.first_block, span.stop_block)
+        idx_N = span_index(patch, section, span, device)
+        yield start, stop - start, idx_N, span_values(patch, section, span, device)
+
+
+def _in_regions(idx_N: Tensor, regions: Sequence[Region]) -> Tensor:
+    """Which of some elements (int64, ascending) any of the regions has: bool [N]."""
+    kept_N = torch.zeros(idx_N.numel(), dtype=torch.bool, device=idx_N.device)
+    edges_R2 = torch.tensor([(region.low, region.high) for region in regions], device=idx_N.device)
+    ends: list[tuple[int, int]] = torch.searchsorted(idx_N, edges_R2).tolist()
+    for region, (start, stop) in zip(regions, ends, strict=True):
+        if start < stop:
+            found, _ = region.find(idx_N[start:stop])
+            here_N = kept_N[start:stop]
+            if found is None:
+                here_N.fill_(True)
+            else:
+                here_N.index_fill_(0, found, True)
+    return kept_N
+
+
+def _draft(section: Section, pieces: Sequence[Piece]) -> Draft:
+    count = sum(piece.values.numel() for piece in pieces)
+    # What was left out is not known here, so dense cannot be had.
+    return Draft(section.index, section.itemsize, section.numel, count, pieces, None)
+
+
+def _as_it_was(patch: Patch, section: Section) -> Draft:
+    values = patch.values(section)
+    index, itemsize, numel, count = section.index, section.itemsize, section.numel, section.count
+    if section.encoding is Encoding.DENSE:
+        return Draft(index, itemsize, numel, count, (), lambda: (values,), whole=True)
+    sparse = section.encoding is Encoding.SPARSE
+    piece = Piece(
+        0,
+        numel,
+        patch.counts(section),
+        patch.positions(section) if sparse else None,
+        None if sparse else patch.mask_bits(section),
+        values,
+    )
+    return Draft(index, itemsize, numel, count, (piece,), None)
+
+
+# ---- who takes what, and by which way
+
+
+class Receivers(NamedTuple):
+    """Ranks that take the same of every patch: one broadcast does for them.
+
+    `layout` is theirs, None if they hold what is published; `places` are where they stand among
+    all the ranks, ascending.
+    """
+
+    layout: Layout | None
+    places: tuple[int, ...]
+
+
+def receivers(layouts: Sequence[Layout | None]) -> list[Receivers]:
+    """The ranks of workers by the hash of their layouts, in order of first appearance."""
+    found: dict[str | None, list[int]] = {}
+    for place, layout in enumerate(layouts):
+        found.setdefault(None if layout is None else layout.hash, []).append(place)
+    return [Receivers(layouts[places[0]], tuple(places)) for places in found.values()]
+
+
+def cheaper(
+    whole_nbytes: Sequence[int],
+    restricted_nbytes: Sequence[Sequence[int]],
+    *,
+    margin: float = 1.25,
+) -> Literal["broadcast", "all-to-all"]:
+    """Which way takes less time: whole patches to all, or to each receiver its parts of them.
+
+    `whole_nbytes` are the bytes of the patch of each rank of the trainer, `restricted_nbytes` those
+    of what each class of receivers() needs of it, in the same order. All links are taken to be of
+    one speed and to carry both ways at once, so that a way takes as long as its busiest link. A
+    broadcast passes a link once, however many receive it: of whole patches a receiver's link
+    carries the sum. Of restricted ones a rank of the trainer sends the sum over the classes, and a
+    receiver gets the sum over the ranks. What it costs to restrict a patch, and to begin more
+    collectives, is not in the model: all-to-all must be shorter by the factor `margin`.
+    """
+    if not whole_nbytes or not restricted_nbytes[0]:
+        return "broadcast"
+    sent = max(map(sum, restricted_nbytes))
+    received = max(map(sum, zip(*restricted_nbytes, strict=True)))
+    return "all-to-all" if max(sent, received) * margin < sum(whole_nbytes) else "broadcast"

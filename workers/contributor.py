@@ -1,0 +1,285 @@
+"""The face of a trainer's other ranks: a Contributor publishes its part beside the first rank."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+
+from ..messages import codec
+from ..messages.control import LogEntry, Tags
+from ..messages.errors import Closed, LocalProtocolError, SettingsError, WaitTimeout
+from ..messages.layout import Layout
+from ..messages.ranks import Begin, Fellow, Held, Order, Publish, Seal, Store
+from ..messages.subjects import Subjects
+from ..pipeline.core.policy import Policy
+from ..pipeline.delta import Patch
+from .connect import connect
+from .driver import Changes, Outbox, Ports, Windows
+from .following import Following
+from .orders import decode_what
+from .outgoing import Outgoing, Published, ShadowPlace, Share, Source
+from .parted import Parted
+from .rehearsal import rehearse
+from .sending import Sending
+from .streams import device_for, in_order
+from .tiers import DEFAULT_LOG, LogSetting, parse_log
+from .updates import Made
+
+log = logging.getLogger("sparsecast.publisher")
+
+NOT_OPEN = "this rank of the trainer is not open: use it as a context manager"
+
+
+class Contributor:
+    """One of the other ranks of a trainer whose weights are spread over several processes.
+
+    The first rank runs `AsyncPublisher(ranks=…)`; `rank` is from 1 on. `model`, `dtype`, `layout`
+    and the like are as there, for what this rank holds; `run`, `bus`, `log` and `policy` are its.
+    Used as an async context manager: entering waits until the first rank has claimed the run
+    (WaitTimeout, Closed), leaving until that has left, up to `linger_s`. publish() is to be called
+    as often as on the first rank, which tells the workers, and hears from them.
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        *,
+        run: str,
+        bus: str,
+        rank: int,
+        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        rename: Callable[[str], str] | Mapping[str, str] | None = None,
+        layout: Layout | None = None,
+        device: str | None = None,
+        shadow: ShadowPlace = "device",
+        policy: Policy | None = None,
+        log: LogSetting = DEFAULT_LOG,
+        linger_s: float = 10.0,
+        ports: Callable[[], Coroutine[Any, Any, Ports]] | None = None,
+    ) -> None:
+        if rank < 1:
+            raise SettingsError(f"rank {rank} of the trainer: its first rank, 0, is a Publisher")
+        self.run = run
+        self.bus = bus
+        self.rank = rank
+        self.policy = policy or Policy()
+        self._parted = Parted(
+            model, dtype=dtype, include=include, exclude=exclude, rename=rename, layout=layout
+        )
+        self._device = device
+        self._shadow: ShadowPlace = shadow
+        self._tiers = parse_log(log)
+        self._linger_s = linger_s
+        self._open_ports = ports
+        self._outgoing: Outgoing | None = None
+        #: The copy that the first rank has asked for, until it says what of it.
+        self._copy: Patch | None = None
+        self._life: contextlib.AsyncExitStack | None = None
+
+    # ---- life
+
+    async def __aenter__(self) -> Self:
+        if self._life is not None:
+            raise LocalProtocolError(f"rank {self.rank} of the trainer is open already")
+        async with contextlib.AsyncExitStack() as life:
+            await self._start(life)
+            self._life = life.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Go on for the first rank until it leaves, up to linger_s, then leave. Idempotent."""
+        life, self._life = self._life, None
+        if life is None:
+            return
+        async with life:
+            with contextlib.suppress(WaitTimeout):
+                await self._changes.until(
+                    lambda: True if self._deserted else None,
+                    self._linger_s,
+                    what="the first rank of the trainer leaves",
+                    why=lambda: "it is there",
+                )
+
+    async def _start(self, life: contextlib.AsyncExitStack) -> None:
+        self._changes = Changes()
+        self._outgoing, self._begun = None, False
+        if self._open_ports is not None:
+            ports = await self._open_ports()
+        else:
+            ports = await connect(
+                self.bus,
+                run=self.run,
+                name=f"{self.run}-trainer-{self.rank}",
+                device=lambda: device_for(self._device, self._parted.tensors),
+                tiers=self._tiers,
+                manifest=lambda: self._outgoing.local if self._outgoing is not None else None,
+                timeout_s=self.policy.bus_s,
+            )
+        self._ports = ports
+        life.push_async_callback(ports.close)
+        self._layout: Layout = await ports.run(self._parted.layout)
+        outbox = Outbox(ports.bus)
+        life.push_async_callback(outbox.close, 1.0)
+        self._windows = Windows(ports, Subjects(self.run))
+        life.push_async_callback(self._windows.abort_all)
+        self._following = Following(
+            ports=ports,
+            outbox=outbox,
+            run=self.run,
+            name="trainer",
+            rank=self.rank,
+            policy=self.policy,
+            perform=self._perform,
+            introduce=self._introduce,
+            let_go=self._let_go,
+            deserted=self._windows.abort_all,  # the others' ends may wait for ours
+        )
+        await self._following.start()
+        life.push_async_callback(self._following.stop)
+        await self._changes.until(
+            lambda: True if self._begun or self._deserted else None,
+            self.policy.gather_s + self.policy.resume_s,
+            what="the run is claimed",
+            why=lambda: "the first rank of the trainer has not said so",
+        )
+        if not self._begun:
+            raise Closed("the first rank of the trainer left before it had claimed the run")
+
+    @property
+    def _deserted(self) -> bool:
+        return self._following.ended or self._following.abandoned
+
+    # ---- the user's face
+
+    @property
+    def version(self) -> int:
+        """The newest version that publish() has made here, or the one that the run starts from.
+
+        Closed before the first entering.
+        """
+        return self._made_by().version
+
+    async def publish(self, step: int | None = None, tags: Tags | None = None) -> Made:
+        """Publish what changed here since the last call; returns once the weights may change again.
+
+        Never waits for other ranks, workers or the bus. What it returns is of this rank's part.
+        `step` and `tags` are the first rank's to tell. Closed once that has left the run;
+        UnsupportedTensor, ManifestMismatch: nothing was published.
+        """
+        made = in_order(self._made_by().devices, lambda: self._publish(step, tags))
+        return Made(await asyncio.to_thread(made))
+
+    def _publish(self, step: int | None, tags: Tags | None) -> Published:
+        outgoing = self._made_by()
+        if self._life is None:
+            raise Closed(NOT_OPEN)
+        if self._following.ended:
+            raise Closed("the first rank of the trainer has left the run")
+        return outgoing.publish(step, tags)
+
+    def _made_by(self) -> Outgoing:
+        if self._outgoing is None:
+            raise Closed(NOT_OPEN)
+        return self._outgoing
+
+    # ---- what the first rank wants
+
+    def _introduce(self, leader: str, incarnation: str) -> Fellow:
+        return Fellow(
+            leader=leader,
+            rank=self.rank,
+            incarnation=incarnation,
+            layout=codec.pack_layout(self._layout),
+            kinds=self._ports.kinds,
+            gpu=self._ports.gpu,
+        )
+
+    async def _let_go(self) -> None:
+        await self._windows.abort_all()
+        self._changes.notify()
+
+    async def _perform(self, order: Order) -> Any:
+        what, run = decode_what(order), self._ports.run
+        if isinstance(what, Publish):
+            self._outgoing = await run(self._make, what)
+            self._sending = Sending(self._ports, self._windows, self._outgoing, self.rank)
+            return None
+        outgoing, sending = self._made_by(), self._sending
+        match order.deed, what:
+            case "open", _:
+                return await sending.open(what)
+            case "abort", _:
+                return await sending.abort(what)
+            case "close", _:
+                return await sending.close(what)
+            case "send", _:
+                return await sending.send(what)
+            case "begin", Begin(version=version, made=None):
+                _, digest = await run(outgoing.begin, version)
+                self._begun = True
+                self._changes.notify()
+                return Held(version=version, digest=digest)
+            case "begin", Begin(made=int(made)):
+                await self._until(made)
+                return await run(outgoing.begin_at, made)
+            case "seal", Seal(version=version, unsafe=unsafe):
+                await self._until(version)
+                sealed = await run(outgoing.take, unsafe, version)
+                if sealed is None:
+                    raise LocalProtocolError(f"nothing leads to version {version} here")
+                return sealed
+            case "store", Store(versions=versions, epoch=epoch, digest=digest):
+                return await self._store(*await run(outgoing.entry, versions, epoch, digest))
+            case "release", _:
+                return await run(outgoing.release, what)
+            case "copy", _:
+                return await self._take_copy(outgoing, what)
+            case "keep", (epoch, digest):
+                patch, self._copy = self._copy, None
+                if patch is None:
+                    raise LocalProtocolError("no copy was taken here")
+                return await self._store(outgoing.anchored(patch, epoch, digest), patch)
+        raise LocalProtocolError(f"a rank of a trainer does not {order.deed}")
+
+    def _make(self, what: Publish) -> Outgoing:
+        roots = tuple(codec.unpack_layout(packed) for packed in what.roots)
+        share = Share(self.rank, roots, what.manifest, self._parted.tensors)
+        outgoing = self._parted.outgoing(
+            share, clock=self._ports.clock, writer=what.writer, shadow=self._shadow
+        )
+        if outgoing.devices or self._ports.device != "cpu":
+            rehearse(
+                outgoing.tensors(),
+                torch.device(self._ports.device),
+                dtype=self._parted.dtype,
+                host=self._shadow == "host",
+                layout=share.layout,
+            )
+        return outgoing
+
+    async def _until(self, version: int) -> int:
+        """Wait until publish() has made a version here, off the torch thread (WaitTimeout)."""
+        wait = self._made_by().wait_made
+        return await asyncio.to_thread(wait, version, self.policy.store_s)
+
+    async def _take_copy(self, outgoing: Outgoing, version: int) -> Held:
+        made = await self._until(version)
+        if made > version:
+            return Held(version=made, digest=None)
+        patch, digest = await self._ports.run(outgoing.copy)
+        self._copy = patch
+        return Held(version=patch.version, digest=digest)
+
+    async def _store(self, entry: LogEntry, patch: Patch) -> None:
+        payload = await self._ports.run(self._made_by().wire, patch)
+        await self._ports.log.store(entry, payload, timeout_s=self.policy.store_s)

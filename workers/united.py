@@ -1,0 +1,143 @@
+"""What all ranks of a trainer have published, as one: the first rank's own, and by its orders the
+others'.
+
+Versions are counted on each rank by itself: every rank calls publish() as often as the others, but
+not at the same moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from ..messages.control import LogEntry, Piece
+from ..messages.errors import LocalProtocolError, LogError
+from ..messages.ranks import Begin, Deed, Held, Seal, Store
+from ..pipeline.core.events import Sealed
+from ..pipeline.core.policy import Policy
+from ..pipeline.delta import Patch
+from .leading import Leading
+from .outgoing import Outgoing, Past
+
+#: Digests and checksums are sums mod 2⁶⁴.
+MASK = (1 << 64) - 1
+#: How often the ranks are asked for one version, while some go on publishing.
+TRIES = 8
+
+
+class United(Outgoing):
+    """The outgoing side of the first rank, which speaks for all. See `Outgoing`; what waits for
+    other ranks runs on the torch thread, and raises RankSilent and what they raise."""
+
+    def __init__(self, *args: Any, leading: Leading, policy: Policy, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._leading = leading
+        self._policy = policy
+        #: The digest of the whole state at the versions that are kept.
+        self._digests: dict[int, int] = {}
+
+    def begin(self, version: int | None = None, past: Past | None = None) -> tuple[int, int]:
+        """The run starts, or starts anew, on every rank; the version and its whole digest."""
+        if past is not None:
+            raise LocalProtocolError("a trainer of several ranks does not go on from an old state")
+        self._digests.clear()
+        if version is not None:
+            start, share = super().begin(version)
+            found = self._all("begin", Begin(version=version))
+            return start, sum((share, *(held.digest for held in found))) & MASK
+
+        def begin(made: int) -> list[Held]:
+            order = self._order("begin", Begin(version=made, made=made))
+            return [self.begin_at(made), *_results(order)]
+
+        return self._level(begin)
+
+    def take(self, unsafe: Sequence[int], until: int | None = None) -> Sealed | None:
+        """Fix the bytes of what is pending on every rank, up to what is pending here."""
+        mine = super().take(unsafe, until)
+        if mine is None:
+            return None
+        seal = Seal(version=mine.version, unsafe=tuple(unsafe))
+        sealed = [mine, *self._all("seal", seal)]
+        for rank, other in enumerate(sealed):
+            if (other.base_version, other.version) != (mine.base_version, mine.version):
+                raise LocalProtocolError(
+                    f"rank {rank} of the trainer has a patch {other.base_version} → "
+                    f"{other.version}, the first rank {mine.base_version} → {mine.version}: every "
+                    "rank has to call publish() as often as the others"
+                )
+        self._digests[mine.version] = sum(one.digest for one in sealed) & MASK
+        return Sealed(
+            base_version=mine.base_version,
+            version=mine.version,
+            nbytes=sum(one.nbytes for one in sealed),
+            checksum=sum(one.checksum for one in sealed) & MASK,
+            digest=self._digests[mine.version],
+            changed=sum(one.changed for one in sealed),
+            numel=sum(one.numel for one in sealed),
+            encoding=max(sealed, key=lambda one: one.nbytes).encoding,
+            dense_nbytes=sum(one.dense_nbytes for one in sealed),
+            published_at=mine.published_at,
+            diff_us=max(one.diff_us for one in sealed),
+            encode_us=max(one.encode_us for one in sealed),
+            step=mine.step,
+            tags=mine.tags,
+            pieces=tuple(Piece(one.nbytes, one.checksum) for one in sealed),
+        )
+
+    def entry(
+        self, versions: Sequence[int], epoch: int, digest: int | None = None
+    ) -> tuple[LogEntry, Patch]:
+        """These kept versions as the first rank's piece of an entry; the others store theirs."""
+        if digest is None:
+            digest = self._digests[max(version for version in versions if version in self._digests)]
+        entry, patch = super().entry(versions, epoch, digest)
+        store = Store(versions=tuple(versions), epoch=epoch, digest=digest)
+        self.beside[entry.name] = self._order("store", store)
+        return entry, patch
+
+    def release(self, version: int) -> None:
+        """Kept patches up to this version are safe elsewhere, on every rank."""
+        super().release(version)
+        for known in [known for known in self._digests if known <= version]:
+            del self._digests[known]
+        self._order("release", version)
+
+    def anchor(self, epoch: int) -> tuple[LogEntry, Patch]:
+        """The first rank's piece of a full copy; the others store theirs."""
+        copies: dict[int, Patch] = {}
+
+        def copy(version: int) -> list[Held]:
+            order = self._order("copy", version)
+            patch, digest = self.copy()
+            copies[patch.version] = patch
+            return [Held(version=patch.version, digest=digest), *_results(order)]
+
+        version, digest = self._level(copy)
+        entry = self.anchored(copies[version], epoch, digest)
+        self.beside[entry.name] = self._order("keep", (epoch, digest))
+        return entry, copies[version]
+
+    # ---- the others
+
+    def _level(self, at: Callable[[int], list[Held]]) -> tuple[int, int]:
+        """Do something on all ranks at one version: that, and their digests' sum. LogError."""
+        version = self.version
+        for _ in range(TRIES):
+            held = at(version)
+            if all(one.version == version and one.digest is not None for one in held):
+                return version, sum(one.digest or 0 for one in held) & MASK
+            version = max(one.version for one in held)
+            self.wait_made(version, self._policy.store_s)
+        raise LogError(f"the trainer's ranks are never at one version, the last was {version}")
+
+    def _order(self, deed: Deed, what: Any) -> list[Future[Any]]:
+        return self._leading.order(deed, what, self._policy.store_s + self._policy.bus_s)
+
+    def _all(self, deed: Deed, what: Any) -> list[Any]:
+        return _results(self._order(deed, what))
+
+
+def _results(futures: Sequence[Future[Any]]) -> list[Any]:
+    return [future.result() for future in futures]
