@@ -78,10 +78,15 @@ class Sources:
 
         ManifestMismatch, CorruptPatch: they cannot be those of this claim.
         """
-        if announce.manifest_hash != self.manifest.hash:
+        # An entry by itself may be that of a trainer's only root.
+        rooted = isinstance(announce, LogEntry) and announce.layout != ""
+        published = announce.manifest_hash
+        if isinstance(announce, LogEntry) and rooted:
+            published = announce.whole
+        if published != self.manifest.hash:
             raise ManifestMismatch(f"version {announce.version} is of another manifest")
         pieces = pieces_of(announce)
-        if isinstance(announce, LogEntry) and not announce.pieces:
+        if isinstance(announce, LogEntry) and not announce.pieces and not rooted:
             return [(self.whole, announce)]
         if len(pieces) != len(self.senders):
             raise CorruptPatch(
