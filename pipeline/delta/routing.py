@@ -10,6 +10,7 @@ N: elements of a patch that are looked at together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from .layout import Encoding, Section
 from .parts import Region, Run, parts_of
 from .patch import Patch
 from .tensors import require_hash
+
 
 def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
     """The elements of a patch that lie in the parts of a layout, as a patch of the same manifest.
