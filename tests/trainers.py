@@ -12,11 +12,16 @@ from sparsecast.workers.updates import Made
 class Trainers:
     """The ranks of a trainer, whose layouts say what each has of `whole`, which a test changes."""
 
-    def __init__(self, site: Site, whole: Tensors, layouts: list[Layout]) -> None:
+    def __init__(
+        self, site: Site, whole: Tensors, layouts: list[Layout], device: str = "cpu"
+    ) -> None:
         self.site = site
         self.whole = whole
         self.layouts = layouts
-        self.held = [contents(layout, whole) for layout in layouts]
+        self.held = [
+            {name: tensor.to(device) for name, tensor in contents(layout, whole).items()}
+            for layout in layouts
+        ]
 
     def first(self, **options: Any) -> AsyncPublisher:
         """The first rank, not yet entered."""
