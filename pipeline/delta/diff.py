@@ -303,7 +303,7 @@ class Shadow:
             named = self._named()
             rest = self._rest.local.tensors if self._rest is not None else ()
             self._rest_held = Named((spec.name, named[spec.name]) for spec in rest)
-            self._rest_held.token = object()  # they never move
+            self._rest_held.token, self._rest_held.manifests = object(), {}  # they never move
             self._digest = self._whole_digest()
             #: The last diff, while nobody has asked for the digest after it.
             self._last: Diffed | None = None
