@@ -102,10 +102,11 @@ async def test_ranks_hold_what_they_would_load(
     site: Site, ear: Ear, which: str, trainers: int
 ) -> None:
     """A trainer of one, two and four ranks, which share its rows; workers of one, two and four
-    ranks, each fused and not, experts cut or whole, are in one window and take ten updates of a training,
-    from a few changed elements to nearly all, of two ranks each what it holds. Then each rank has
-    bit for bit what it would load of a checkpoint of the trainer's weights, padding and copies of
-    heads too, and each worker has proven the trainer's digest. The first one began with zeros."""
+    ranks, each fused and not, experts cut or whole, are in one window and take ten updates of a
+    training, from a few changed elements to nearly all, of two ranks each what it holds. Then each
+    rank has bit for bit what it would load of a checkpoint of the trainer's weights, padding and
+    copies of heads too, and each worker has proven the trainer's digest. The first one began with
+    zeros."""
     family = which.partition(",")[0]
     learner = Learner(family)
     if trainers == 1:
