@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from sparsecast import Broker, Layout, Policy, Publisher, Replica, Shard, digest
 
 #: No single step takes so long; a process for which one does is broken.
 PATIENCE_S = 60.0
+NAME = "worker"
 #: The methods, in the order of the first turn; the first two are runs of these names.
 METHODS = ("sharded", "gathered", "dense")
 #: Stages of a round of ours by the trainer's metrics.
@@ -44,8 +45,14 @@ class Config:
     rounds: int
     warmup: int
     density: float
+    routing: Literal["auto", "broadcast", "all-to-all"]
     threads: int
     seed: int
+
+    @property
+    def policy(self) -> Policy:
+        """Deadlines as they come; an anchor in mid-measurement would be no part of a round."""
+        return Policy(anchor_every=1_000_000, routing=self.routing)
 
 
 def main(control: Control, config: Config) -> Any:
@@ -57,11 +64,6 @@ def main(control: Control, config: Config) -> Any:
     if control.rank < config.ranks:
         return _Other(control, config, device).run()
     return _Worker(control, config, device).run()
-
-
-def _policy() -> Policy:
-    # An anchor in mid-measurement would be no part of a round.
-    return Policy(anchor_every=1_000_000)
 
 
 def _store(port: int, size: int, *, first: bool) -> Any:
@@ -113,7 +115,7 @@ class _Trainer:
             self.model(),
             run="sharded",
             bus=url,
-            policy=_policy(),
+            policy=self.config.policy,
             rank=self.rank,
             ranks=self.config.ranks,
         )
@@ -176,10 +178,10 @@ class _First(_Trainer):
             self.connect(url, store)
             with ExitStack() as stack:
                 stack.enter_context(self.publisher)
-                self.gatherer = Publisher(self.full, run="gathered", bus=url, policy=_policy())
+                self.gatherer = Publisher(self.full, run="gathered", bus=url, policy=config.policy)
                 stack.enter_context(self.gatherer)
                 self.runs = {"sharded": self.publisher, "gathered": self.gatherer}
-                self.heard = {name: Heard(url, name, workers=False) for name in self.runs}
+                self.heard = {name: Heard(url, name) for name in self.runs}
                 for heard in self.heard.values():
                     stack.callback(heard.close)
                 self._await_worker()
@@ -253,6 +255,7 @@ class _First(_Trainer):
             "whole": _ms(began),
             "gather": gathered,
             "nbytes": sum(tensor.nbytes for tensor in self.full.values()),
+            "received": sum(tensor.nbytes for tensor in self.full.values()),
         }
 
     def _wait_applied(self, update: Any) -> None:
@@ -261,12 +264,20 @@ class _First(_Trainer):
             raise RuntimeError(f"version {update.version} is not on the worker: {report}")
 
     def _settle(self, name: str, version: int) -> dict[str, Any]:
-        """Until a version is proven and stored; what the trainer says of its round, in ms."""
+        """Until a version is proven and stored; what the trainer says of its round, in ms, and the
+        bytes that the worker's first rank has received."""
         heard = self.heard[name]
         told = heard.wait(lambda: heard.trainer(version), PATIENCE_S, f"metrics of {version}")
+        worker = heard.wait(
+            lambda: heard.worker(version, NAME), PATIENCE_S, f"the worker's of {version}"
+        )
         heard.wait_stored(version, PATIENCE_S)
-        astray = told.attempt != 1 or told.transport == "log" or told.verified != 1
-        return {stage: getattr(told, f"{stage}_us") / 1e3 for stage in STAGES} | {"astray": astray}
+        astray = told.attempt != 1 or worker.source != "window" or not worker.verified
+        return {
+            **{stage: getattr(told, f"{stage}_us") / 1e3 for stage in STAGES},
+            "received": worker.nbytes,
+            "astray": astray,
+        }
 
     def _compare(self) -> dict[str, bool]:
         """Whether every rank of the worker holds, of every method, its part of the weights."""
@@ -334,9 +345,9 @@ class _Worker:
         common: dict[str, Any] = {
             "run": run,
             "bus": url,
-            "name": "worker",
+            "name": NAME,
             "layout": self.layout,
-            "policy": _policy(),
+            "policy": self.config.policy,
         }
         tensors = self.held[run].tensors
         if self.tp_rank == 0:

@@ -13,7 +13,7 @@ from sparsecast import Layout, Part, diff, engine_layout
 from sparsecast.messages.compose import through
 from sparsecast.messages.manifest import Manifest, TensorSpec
 from sparsecast.pipeline.delta.parts import parts_of
-from sparsecast.pipeline.delta.routing import cheaper, receivers, restrict
+from sparsecast.pipeline.delta.routing import restrict
 
 #: Rows of the embedding come in such multiples: every rank has as many, and nothing is padded.
 ROWS = 64
@@ -109,13 +109,11 @@ class Holding:
 def count_bytes(
     cut: Cut, trainer: Sequence[Layout], worker: Sequence[Layout], density: float, seed: int
 ) -> dict[str, Any]:
-    """What each rank of a worker receives of one step, by three ways, and what it owns of it.
+    """What each rank of a worker owns of one step, and what either way brings it, in bytes.
 
     `own` is the patch between the rank's own tensors before and after: what nobody could leave out.
-    `broadcast`: the patches of all ranks of the trainer, whole, which is what windows carry;
-    `all_to_all`: of each what lies in the rank's parts (routing.restrict); `gathered`: the patch
-    of one trainer that has gathered all. `way` is what routing.cheaper() would choose of the first
-    two.
+    `broadcast`: the patches of all ranks of the trainer, whole; `all_to_all`: of each what lies in
+    the rank's parts (routing.restrict).
     """
     manifest = manifest_of_shapes(cut.shapes)
     before = make_weights(cut, seed)
@@ -138,16 +136,12 @@ def count_bytes(
     ]
     received = [sum(of_worker) for of_worker in zip(*parted, strict=True)]
     whole = [patch.nbytes for patch in patches]
-    # Classes of receivers in the order of the ranks: here no two ranks hold the same.
-    assert len(receivers(worker)) == len(worker)
     return {
         "own": own,
         "broadcast": sum(whole),
         "all_to_all": received,
-        "gathered": diff(before, after, base_version=0, version=1).nbytes,
         "broadcast_to_own": round(max(sum(whole) / mine for mine in own), 4),
         "all_to_all_to_own": round(
             max(got / mine for got, mine in zip(received, own, strict=True)), 4
         ),
-        "way": cheaper(whole, parted),
     }

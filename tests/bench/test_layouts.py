@@ -17,7 +17,7 @@ METHODS = ("sharded", "gathered", "dense")
 
 def test_a_small_run_is_whole(tmp_path: Path) -> None:
     """Two ranks of a trainer, two of a worker: by each method these hold their part of its bits,
-    every round of ours is by a window, and what a rank owns is less than what it is sent."""
+    every round of ours is by a window, and brings a rank little more than what it owns."""
     path = tmp_path / "layouts.json"
     command = [sys.executable, "bench/layouts.py", "--ranks", "2", "--tp", "2", "--model", "tiny"]
     command += ["--elements", "200000", "--rounds", "2", "--warmup", "1", "--json", str(path)]
@@ -40,7 +40,8 @@ def test_a_small_run_is_whole(tmp_path: Path) -> None:
         assert 0 < methods["sharded"]["ms"][part]["p50"] < methods["sharded"]["ms"]["whole"]["max"]
     assert methods["dense"]["nbytes"] > 10 * methods["sharded"]["nbytes"]
     counted = case["bytes"]
-    assert counted["way"] == "all-to-all"
+    # Headers and numbers of blocks are much of so small a patch.
+    assert 1 < case["received_to_own"] < 1.3 < counted["broadcast_to_own"]
     for own, got in zip(counted["own"], counted["all_to_all"], strict=True):
         assert own < got < counted["broadcast"]
     assert len(document["targets"]) == 3
@@ -59,7 +60,7 @@ def test_what_each_way_brings_a_rank_is_counted(monkeypatch: pytest.MonkeyPatch)
     manifest = sharding.manifest_of_shapes(cut.shapes)
     worker = sharding.by_engine(manifest, TINY, 4)
     counted = sharding.count_bytes(cut, sharding.by_rows(manifest, 2), worker, 1.0, seed=0)
-    assert counted["broadcast"] >= counted["gathered"] >= 2 * cut.numel
+    assert counted["broadcast"] >= 2 * cut.numel
     assert 3.5 < counted["broadcast_to_own"] < 4.1
     assert 1 + 1 / 16 <= counted["all_to_all_to_own"] < 1.2
     held = [2 * layout.local.numel for layout in worker]
@@ -74,16 +75,22 @@ def test_targets_are_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def turn(whole: float, publish: float) -> dict[str, Any]:
         stages = dict.fromkeys(layouts.STAGES, 1.0)
-        found = {"whole": whole, "publish": publish, "publish_cpu": publish, "nbytes": 10}
+        found = {
+            "whole": whole,
+            "publish": publish,
+            "publish_cpu": publish,
+            "nbytes": 10,
+            "received": 5,
+        }
         return found | stages | {"astray": False}
 
     one = {
         "sharded": turn(30, 10),
         "gathered": turn(90, 15) | {"gather": 40.0},
-        "dense": {"whole": 60.0, "gather": 40.0, "nbytes": 1000},
+        "dense": {"whole": 60.0, "gather": 40.0, "nbytes": 1000, "received": 1000},
     }
     result = {"turns": [one, one], "window": "gloo", "digests_equal": {}}
-    case = layouts.summarise(result) | {"tp": 2, "bytes": {"all_to_all_to_own": 1.2}}
+    case = layouts.summarise(result) | {"tp": 2, "received_to_own": 1.2}
     assert (case["gathered_to_sharded"], case["dense_to_sharded"]) == (3.0, 2.0)
     cases = [case | {"ranks": ranks} for ranks in (1, 2, 4)]
     met = [(t["what"][:5], t["met"]) for t in layouts.targets({"cases": cases})]
