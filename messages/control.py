@@ -115,7 +115,9 @@ class Opening(Control, frozen=True, kw_only=True):
     """A window is to be opened with these members, members[i] with ranks[i] ranks: rank 0 is the
     trainer's, then come those of members[0], those of members[1], and so on.
 
-    `enters_at` is the version J: the log up to J, rounds of this window from J + 1.
+    `enters_at` is the version J: the log up to J, rounds of this window from J + 1. `classes`: of
+    each of the members' ranks, which of the payloads are its own; ranks that hold the same are of
+    one class, and have ends of the window to themselves. Empty: all receive the same.
     Each member answers Ready (attempt 0) or NotReady. Absent: no window, the log alone.
     """
 
@@ -124,10 +126,13 @@ class Opening(Control, frozen=True, kw_only=True):
     members: tuple[Sender, ...]
     ranks: tuple[int, ...]
     enters_at: int
+    classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.members) or any(ranks < 1 for ranks in self.ranks):
             raise ValueError(f"{len(self.members)} members have {self.ranks} ranks")
+        if self.classes and len(self.classes) != sum(self.ranks):
+            raise ValueError(f"{sum(self.ranks)} ranks are of {len(self.classes)} classes")
 
     @property
     def size(self) -> int:
@@ -160,12 +165,15 @@ class Go(Control, frozen=True, kw_only=True):
     """All have committed: enter the collective of this stamp now (attempt 0: open the window).
 
     `announce` is what comes through it. It may be here before the journal has stored it: what was
-    received by it is applied only once the journal has made the same announcement. Absent: the
-    commitment expires on the member's own clock and go after that is refused.
+    received by it is applied only once the journal has made the same announcement. `routes`: what
+    each root sends to each class of a window that has classes: its patch without what they do not
+    hold; empty: the whole patch. Absent: the commitment expires on the member's own clock and go
+    after that is refused.
     """
 
     stamp: Stamp
     announce: Announce | None = None
+    routes: tuple[tuple[Piece, ...], ...] = ()
 
 
 class Abort(Control, frozen=True, kw_only=True):
@@ -232,7 +240,9 @@ class Join(Control, frozen=True, kw_only=True):
     incarnation whose claim the member follows: another of the same epoch is not meant. `gpus` names
     the GPU of each of its ranks (by UUID), "" where weights are on none or it cannot be told: an
     nccl window takes one rank a GPU. Who evaluates takes versions from the log alone, and only
-    those that it follows (`follow`: "latest", "every:K" or "version:N").
+    those that it follows (`follow`: "latest", "every:K" or "version:N"). `layouts`: what each rank
+    holds (packed), and `held_nbytes` how many bytes that is; empty, or of a rank b"" and 0: what is
+    published, or it is not told.
     """
 
     epoch: int
@@ -246,10 +256,15 @@ class Join(Control, frozen=True, kw_only=True):
     gpus: tuple[str, ...] = ("",)
     role: Role = "rollout"
     follow: str = "latest"
+    layouts: tuple[bytes, ...] = ()
+    held_nbytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.gpus:
             raise ValueError("a worker without a rank")
+        told = len(self.gpus) if self.layouts else 0
+        if (len(self.layouts), len(self.held_nbytes)) != (told, told):
+            raise ValueError(f"{len(self.gpus)} ranks hold {len(self.layouts)} layouts")
 
 
 class Ready(Control, frozen=True, kw_only=True):

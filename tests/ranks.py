@@ -16,6 +16,34 @@ def split(tensors: Tensors, ranks: int) -> list[Layout]:
     return [_rank(manifest, rank, ranks) for rank in range(ranks)]
 
 
+def fully_sharded(tensors: Tensors, ranks: int) -> list[Layout]:
+    """The layout of each rank of a trainer as FSDP cuts it: rows in equal chunks, the last ones
+    with less or none; what has no rows every rank has."""
+    manifest = manifest_of(tensors)
+    layouts = []
+    for rank in range(ranks):
+        specs, parts = [], []
+        for spec in manifest.tensors:
+            begin, shape = [0] * len(spec.shape), list(spec.shape)
+            if spec.shape:
+                chunk = -(-spec.shape[0] // ranks)
+                begin[0] = min(rank * chunk, spec.shape[0])
+                shape[0] = min(chunk, spec.shape[0] - begin[0])
+            specs.append(TensorSpec(spec.name, spec.dtype, tuple(shape)))
+            parts.append(
+                Part(
+                    tensor=spec.name,
+                    begin=tuple(begin),
+                    shape=tuple(shape),
+                    local=spec.name,
+                    at=(0,) * len(shape),
+                    axes=tuple(range(len(shape))),
+                )
+            )
+        layouts.append(Layout(tensors=tuple(specs), parts=tuple(parts)))
+    return layouts
+
+
 def held(layout: Layout, tensors: Tensors) -> Tensors:
     """What the rank of this layout holds of these weights."""
     return contents(layout, tensors)

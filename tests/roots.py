@@ -5,8 +5,6 @@ from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
-
 from ranks import held
 from runs import Tensors, step
 from sparsecast import Layout, Part, Patch, diff, digest
@@ -20,10 +18,11 @@ from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.delta import Shadow, checksum, manifest_of
-from sparsecast.pipeline.log.memory import MemoryLog
+from sparsecast.pipeline.log.base import Log
+from sparsecast.pipeline.log.pieces import whole
 from sparsecast.pipeline.windows import open_window
 from sparsecast.workers.driver import Windows
-from sparsecast.workers.outgoing import describe
+from sparsecast.workers.outgoing import Origin, describe
 
 MASK = (1 << 64) - 1
 ME = Sender("trainer", "t1")
@@ -118,58 +117,27 @@ class Roots:
             pieces=pieces,
         )
 
-    def entry(self, patches: Sequence[Patch]) -> LogEntry:
-        """The newest version's patches as the log shows them: one entry, of one of each root."""
-        whole = digest(self.trained)
-        pieces = []
-        for root, (layout, patch) in enumerate(zip(self.layouts, patches, strict=True)):
-            made = describe(patch, 1, whole, writer=ME.incarnation)
-            pieces.append(
-                msgspec.structs.replace(
-                    made,
-                    name=f"{made.name}.{root}",
-                    root=root,
-                    roots=len(patches),
-                    layout=layout.hash,
-                    whole=self.manifest.hash,
-                )
+    def pieces(self, patches: Sequence[Patch]) -> list[LogEntry]:
+        """What each root stores of the newest version."""
+        digest_of_all = digest(self.trained)
+        return [
+            describe(
+                patch,
+                1,
+                digest_of_all,
+                writer=ME.incarnation,
+                origin=Origin(root, len(patches), layout.hash, self.manifest.hash),
             )
-        return msgspec.structs.replace(
-            pieces[0],
-            name=pieces[0].name.removesuffix(".0"),
-            manifest_hash=self.manifest.hash,
-            nbytes=sum(piece.nbytes for piece in pieces),
-            checksum=sum(piece.checksum for piece in pieces) & MASK,
-            layout="",
-            roots=len(patches),
-            pieces=tuple(pieces),
-        )
+            for root, (layout, patch) in enumerate(zip(self.layouts, patches, strict=True))
+        ]
 
-
-class Grouped(MemoryLog):
-    """A log that shows the entries of several roots as one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.whole: list[LogEntry] = []
-        #: The names of the entries that were read.
-        self.loaded: list[str] = []
-
-    async def put(self, entry: LogEntry, patches: Sequence[Patch]) -> None:
-        """Store each root's part of an entry, and show it as one."""
-        for piece, patch in zip(entry.pieces, patches, strict=True):
-            await self.store(piece, patch.to_bytes(), timeout_s=5.0)
-        self.whole.append(entry)
-
-    async def entries(self, *, timeout_s: float) -> list[LogEntry]:
-        """What there is, as readers see it."""
-        await asyncio.sleep(0)
-        return list(self.whole)
-
-    async def load(self, entry: LogEntry, **options: Any) -> bytes:
-        """The bytes of one root's part."""
-        self.loaded.append(entry.name)
-        return await super().load(entry, **options)
+    async def store(self, log: Log, patches: Sequence[Patch]) -> LogEntry:
+        """Have each root store its own; what readers see of it."""
+        pieces = self.pieces(patches)
+        for piece, patch in zip(pieces, patches, strict=True):
+            await log.store(piece, patch.to_bytes(), timeout_s=5.0)
+        (entry,) = whole(pieces)
+        return entry
 
 
 class Trainer:
@@ -330,4 +298,4 @@ class Trainer:
     async def _send(self, root: int, patch: Patch, stamp: Stamp) -> None:
         ends = self.ends[root][stamp.window]
         assert ends is not None
-        await ends.send(patch.buffer, attempt=stamp.attempt, timeout_s=10.0)
+        await ends.send([patch.buffer], attempt=stamp.attempt, timeout_s=10.0)

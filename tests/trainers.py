@@ -1,14 +1,11 @@
-"""Trainers, and workers, of several ranks in one process: each rank's tensors are its part of a
-whole model."""
+"""A trainer of several ranks in one process: each rank's tensors are its part of a whole model."""
 
 import asyncio
 from typing import Any
 
 from layouts import contents
-from ranks import held, same, split
 from runs import QUICK, Site, Tensors
-from sparsecast import AsyncPublisher, Contributor, Layout, Replica, Shard
-from sparsecast.workers.engine import ModuleEngine
+from sparsecast import AsyncPublisher, Contributor, Layout
 from sparsecast.workers.updates import Made
 
 
@@ -20,6 +17,7 @@ class Trainers:
         site: Site,
         whole: Tensors,
         layouts: list[Layout],
+        device: str = "cpu",
         masters: list[Layout] | None = None,
     ) -> None:
         self.site = site
@@ -27,7 +25,10 @@ class Trainers:
         #: As published, and as the ranks hold it.
         self.layouts = layouts
         self._masters = masters or layouts
-        self.held = [contents(layout, whole) for layout in self._masters]
+        self.held = [
+            {name: tensor.to(device) for name, tensor in contents(layout, whole).items()}
+            for layout in self._masters
+        ]
 
     def first(self, **options: Any) -> AsyncPublisher:
         """The first rank, not yet entered."""
@@ -50,9 +51,8 @@ class Trainers:
     async def start(self, **options: Any) -> AsyncPublisher:
         """All ranks, running until the test ends; the first one's publisher."""
         self.publisher = self.first(**options)
-        others = {
-            name: options[name] for name in options if name in ("policy", "log", "shadow", "dtype")
-        }
+        common = ("policy", "log", "shadow", "dtype")
+        others = {name: options[name] for name in options if name in common}
         self.others = [self.other(rank, **others) for rank in range(1, len(self.layouts))]
         await asyncio.gather(*(rank.__aenter__() for rank in (*self.others, self.publisher)))
         for rank in (*self.others, self.publisher):
@@ -61,9 +61,9 @@ class Trainers:
 
     def share(self) -> None:
         """Every rank's tensors are its part of the whole model as it is now."""
-        for layout, mine in zip(self._masters, self.held, strict=True):
+        for layout, held in zip(self._masters, self.held, strict=True):
             for name, tensor in contents(layout, self.whole).items():
-                mine[name].copy_(tensor)
+                held[name].copy_(tensor)
 
     async def publish(self) -> Any:
         """Publish on every rank at once; the first one's update."""
@@ -72,43 +72,3 @@ class Trainers:
         updates: list[Made] = await asyncio.gather(*(rank.publish() for rank in ranks))
         assert len({update.version for update in updates}) == 1
         return updates[0]
-
-
-class Team:
-    """A worker of several ranks: the first one's replica, and the others' shards."""
-
-    def __init__(self, site: Site, start: Tensors, ranks: int, name: str = "w0") -> None:
-        self.site = site
-        self.name = name
-        self.layouts = split(start, ranks)
-        self.held = [held(layout, start) for layout in self.layouts]
-        self.engines = [ModuleEngine(mine) for mine in self.held]
-
-    def first(self, **options: Any) -> Replica:
-        """The first rank, not yet entered."""
-        given = {"name": self.name, "policy": QUICK, "layout": self.layouts[0]} | options
-        return Replica(
-            self.engines[0],
-            run=self.site.run,
-            bus=self.site.url,
-            ranks=len(self.layouts),
-            **given,
-        )
-
-    def other(self, rank: int, **options: Any) -> Shard:
-        """Another rank, not yet entered."""
-        given = {"name": self.name, "policy": QUICK, "layout": self.layouts[rank]} | options
-        return Shard(self.engines[rank], run=self.site.run, bus=self.site.url, rank=rank, **given)
-
-    async def start(self, **options: Any) -> tuple[Replica, list[Shard]]:
-        """All ranks, running until the test ends."""
-        first = self.first(**options)
-        others = [self.other(rank, **options) for rank in range(1, len(self.layouts))]
-        await asyncio.gather(*(rank.__aenter__() for rank in (*others, first)))
-        for rank in (*others, first):
-            self.site.ends(rank)
-        return first, others
-
-    def same(self, tensors: Tensors) -> bool:
-        """Whether every rank holds its part of these weights."""
-        return same(self.layouts, self.held, tensors)

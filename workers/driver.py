@@ -23,7 +23,7 @@ from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.log.base import Log
 from ..pipeline.windows.base import WindowFactory, WindowSpec
-from .ends import Ends
+from .ends import Ends, places_of
 
 log = logging.getLogger("sparsecast.driver")
 
@@ -260,21 +260,22 @@ class Windows:
         """Open this process's ends of a window, and keep them."""
         stamp = command.stamp
         prefix = self._subjects.window(stamp.epoch, stamp.window)
+        places = places_of(command)
         specs = [
             WindowSpec(
                 kind=command.kind,
-                prefix=prefix if command.of == 1 else f"{prefix}.{root}",
+                prefix=prefix + place.suffix,
                 epoch=stamp.epoch,
                 window=stamp.window,
-                rank=command.rank,
-                size=command.size,
+                rank=place.rank,
+                size=place.size,
                 device=self._ports.device,
             )
-            for root in command.roots
+            for place in places
         ]
         try:
             made = [self._ports.windows(spec, self._ports.bus) for spec in specs]
-            ends = self._windows[stamp.window] = Ends(command.roots, made)
+            ends = self._windows[stamp.window] = Ends(places, made)
             await ends.open(command.timeout_s)
         except WindowError as exc:
             return ev.WindowFailed(stamp.epoch, stamp.window, exc.reason)

@@ -7,11 +7,13 @@ readers see is the first rank's: an apply holds its guard until every rank has w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+from ..messages import codec
 from ..messages.control import Claim, LogEntry, Stamp, WindowKind
 from ..messages.errors import EngineError, LogError, ManifestMismatch, SparsecastError, brief
 from ..messages.layout import Layout, require_whole
@@ -28,6 +30,8 @@ T = TypeVar("T")
 
 #: A digest is a sum mod 2⁶⁴.
 MASK = (1 << 64) - 1
+#: A worker joins again with every heartbeat until it is welcome.
+TOLD_NBYTES = 1 << 18
 
 
 class Group:
@@ -187,6 +191,20 @@ class Group:
             return failed
         total = sum(event.digest for event in found.values()) & MASK
         return ev.Digested(version, total, max(event.verify_us for event in found.values()))
+
+
+def told(layouts: Sequence[Layout]) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """What a worker tells of what its ranks hold: their layouts, packed, and how many bytes of
+    published tensors that is. Nothing where it would be too large to be said again and again."""
+    packed = tuple(map(codec.pack_layout, layouts))
+    if sum(map(len, packed)) > TOLD_NBYTES:
+        return (), ()
+    return packed, tuple(map(_held_nbytes, layouts))
+
+
+def _held_nbytes(layout: Layout) -> int:
+    itemsize = {spec.name: spec.itemsize for spec in layout.tensors}
+    return sum(math.prod(part.shape) * itemsize[part.local] for part in layout.parts)
 
 
 def _outcome(future: Future[Any]) -> Any:

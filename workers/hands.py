@@ -13,7 +13,7 @@ from ..pipeline.core import events as ev
 from ..pipeline.log.base import Progress
 from .driver import Ports, Windows
 from .incoming import Incoming, Together
-from .roots import pieces_of
+from .roots import pieces_of, routed
 
 T = TypeVar("T")
 
@@ -62,13 +62,16 @@ class Hands:
     async def receive(self, command: cmd.Receive) -> ev.Staged | ev.ReceiveFailed:
         """Receive the payload of each root through its end of the window, check them, and stage
         them all or none."""
-        stamp, announce = command.stamp, command.announce
+        stamp = command.stamp
         identity = (stamp.epoch, stamp.window, stamp.attempt)
         ends = self._windows[stamp.window]
         if ends is None:
             return ev.ReceiveFailed(*identity, stamp.version, "the window is gone", corrupt=False)
         began = self._ports.clock()
+        announce = command.announce
         try:
+            if command.routes:
+                announce = routed(announce, command.routes, ends.of_class)
             sizes = [piece.nbytes for piece in pieces_of(announce)]
             if len(sizes) != len(ends):
                 raise CorruptPatch(f"{len(sizes)} pieces, and the window has {len(ends)} roots")
@@ -103,7 +106,7 @@ class Hands:
                 await self._ports.run(stage)
         except (PatchError, RuntimeError, MemoryError) as exc:
             return ev.ReceiveFailed(*identity, stamp.version, brief(exc), corrupt=True)
-        return ev.Staged(stamp, announce)
+        return ev.Staged(stamp, command.announce)
 
     # ---- staging and weights
 

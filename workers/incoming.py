@@ -38,9 +38,10 @@ from ..pipeline.delta import (
 )
 from ..pipeline.delta.parts import parts_of
 from .engine import Engine
+from .memory import Memory, on_device
 from .rehearsal import rehearse, rehearse_layouts
 from .roots import AnyPiece, Root, Sources, named, sources_of
-from .streams import CudaFence, devices_of, host_empty, new_stream, own, settle
+from .streams import CudaFence, devices_of, own, settle
 
 #: How many applied versions' step and tags are remembered: a sample of an older one goes without.
 ORIGINS = 1024
@@ -109,10 +110,7 @@ class Incoming:
         self._clock = clock
         self._guard_s = guard_s
         self._device = torch.device(device)
-        self._device_nbytes = device_nbytes
-        self._on_device_nbytes = 0
-        #: Staging is allocated on it, and nothing is ever queued there.
-        self._stream: torch.cuda.Stream | None = None
+        self._memory = Memory(self._device, device_nbytes)
         self._fence = CudaFence()
         #: Of the tensors whose devices the fence has.
         self._ordered: object = None
@@ -134,7 +132,7 @@ class Incoming:
         """
         if self._device.type == "cuda":
             settle((self._device,))
-            self._stream = new_stream(self._device)
+            self._memory.start()
         try:
             tensors = self._engine.tensors()
         except Exception:
@@ -144,8 +142,7 @@ class Incoming:
 
     def adopt_thread(self) -> None:
         """Make the idle stream of staging the current one of the calling thread."""
-        if self._stream is not None:
-            torch.cuda.set_stream(self._stream)
+        self._memory.adopt_thread()
 
     def warm(self) -> None:
         """Look at all that an apply will look at, which it does the quicker for it."""
@@ -233,47 +230,15 @@ class Incoming:
     # ---- staging
 
     def staging(self, sizes: Sequence[int], transport: str) -> list[torch.Tensor]:
-        """Fresh memory for payloads that come through a window of this kind: uint8 [nbytes] each.
-
-        On any thread. On the device only for NCCL, and while staging there has room; else on the
-        host. RuntimeError or TypeError: there is no room for so many bytes at all.
-        """
-        made: list[torch.Tensor] = []
-        for nbytes in sizes:
-            made.append(self._memory(nbytes, transport, beside=_on_device(made)))
-        return made
-
-    def _memory(self, nbytes: int, transport: str, *, beside: int) -> torch.Tensor:
-        if transport == "nccl" and self._fits(nbytes + beside):
-            try:
-                # From the pool of a stream of our own: a block of another one's may still be in
-                # use by what its owner has queued, and the window does not wait for that.
-                with torch.cuda.stream(self._stream):
-                    return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            except torch.cuda.OutOfMemoryError:
-                pass
-        if self._device.type == "cuda":
-            return host_empty(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def _fits(self, nbytes: int) -> bool:
-        room = self._device_nbytes - self._on_device_nbytes
-        return self._device.type == "cuda" and nbytes <= room
-
-    def _placed(self, buffer: torch.Tensor, *, beside: int) -> torch.Tensor:
-        """The same bytes on the device, where there is room for them."""
-        if buffer.is_cuda or not self._fits(buffer.numel() + beside):
-            return buffer
-        try:
-            return buffer.to(self._device, non_blocking=True)
-        except torch.cuda.OutOfMemoryError:
-            return buffer
+        """Fresh memory for the payloads of an update, on any thread; see `Memory.fresh`."""
+        return self._memory.fresh(sizes, transport)
 
     def _count(self) -> None:
         """Under the lock."""
-        self._on_device_nbytes = sum(
-            _on_device([checked.patch.buffer for _, checked in staged.pieces or ()])
+        self._memory.keeps(
+            checked.patch.buffer
             for staged in self._staged.values()
+            for _, checked in staged.pieces or ()
         )
 
     def expect(self, buffers: Sequence[torch.Tensor], announce: Announce) -> list[Payload] | None:
@@ -331,16 +296,17 @@ class Incoming:
         for at, ((root, piece), buffer, payload) in enumerate(
             zip(sent, buffers, given, strict=True)
         ):
-            if buffer is None:
-                assert not root.held
+            if buffer is None and not root.held:
                 continue
             try:
+                if buffer is None:  # another claim has come since wanted() was asked
+                    raise CorruptPatch("its payload is missing, and something of it is held here")
                 checked = self._checked(root, piece, buffer, payload, announce, beside)
             except PatchError as exc:
                 raise named(exc, at, len(sent)) from exc
             if root.held:
                 pieces.append((root, checked))
-                beside += _on_device([checked.patch.buffer])
+                beside += on_device([checked.patch.buffer])
         now = self._clock()
         if scratch:
             return
@@ -385,7 +351,7 @@ class Incoming:
         if buffer.numel() != piece.nbytes:
             raise CorruptPatch(f"{buffer.numel()} bytes, {piece.nbytes} were announced")
         if payload is None or not payload.settled:
-            buffer = self._placed(buffer, beside=beside)
+            buffer = self._memory.placed(buffer, beside=beside)
             own(buffer)
             payload = Payload(buffer, root.manifest)
         if payload.checksum != piece.checksum:
@@ -497,11 +463,6 @@ class Incoming:
         except Exception as exc:
             return ev.DigestFailed(version, f"{type(exc).__name__}: {exc}")
         return ev.Digested(version, found, round((self._clock() - began) * 1e6))
-
-
-def _on_device(buffers: Sequence[torch.Tensor]) -> int:
-    """How many of their bytes are on the device."""
-    return sum(buffer.numel() for buffer in buffers if buffer.is_cuda)
 
 
 def _reaches_back(base_version: int | None, other: int | None) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..messages.control import LogEntry, Tags
+from ..messages.control import LogEntry, Piece, Tags
 from ..messages.errors import LogError, UnsupportedTensor, WaitTimeout
 from ..messages.layout import Layout
 from ..messages.manifest import Manifest
@@ -25,6 +25,7 @@ from ..messages.ranks import Held
 from ..pipeline.core.events import Sealed
 from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
 from ..pipeline.delta import checksum as checksum_of
+from ..pipeline.delta.routing import restrict
 from ..pipeline.log.pieces import piece_name
 from .streams import devices_of, finish, own, settle, to_host
 from .views import View, viewed
@@ -126,6 +127,9 @@ class _Kept:
     _found: Diffed | None = None
     _facts: _Facts | None = None
     _host: torch.Tensor | None = field(default=None, repr=False)
+    #: The window that it was parted for, and what each of its classes holds of it.
+    routed: int = 0
+    routes: tuple[Patch, ...] = ()
 
     @property
     def facts(self) -> _Facts:
@@ -208,6 +212,9 @@ class Outgoing:
         )
         for device in self.devices:
             finish(device)  # or they might change while they are copied
+        #: The window whose ranks do not all receive the same, and what each of its classes holds of
+        #: what is published here (None: all).
+        self._routing: tuple[int, tuple[Layout | None, ...]] = (0, ())
         #: The last diff, which the shadow is whole after.
         self._last: Diffed | None = None
         #: The tensors that the run publishes, and those in whose coordinates patches are made here.
@@ -399,7 +406,15 @@ class Outgoing:
             if self._last is not None and self._last.patch.version <= patch.version:
                 self._last = None  # it is whole, and holds memory of the patch's size
         assert patch.base_version is not None
+        kept.routed, ways = self._routing
+        kept.routes = tuple(
+            patch if way is None else restrict(patch, way, self.local) for way in ways
+        )
         self._kept[patch.version] = kept
+        row = tuple(
+            Piece(one.nbytes, kept.checksum if one is patch else checksum_of(one.buffer))
+            for one in kept.routes
+        )
         return Sealed(
             base_version=patch.base_version,
             version=patch.version,
@@ -415,7 +430,22 @@ class Outgoing:
             encode_us=facts.encode_us,
             step=kept.step,
             tags=kept.tags,
+            routes=(row,) if row else (),
+            routed=kept.routed,
         )
+
+    def route(self, window: int, ways: Sequence[Layout | None]) -> None:
+        """Part what is sealed from now on for a window: each class holds of the tensors here what a
+        layout says (None: all). Without ways: as it was before."""
+        self._routing = (window, tuple(ways)) if ways else (0, ())
+
+    def routed(self, version: int, window: int) -> list[torch.Tensor] | None:
+        """What a window's classes get of a sealed patch, each as payload(); None if it was not
+        parted for that window, or is not kept."""
+        kept = self._kept.get(version)
+        if kept is None or not kept.routes or kept.routed != window:
+            return None
+        return [patch.buffer for patch in kept.routes]
 
     def payload(self, version: int) -> torch.Tensor | None:
         """The bytes of a sealed patch (uint8, 1-d, whole), while it is kept. On any thread."""

@@ -229,6 +229,7 @@ class AsyncPublisher:
             kinds=tuple(k for k in ports.kinds if all(k in fellow.kinds for fellow in fellows)),
             policy=self.policy,
             gpus=(ports.gpu, *(fellow.gpu for fellow in fellows)),
+            nbytes=self._outgoing.manifest.nbytes,
         )
         self._driver: Driver[ev.TrainerEvent, cmd.TrainerCommand] = Driver(
             self._core,

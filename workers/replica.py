@@ -40,7 +40,7 @@ from .connect import END_S
 from .driver import Driver, Ports, decoded
 from .engine import Engine
 from .fetching import Fetching
-from .group import AnyHands, Group
+from .group import AnyHands, Group, told
 from .leading import Leading
 from .rank import Rank
 from .telling import Telling
@@ -134,11 +134,14 @@ class Replica(Rank):
         me = Sender(self.name, ports.token())
         kinds: tuple[WindowKind, ...] = self._kinds
         gpus: tuple[str, ...] = (ports.gpu,)
+        layouts: tuple[bytes, ...] = ()
+        held_nbytes: tuple[int, ...] = ()
         hands: AnyHands = self._hands
         if self.layout is not None:
             leading = await self._lead(life, me)
             hands = self._group = Group(self._hands, leading, self.layout, self.policy)
             kinds, gpus = hands.common(kinds), hands.gpus(ports.gpu)
+            layouts, held_nbytes = told([self.layout, *leading.layouts])
         self._all = hands
         self._core = ReplicaCore(
             run=self.run,
@@ -148,6 +151,8 @@ class Replica(Rank):
             host=socket.gethostname(),
             pid=os.getpid(),
             gpus=gpus,
+            layouts=layouts,
+            held_nbytes=held_nbytes,
             role=self.role,
             follow=self.follow,
             policy=self.policy,

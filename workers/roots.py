@@ -7,8 +7,11 @@ rank, whose claim names no roots, sends the published tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import msgspec
 
 from ..messages import codec
 from ..messages.compose import through
@@ -75,10 +78,15 @@ class Sources:
 
         ManifestMismatch, CorruptPatch: they cannot be those of this claim.
         """
-        if announce.manifest_hash != self.manifest.hash:
+        # An entry by itself may be that of a trainer's only root.
+        rooted = isinstance(announce, LogEntry) and announce.layout != ""
+        published = announce.manifest_hash
+        if isinstance(announce, LogEntry) and rooted:
+            published = announce.whole
+        if published != self.manifest.hash:
             raise ManifestMismatch(f"version {announce.version} is of another manifest")
         pieces = pieces_of(announce)
-        if isinstance(announce, LogEntry) and not announce.pieces:
+        if isinstance(announce, LogEntry) and not announce.pieces and not rooted:
             return [(self.whole, announce)]
         if len(pieces) != len(self.senders):
             raise CorruptPatch(
@@ -126,6 +134,20 @@ def pieces_of(announce: Announce | LogEntry) -> tuple[AnyPiece, ...]:
             f"{announce.nbytes} and {announce.checksum:016x}"
         )
     return pieces
+
+
+def routed(announce: Announce, routes: Sequence[Sequence[Piece]], of_class: int | None) -> Announce:
+    """The announcement as ranks of one class of a window get it: each root's patch without what
+    they do not hold. CorruptPatch if nothing is routed to them."""
+    if of_class is None or any(of_class >= len(classes) for classes in routes):
+        raise CorruptPatch(f"version {announce.version} is routed to no class {of_class}")
+    pieces = tuple(classes[of_class] for classes in routes)
+    return msgspec.structs.replace(
+        announce,
+        pieces=pieces,
+        nbytes=sum(piece.nbytes for piece in pieces),
+        checksum=sum(piece.checksum for piece in pieces) & MASK,
+    )
 
 
 def named(exc: PatchError, root: int, roots: int) -> PatchError:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import torch
+
+from ..messages import codec
+from ..messages.compose import through
 from ..messages.control import Stamp
 from ..messages.errors import SparsecastError, WindowError, brief
+from ..messages.layout import Layout, identity
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from .driver import Ports, Windows
 from .outgoing import Outgoing
+from .streams import to_host
 from .together import Together
 
 #: For how long the window's thread waits awake for a patch that is being made.
 ALERT_S = 0.02
+#: So many layouts of workers' ranks are remembered.
+WAYS = 256
 
 
 class Sending:
@@ -26,11 +34,38 @@ class Sending:
         self._windows = windows
         self._outgoing = outgoing
         self._root = root
+        #: What ranks of a layout, packed, hold of the tensors here.
+        self._ways: dict[bytes, Layout] = {}
 
     async def open(self, command: cmd.OpenWindow) -> ev.WindowOpened | ev.WindowFailed:
-        """Open this rank's end of a window, and keep it."""
-        of = max(1, len(self._outgoing.roots))
+        """Open this rank's ends of a window, and keep them."""
+        stamp, of = command.stamp, max(1, len(self._outgoing.roots))
+        try:
+            ways = [await self._way(packed, command.timeout_s) for packed in command.layouts]
+        except (SparsecastError, TimeoutError) as exc:
+            reason = f"what its ranks hold is not to be made out: {brief(exc)}"
+            return ev.WindowFailed(stamp.epoch, stamp.window, reason)
+        self._outgoing.route(stamp.window, ways)
         return await self._windows.open(replace(command, roots=(self._root,), of=of))
+
+    async def _way(self, packed: bytes, timeout_s: float) -> Layout | None:
+        """What ranks of this layout hold of the tensors here; None: all, or it is not told."""
+        if not packed:
+            return None
+        if packed not in self._ways:
+            while len(self._ways) >= WAYS:
+                del self._ways[next(iter(self._ways))]
+            # Of many parts it takes seconds.
+            self._ways[packed] = await self._ports.aside(
+                self._found_way, packed, timeout_s=timeout_s
+            )
+        return self._ways[packed]
+
+    def _found_way(self, packed: bytes) -> Layout:
+        roots, manifest = self._outgoing.roots, self._outgoing.manifest
+        layout = codec.unpack_layout(packed)
+        layout.require_fit(manifest)
+        return through(roots[self._root] if roots else identity(manifest), layout)
 
     async def abort(self, window: int) -> None:
         """Break a window off; nothing happens if it is not here."""
@@ -47,24 +82,36 @@ class Sending:
             window.alert(ALERT_S)
 
     async def send(self, command: cmd.Send) -> ev.Sent:
-        """Send the payload of a sealed version."""
+        """Send a sealed version: whole to all, or to each class of ranks what that holds."""
         stamp = command.stamp
         window = self._windows[stamp.window]
-        payload = self._outgoing.payload(stamp.version)
-        if payload is not None and payload.is_cuda and window and window.spec.kind != "nccl":
+        payloads: list[torch.Tensor] | None = None
+        if command.routed:
+            payloads = self._outgoing.routed(stamp.version, stamp.window)
+        else:
+            payload = self._outgoing.payload(stamp.version)
+            if payload is not None and window is not None:
+                payloads = [payload] * len(window)
+        if payloads and payloads[0].is_cuda and window and window.spec.kind != "nccl":
             # By our own stream: the window's thread would copy behind what the trainer has queued.
-            payload = await self._ports.run(self._outgoing.host_payload, stamp.version)
+            payloads = await self._ports.run(self._on_host, command, payloads)
         error: str | None = None
         if window is None:
             error = "the window is gone"
-        elif payload is None:
+        elif not payloads:
             error = f"version {stamp.version} is not kept any more"
         else:
             try:
-                await window.send(payload, attempt=stamp.attempt, timeout_s=command.timeout_s)
+                await window.send(payloads, attempt=stamp.attempt, timeout_s=command.timeout_s)
             except WindowError as exc:
                 error = exc.reason
         return ev.Sent(stamp.window, stamp.attempt, error)
+
+    def _on_host(self, command: cmd.Send, payloads: list[torch.Tensor]) -> list[torch.Tensor]:
+        if command.routed:
+            return [to_host(payload) for payload in payloads]
+        host = self._outgoing.host_payload(command.stamp.version)
+        return [] if host is None else [host] * len(payloads)
 
 
 class SendingTogether:

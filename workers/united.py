@@ -80,6 +80,7 @@ class United(Outgoing):
                     f"{other.version}, the first rank {mine.base_version} → {mine.version}: every "
                     "rank has to call publish() as often as the others"
                 )
+        parted = len({one.routed for one in sealed}) == 1 and all(one.routes for one in sealed)
         self._digests[mine.version] = sum(one.digest for one in sealed) & MASK
         return Sealed(
             base_version=mine.base_version,
@@ -97,6 +98,8 @@ class United(Outgoing):
             step=mine.step,
             tags=mine.tags,
             pieces=tuple(Piece(one.nbytes, one.checksum) for one in sealed),
+            routes=tuple(one.routes[0] for one in sealed) if parted else (),
+            routed=mine.routed if parted else 0,
         )
 
     def entry(

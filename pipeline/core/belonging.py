@@ -20,6 +20,8 @@ class Belonging:
         host: str,
         pid: int,
         gpus: tuple[str, ...],
+        layouts: tuple[bytes, ...],
+        held_nbytes: tuple[int, ...],
         policy: Policy,
         announced: Announced,
         started: float,
@@ -37,6 +39,8 @@ class Belonging:
         self._host = host
         self._pid = pid
         self._gpus = gpus
+        self._layouts = layouts
+        self._held_nbytes = held_nbytes
         self._role = role
         self._follow = follow
         self._policy = policy
@@ -77,6 +81,8 @@ class Belonging:
                 version=version,
                 trainer=claim.sender.incarnation if claim is not None else "",
                 gpus=self._gpus,
+                layouts=self._layouts,
+                held_nbytes=self._held_nbytes,
                 role=self._role,
                 follow=self._follow,
             )

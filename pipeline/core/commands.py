@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...messages.control import (
     Announce,
     Claim,
+    Piece,
     Stamp,
     TrainerMessage,
     WindowKind,
@@ -26,7 +27,8 @@ class OpenWindow:
     WindowFailed.
 
     It has an end for each root, a communicator of its own: `roots` are those to open here, in this
-    order, of as many as `of` says.
+    order, of as many as `of` says. With `classes`, those of the ranks from 1 on, each end is but
+    for the ranks of one class, and the trainer has one for each: `layouts` tells it what they hold.
     """
 
     stamp: Stamp
@@ -36,6 +38,8 @@ class OpenWindow:
     timeout_s: float
     roots: tuple[int, ...] = (0,)
     of: int = 1
+    classes: tuple[int, ...] = ()
+    layouts: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,12 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Broadcast the payload of stamp.version. Ends in Sent."""
+    """Broadcast the payload of stamp.version; `routed`: to each class of the window what Sealed has
+    for it. Ends in Sent."""
 
     stamp: Stamp
     timeout_s: float
+    routed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +166,15 @@ class Prove:
 class Receive:
     """Receive the payload into staging and check it. Ends in Staged or ReceiveFailed.
 
-    `scratch`: this version is here already; take part, check, and drop it.
+    `scratch`: this version is here already; take part, check, and drop it. `routes`: what each root
+    sends to each class of the window; empty: what is announced.
     """
 
     stamp: Stamp
     announce: Announce
     scratch: bool
     timeout_s: float
+    routes: tuple[tuple[Piece, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

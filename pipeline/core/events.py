@@ -67,7 +67,8 @@ class Sealed:
     """The pending patch was taken and its bytes are fixed: what an announcement says of it.
 
     `changed` counts elements, sizes are bytes; `published_at` is when publish() was called, on
-    the driver's clock. `pieces`: of a trainer of several ranks, one of each.
+    the driver's clock. `pieces`: of a trainer of several ranks, one of each. `routes`: what each
+    root sends to each class of the window of this number; empty: the same to all.
     """
 
     base_version: int
@@ -85,6 +86,8 @@ class Sealed:
     step: int | None = None
     tags: Tags | None = None
     pieces: tuple[Piece, ...] = ()
+    routes: tuple[tuple[Piece, ...], ...] = ()
+    routed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

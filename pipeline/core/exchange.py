@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...messages.control import Announce, Sender, Stamp
+from ...messages.control import Announce, Piece, Sender, Stamp
 from ...messages.errors import LocalProtocolError
 
 
@@ -34,6 +34,8 @@ class Exchange:
     work_s: float
     #: What it brings; None: the window itself.
     announce: Announce | None = None
+    #: What of it goes to each class of the window from each root; empty: all of it.
+    routes: tuple[tuple[Piece, ...], ...] = ()
     #: Once so many have committed the others have `straggler_s` left; None: all of `ready_s`.
     quorum: int | None = None
     straggler_s: float = 0.0

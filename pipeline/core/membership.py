@@ -25,6 +25,9 @@ class Member:
     gpus: tuple[str, ...]
     heard: float
     role: Role = "rollout"
+    #: What each of its ranks holds, packed, and how many bytes that is; see Join.
+    layouts: tuple[bytes, ...] = ()
+    held_nbytes: tuple[int, ...] = ()
     version: int | None = None
     verified: int | None = None
     lagging: str | None = None
@@ -72,6 +75,8 @@ class Membership:
             heard=now,
             role=join.role,
             version=join.version,
+            layouts=join.layouts,
+            held_nbytes=join.held_nbytes,
         )
         self.members[join.sender.name] = member
         return member

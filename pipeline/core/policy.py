@@ -13,6 +13,11 @@ class Policy:
     window: Literal["auto", "nccl", "gloo", "bus"] = "auto"
     """Which kind of window to open; "auto" takes the best that every member offers."""
 
+    routing: Literal["auto", "broadcast", "all-to-all"] = "auto"
+    """What ranks receive that hold parts of the weights: "broadcast" sends every patch whole to
+    all, "all-to-all" to each what it holds; "auto" takes what keeps the busiest link shorter busy,
+    by a quarter at least."""
+
     lease_s: int = 10
     """How long the run stays held after its trainer has died. Whole seconds."""
 

@@ -26,8 +26,9 @@ from .seat import Seat
 
 class ReplicaCore:
     """Events in, commands out. `me` is this worker; `kinds` the windows that it can open, `gpus`
-    where the weights of each of its ranks are ("": on none). `role`: whether updates wait for it;
-    `follow`: which versions it wants, of which a rollout worker wants all."""
+    where the weights of each of its ranks are ("": on none), `layouts` and `held_nbytes` what they
+    hold, see Join. `role`: whether updates wait for it; `follow`: which versions it wants, of which
+    a rollout worker wants all."""
 
     def __init__(
         self,
@@ -41,6 +42,8 @@ class ReplicaCore:
         policy: Policy,
         started: float,
         gpus: tuple[str, ...] = ("",),
+        layouts: tuple[bytes, ...] = (),
+        held_nbytes: tuple[int, ...] = (),
         role: Role = "rollout",
         follow: Follow = Follow(),  # noqa: B008 - frozen
     ) -> None:
@@ -59,6 +62,8 @@ class ReplicaCore:
             host=host,
             pid=pid,
             gpus=gpus,
+            layouts=layouts,
+            held_nbytes=held_nbytes,
             policy=policy,
             announced=self._announced,
             started=started,

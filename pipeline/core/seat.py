@@ -148,7 +148,16 @@ class Seat:
             roots = self._announced.roots
             open_s = self._policy.open_s
             return [
-                cmd.OpenWindow(stamp, opening.kind, rank, size, open_s, tuple(range(roots)), roots)
+                cmd.OpenWindow(
+                    stamp,
+                    opening.kind,
+                    rank,
+                    size,
+                    open_s,
+                    tuple(range(roots)),
+                    roots,
+                    opening.classes,
+                )
             ]
         # The journal's word, where it is here already.
         announce = self._announced.announce(stamp.version) or go.announce
@@ -156,7 +165,7 @@ class Seat:
             return [self._decline(stamp, f"version {stamp.version} was not announced here")]
         self.receiving = stamp
         timeout_s = self._policy.send_deadline_s(announce.nbytes)
-        return [cmd.Receive(stamp, announce, here(stamp.version), timeout_s)]
+        return [cmd.Receive(stamp, announce, here(stamp.version), timeout_s, go.routes)]
 
     # ---- receives
 

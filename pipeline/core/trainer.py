@@ -53,7 +53,7 @@ STORING = (State.IDLE, State.OPENING, State.ROUND)
 
 class TrainerCore:
     """Events in, commands out. `me` is the trainer, `kinds` the windows that it can open, `gpus`
-    where the weights of each of its ranks are ("": on none)."""
+    where the weights of each of its ranks are ("": on none), `nbytes` what all publish together."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class TrainerCore:
         kinds: tuple[WindowKind, ...],
         policy: Policy,
         gpus: tuple[str, ...] = ("",),
+        nbytes: int = 0,
     ) -> None:
         self.run = run
         self.me = me
@@ -81,7 +82,7 @@ class TrainerCore:
 
         self._ledger = Ledger(policy.settle_s)
         self._roster = Roster(me, manifest_hash, policy, self.membership, self._ledger)
-        self._windows = Windows(me, kinds, policy, self.membership)
+        self._windows = Windows(me, kinds, policy, self.membership, roots=len(gpus), nbytes=nbytes)
         self._announcing = Announcing(policy.retry_s)
         self._safekeeping = Safekeeping(policy.retry_s)
         self._round: Round | None = None
@@ -380,7 +381,8 @@ class TrainerCore:
         self.state = State.ROUND
         if stamp.window:
             # Go leaves before the append does: what the journal costs is no time of the round's.
-            self._out += self._windows.attempt(stamp, announce, self._now)
+            routes = sealed.routes if sealed.routed == stamp.window else ()
+            self._out += self._windows.attempt(stamp, announce, self._now, routes)
         self._out.append(self._announcing.append(announce))
         self._follow()
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from ...messages import control as msg
-from ...messages.control import Announce, Sender, Stamp, WindowKind
+from ...messages.control import Announce, Piece, Sender, Stamp, WindowKind
 from . import commands as cmd
 from .commands import TrainerCommand
 from .exchange import Exchange, Phase
 from .membership import Membership
 from .openings import Openings
 from .policy import Policy
+from .routing import Classes, routed
 
 #: What members answer in an exchange.
 Answer = msg.Ready | msg.NotReady | msg.Opened | msg.Received
@@ -23,13 +24,15 @@ Answer = msg.Ready | msg.NotReady | msg.Opened | msg.Received
 @dataclass(frozen=True, slots=True)
 class Window:
     """A communicator of one epoch over a fixed list of ranks: the trainer is 0, then come those of
-    the members, of each as many as `ranks` says."""
+    the members, of each as many as `ranks` says. `classes`: who receives the same, see routing.py;
+    empty: all do."""
 
     epoch: int
     number: int
     kind: WindowKind
     members: tuple[Sender, ...]
     ranks: tuple[int, ...]
+    classes: Classes = Classes()  # noqa: RUF009 - frozen
 
     def stamp(self, attempt: int = 0, version: int = 0) -> Stamp:
         """The stamp of an attempt in it; attempt 0 is its opening."""
@@ -45,7 +48,13 @@ class Windows:
         kinds: tuple[WindowKind, ...],
         policy: Policy,
         membership: Membership,
+        *,
+        roots: int = 1,
+        nbytes: int = 0,
     ) -> None:
+        #: How many ranks of the trainer send, and how many bytes of weights they publish.
+        self.roots = roots
+        self.nbytes = nbytes
         self.open: Window | None = None
         self.exchange: Exchange | None = None
         self.openings = Openings(policy)
@@ -80,7 +89,8 @@ class Windows:
         self._count += 1
         known = [self._membership.get(member) for member in members]
         ranks = tuple(len(member.gpus) if member is not None else 1 for member in known)
-        self._next = Window(epoch, self._count, kind, members, ranks)
+        classes = routed(known, self._policy.routing, self.roots, self.nbytes)
+        self._next = Window(epoch, self._count, kind, members, ranks, classes)
         stamp = self._next.stamp(version=head)
         self.exchange = Exchange(stamp, members, now, self._policy.ready_s, self._policy.open_s)
         if any(self._membership.struck(member) for member in members):
@@ -93,6 +103,7 @@ class Windows:
             members=members,
             ranks=ranks,
             enters_at=head,
+            classes=classes.of,
         )
         return [*out, cmd.Say(opening)]
 
@@ -132,8 +143,15 @@ class Windows:
             case _:
                 self._early.pop(message.sender, None)
 
-    def attempt(self, stamp: Stamp, announce: Announce, now: float) -> list[TrainerCommand]:
-        """Begin an attempt to bring a version through the open window."""
+    def attempt(
+        self,
+        stamp: Stamp,
+        announce: Announce,
+        now: float,
+        routes: tuple[tuple[Piece, ...], ...] = (),
+    ) -> list[TrainerCommand]:
+        """Begin an attempt to bring a version through the open window; `routes` are of its classes,
+        and without them each receives all."""
         window = self.open
         assert window is not None
         policy = self._policy
@@ -144,6 +162,7 @@ class Windows:
             policy.ready_s,
             policy.send_deadline_s(announce.nbytes),
             announce,
+            routes,
         )
         self._hurry(exchange)
         for member in window.members:
@@ -186,13 +205,18 @@ class Windows:
 
     def _go(self, exchange: Exchange) -> list[TrainerCommand]:
         stamp, work_s = exchange.stamp, exchange.work_s
-        said = cmd.Say(msg.Go(sender=self._me, stamp=stamp, announce=exchange.announce))
+        go = msg.Go(
+            sender=self._me, stamp=stamp, announce=exchange.announce, routes=exchange.routes
+        )
         if not exchange.opening:
-            return [said, cmd.Send(stamp, work_s)]
+            return [cmd.Say(go), cmd.Send(stamp, work_s, bool(exchange.routes))]
         window = self._next
         assert window is not None
-        size = 1 + sum(window.ranks)
-        return [said, cmd.OpenWindow(stamp, window.kind, 0, size, work_s)]
+        size, classes = 1 + sum(window.ranks), window.classes
+        opening = cmd.OpenWindow(
+            stamp, window.kind, 0, size, work_s, classes=classes.of, layouts=classes.layouts
+        )
+        return [cmd.Say(go), opening]
 
     def local(self, stamp: Stamp, error: str | None, now: float) -> None:
         """Our own part of the exchange is over, well or with `error`."""

@@ -1,4 +1,4 @@
-"""What each receiver needs of a patch, which of them need the same, and whether parting it pays.
+"""What a receiver needs of a patch.
 
 A rank of a trainer has a patch in the coordinates of its local tensors; a worker takes of these the
 parts of a composed layout (messages.compose.through). Either all get the whole patch and take their
@@ -10,7 +10,6 @@ N: elements of a patch that are looked at together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from .layout import Encoding, Section
 from .parts import Region, Run, parts_of
 from .patch import Patch
 from .tensors import require_hash
-
-# ---- a patch of parts
 
 
 def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
@@ -149,48 +146,3 @@ def _as_it_was(patch: Patch, section: Section) -> Draft:
         values,
     )
     return Draft(index, itemsize, numel, count, (piece,), None)
-
-
-# ---- who takes what, and by which way
-
-
-class Receivers(NamedTuple):
-    """Ranks that take the same of every patch: one broadcast does for them.
-
-    `layout` is theirs, None if they hold what is published; `places` are where they stand among
-    all the ranks, ascending.
-    """
-
-    layout: Layout | None
-    places: tuple[int, ...]
-
-
-def receivers(layouts: Sequence[Layout | None]) -> list[Receivers]:
-    """The ranks of workers by the hash of their layouts, in order of first appearance."""
-    found: dict[str | None, list[int]] = {}
-    for place, layout in enumerate(layouts):
-        found.setdefault(None if layout is None else layout.hash, []).append(place)
-    return [Receivers(layouts[places[0]], tuple(places)) for places in found.values()]
-
-
-def cheaper(
-    whole_nbytes: Sequence[int],
-    restricted_nbytes: Sequence[Sequence[int]],
-    *,
-    margin: float = 1.25,
-) -> Literal["broadcast", "all-to-all"]:
-    """Which way takes less time: whole patches to all, or to each receiver its parts of them.
-
-    `whole_nbytes` are the bytes of the patch of each rank of the trainer, `restricted_nbytes` those
-    of what each class of receivers() needs of it, in the same order. All links are taken to be of
-    one speed and to carry both ways at once, so that a way takes as long as its busiest link. A
-    broadcast passes a link once, however many receive it: of whole patches a receiver's link
-    carries the sum. Of restricted ones a rank of the trainer sends the sum over the classes, and a
-    receiver gets the sum over the ranks. What it costs to restrict a patch, and to begin more
-    collectives, is not in the model: all-to-all must be shorter by the factor `margin`.
-    """
-    if not whole_nbytes or not restricted_nbytes[0]:
-        return "broadcast"
-    sent = max(map(sum, restricted_nbytes))
-    received = max(map(sum, zip(*restricted_nbytes, strict=True)))
-    return "all-to-all" if max(sent, received) * margin < sum(whole_nbytes) else "broadcast"

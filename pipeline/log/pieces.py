@@ -7,12 +7,12 @@ are one entry of the name in front of the dot once all of them are there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from ...messages.control import LogEntry
-from ...messages.errors import LogError
+from ...messages.errors import LogError, LogFull
 from ...messages.manifest import Manifest
 from .base import Log, Progress, oldest_first, unheard
 
@@ -54,66 +54,44 @@ def whole(entries: Sequence[LogEntry]) -> list[LogEntry]:
 def pruned(entries: Sequence[LogEntry], drop: Sequence[LogEntry]) -> list[LogEntry]:
     """What tiers are to prune so that these go, of all `entries` that they hold.
 
-    Pieces, and with them those of entries that nobody is going to complete: of earlier epochs than
-    the newest that goes, and of the trainers whose entries go what is older than all that stays. So
-    a piece stays that was stored a moment ago, while other roots are still at theirs.
+    Pieces, and with them those of what nobody is going to complete: of the trainers whose entries
+    go and of earlier epochs, what is older than all that stays of the same trainer. So a piece
+    stays that was stored a moment ago, while other roots are still at theirs.
     """
     gone = {entry.name for entry in drop}
-    stays = [entry for entry in whole(entries) if entry.name not in gone]
-    newest: dict[tuple[int, str], int] = {}
-    for entry in drop:
-        line = (entry.epoch, entry.writer)
-        newest[line] = max(newest.get(line, entry.version), entry.version)
-    oldest: dict[tuple[int, str], int] = {}
-    for entry in stays:
-        line = (entry.epoch, entry.writer)
-        oldest[line] = min(oldest.get(line, entry.version), entry.version)
-    last_epoch = max((epoch for epoch, _ in newest), default=0)
+    newest = {_line(entry): entry.version for entry in oldest_first(drop)}
+    stays = [entry for entry in reversed(whole(entries)) if entry.name not in gone]
+    oldest = {_line(entry): entry.version for entry in stays}
+    epoch = max((epoch for epoch, _ in newest), default=0)
 
     def hopeless(piece: LogEntry) -> bool:
-        line = (piece.epoch, piece.writer)
-        if piece.epoch < last_epoch:
-            return True
-        below = oldest.get(line, piece.version + 1)
-        return line in newest and piece.version <= newest[line] and piece.version < below
+        line = _line(piece)
+        if line in oldest:
+            return piece.version < oldest[line] and (piece.epoch < epoch or line in newest)
+        return piece.epoch < epoch or piece.version <= newest.get(line, -1)
 
     found = {piece.name: piece for entry in drop for piece in each(entry)}
     found |= {piece.name: piece for piece in partial(entries) if hopeless(piece)}
     return list(found.values())
 
 
-def abandoned(entries: Sequence[LogEntry], anchor: LogEntry) -> list[LogEntry]:
-    """The pieces that nobody is going to complete once this anchor, or a piece of it, is stored.
+def abandoned(entries: Sequence[LogEntry], storing: LogEntry) -> list[LogEntry]:
+    """The pieces that nobody is going to complete once an entry, or a piece of it, is stored: those
+    of earlier epochs, and if it is an anchor those of its trainer's older ones, for that stores one
+    at a time."""
 
-    A trainer stores one anchor at a time, and a later epoch ends all that an earlier one was at.
-    """
-    line = (anchor.epoch, anchor.writer)
-    return [
-        piece
-        for piece in partial(entries)
-        if piece.epoch < anchor.epoch
-        or (
-            (piece.epoch, piece.writer) == line
-            and piece.base_version is None
-            and piece.version < anchor.version
-        )
-    ]
+    def superseded(piece: LogEntry) -> bool:
+        anchors = piece.base_version is None and storing.base_version is None
+        return anchors and _line(piece) == _line(storing) and piece.version < storing.version
+
+    pieces = partial(entries)
+    return [one for one in pieces if one.epoch < storing.epoch or superseded(one)]
 
 
 def partial(entries: Sequence[LogEntry]) -> list[LogEntry]:
     """The pieces of what is not whole, in the order of `entries`."""
     known = {piece.name for entry in whole(entries) for piece in each(entry)}
     return [entry for entry in entries if entry.name not in known]
-
-
-def slices(
-    entry: LogEntry, data: bytes | bytearray | memoryview
-) -> Iterator[tuple[LogEntry, memoryview]]:
-    """The pieces of an entry, or itself, each with its bytes within those of the entry."""
-    begin, view = 0, memoryview(data)
-    for piece in each(entry):
-        yield piece, view[begin : begin + piece.nbytes]
-        begin += piece.nbytes
 
 
 class WholeLog:
@@ -131,17 +109,32 @@ class WholeLog:
     async def store(
         self, entry: LogEntry, payload: bytes | memoryview, *, timeout_s: float
     ) -> None:
-        """Store an entry of one root, or a piece (LogError). What was begun and will never be whole
-        makes room for an anchor, or tries that fail again and again would fill the log."""
+        """Store an entry of one root, or a piece (LogError).
+
+        Before an anchor's piece what its trainer has begun of older ones goes: tries that fail
+        again and again would fill the log. Where there is no room, what earlier epochs have begun
+        goes.
+        """
         if entry.pieces:
             raise LogError(f"log entry {entry.name!r} is {len(entry.pieces)} pieces: store each")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        if entry.base_version is None:
-            drop = abandoned(await self.log.entries(timeout_s=timeout_s), entry)
-            if drop:
-                await self.log.prune(drop, timeout_s=max(0.0, deadline - loop.time()))
-        await self.log.store(entry, payload, timeout_s=max(0.0, deadline - loop.time()))
+        if entry.base_version is None and entry.roots > 1:
+            await self._clear(entry, entry.epoch, timeout_s)
+        try:
+            await self.log.store(entry, payload, timeout_s=max(0.0, deadline - loop.time()))
+        except LogFull:
+            if not await self._clear(entry, 0, max(0.0, deadline - loop.time())):
+                raise
+            await self.log.store(entry, payload, timeout_s=max(0.0, deadline - loop.time()))
+
+    async def _clear(self, storing: LogEntry, epoch: int, timeout_s: float) -> bool:
+        """Drop what is abandoned from this epoch on; whether there was any (LogError)."""
+        held = await self.log.entries(timeout_s=timeout_s)
+        drop = [piece for piece in abandoned(held, storing) if piece.epoch >= epoch]
+        if drop:
+            await self.log.prune(drop, timeout_s=timeout_s)
+        return bool(drop)
 
     async def entries(self, *, timeout_s: float) -> list[LogEntry]:
         """Every entry that is whole, oldest first (LogError)."""
@@ -187,6 +180,11 @@ class WholeLog:
         """The manifest of that hash, if the log knows the tensors' names (LogError): of a root's
         own tensors, too."""
         return await self.log.manifest(manifest_hash, timeout_s=timeout_s)
+
+
+def _line(entry: LogEntry) -> tuple[int, str]:
+    """What one trainer stores under one claim."""
+    return entry.epoch, entry.writer
 
 
 def _groups(entries: Sequence[LogEntry]) -> dict[bytes, dict[int, LogEntry]]:

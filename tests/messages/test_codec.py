@@ -60,15 +60,27 @@ def _of(kind: type[Any]) -> st.SearchStrategy[Any]:
             fields[field.name] = _value(field.type)
     if kind is control.Join:
         fields["gpus"] = st.lists(_text, min_size=1, max_size=3).map(tuple)
+        del fields["layouts"], fields["held_nbytes"]
+        return st.builds(_join, st.booleans(), **fields)
     if kind is control.Opening:
         del fields["ranks"]
+        fields["classes"] = st.booleans()
         return st.builds(_opening, **fields)
     return st.builds(kind, **fields)
 
 
 def _opening(**fields: Any) -> control.Opening:
     """An opening in which every member has ranks."""
-    return control.Opening(**fields, ranks=tuple(range(1, len(fields["members"]) + 1)))
+    ranks = tuple(range(1, len(fields["members"]) + 1))
+    fields["classes"] = tuple(range(sum(ranks))) if fields["classes"] else ()
+    return control.Opening(**fields, ranks=ranks)
+
+
+def _join(tells: bool, **fields: Any) -> control.Join:
+    """A word of a worker that tells what each of its ranks holds, or does not."""
+    ranks = len(fields["gpus"]) if tells else 0
+    layouts = tuple(bytes(rank) for rank in range(ranks))
+    return control.Join(**fields, layouts=layouts, held_nbytes=tuple(range(ranks)))
 
 
 def _value(annotation: Any) -> st.SearchStrategy[Any]:

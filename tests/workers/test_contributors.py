@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from ranks import split
+from ranks import same, split
 from runs import QUICK, Ear, Site, eventually, same_bits, step, until_stored, weights
 from sparsecast import AsyncPublisher, MemoryLog, Replica, SettingsError
-from sparsecast.messages.metrics import WorkerMetrics
+from sparsecast.messages.metrics import Event, WorkerMetrics
 from sparsecast.pipeline.log.pieces import partial
-from trainers import Team, Trainers
+from teams import Team
+from trainers import Trainers
 
 #: Anchors and merged patches after a few versions.
 SPANS = replace(QUICK, anchor_every=4, merge_every=2, keep_versions=2)
@@ -66,6 +67,43 @@ async def test_a_worker_of_several_ranks_follows_one_of_several(site: Site, ear:
     await eventually(lambda: first.verified == 5)
     assert [shard.version for shard in others] == [5]
     assert (await ear.until(WorkerMetrics, worker="w0", version=5)).source == "window"
+
+
+@pytest.mark.parametrize("roots", [1, 2, 3])
+async def test_each_rank_receives_what_it_holds(site: Site, ear: Ear, roots: int) -> None:
+    """All-to-all: two workers of two ranks that hold the same, and one that holds everything. Each
+    class of ranks has ends of its own, gets its parts alone, and all of them are proven."""
+    whole, mine = weights(), weights()
+    policy = replace(QUICK, routing="all-to-all")
+    publisher: AsyncPublisher
+    if roots == 1:
+        publisher = await site.publisher(whole, policy=policy)
+    else:
+        trainers = Trainers(site, whole, split(whole, roots))
+        publisher = await trainers.start(policy=policy)
+    teams = [Team(site, whole, 2, name) for name in ("a", "b")]
+    replicas = [(await team.start())[0] for team in teams]
+    replicas.append(await site.replica(mine, "c"))
+    await publisher.wait_members(3, timeout_s=10)
+
+    def all_in() -> bool:
+        opened = [e.reason for e in ear.heard if isinstance(e, Event) and e.kind == "window-open"]
+        return any(reason.endswith(": a, b, c") for reason in opened)
+
+    await eventually(all_in)
+    for version in range(1, 6):
+        step(whole, version)
+        update = await (publisher.publish() if roots == 1 else trainers.publish())
+        report = await update.wait_applied(timeout_s=10)
+        assert report.complete, report
+        assert same_bits(whole, mine)
+        assert all(same(team.layouts, team.held, whole) for team in teams)
+        await eventually(lambda version=version: all(r.verified == version for r in replicas))
+        told = {
+            name: await ear.until(WorkerMetrics, worker=name, version=version) for name in "abc"
+        }
+        assert {one.source for one in told.values()} == {"window"}
+        assert told["a"].nbytes == told["b"].nbytes < 0.8 * told["c"].nbytes
 
 
 def _jetstream(tmp_path: Path) -> Any:

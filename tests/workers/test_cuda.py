@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from ranks import held, same, split
+from roots import Roots, Trainer
 from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, until_stored, weights
 from sparsecast import Policy, Publisher, Replica, Shard, digest
 from sparsecast.messages.metrics import WorkerMetrics
 from sparsecast.pipeline.bus.broker import Broker
+from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.guard import Guard
 from sparsecast.workers.incoming import Incoming
@@ -418,10 +420,10 @@ async def test_staging_on_the_device_is_bounded(site: Site, room: int) -> None:
         assert staged.pieces is not None
         ((_, checked),) = staged.pieces
         assert checked.patch.buffer.is_cuda is (room > 1)
-        assert replica._incoming._on_device_nbytes == (staged.nbytes if room > 1 else 0)
+        assert replica._incoming._memory.on_device_nbytes == (staged.nbytes if room > 1 else 0)
     await replica.wait_version(1, timeout_s=30)
     await eventually(lambda: replica.verified == 1, 30.0)
-    assert replica._incoming._on_device_nbytes == 0
+    assert replica._incoming._memory.on_device_nbytes == 0
     assert same_bits(_on_host(trained), _on_host(mine))
 
 
@@ -460,6 +462,23 @@ def test_an_anchor_takes_no_second_copy_on_the_device() -> None:
     thread.join(60)
     assert made
     assert made[0] < 128 << 20
+
+
+@pytest.mark.parametrize("kind", ["gloo", "bus"])
+async def test_pieces_of_several_roots_reach_a_gpu(
+    site: Site, bus: NatsBus, run: str, kind: Any
+) -> None:
+    """Two ranks of a trainer send their shares, of tensors of other names and shapes, to a worker
+    whose weights are on a GPU: its kernels check and write each, and every version is proven."""
+    trained, mine = weights(), _on_gpu(weights())
+    async with Trainer(bus, run, Roots(trained, 2), kind) as trainer:
+        replica = await site.replica(mine, policy=_policy())
+        await trainer.welcome("w0")
+        await trainer.open()
+        for share in (0.001, 0.3, 1.0):
+            await trainer.publish(share)
+            assert same_bits(trained, _on_host(mine))
+        assert (replica.verified, replica.mismatches) == (3, 0)
 
 
 def test_weights_that_come_back_to_the_device_are_ordered_from_then_on() -> None:

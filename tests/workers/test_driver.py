@@ -15,7 +15,7 @@ from sparsecast.messages.subjects import Subjects
 from sparsecast.pipeline.core import commands as cmd
 from sparsecast.pipeline.core import events as ev
 from sparsecast.workers.driver import Changes, Driver, Outbox, Windows
-from sparsecast.workers.ends import Ends
+from sparsecast.workers.ends import Ends, Place
 
 
 class Toy:
@@ -303,18 +303,18 @@ async def test_ends_receive_in_turn_within_one_deadline() -> None:
     """Each root's payload goes to its own staging; a slow first root leaves the second what is left
     of the time, and nothing to the third: who waited in vain is named."""
     ends: list[Any] = [Steady(0.05), Steady(0.02), Steady(0.0)]
-    await Ends((0, 1, 2), ends).receive("abc", attempt=2, timeout_s=5.0, behind="xyz")  # type: ignore[arg-type]
+    await Ends(_places(3), ends).receive("abc", attempt=2, timeout_s=5.0, behind="xyz")  # type: ignore[arg-type]
     assert [end.given for end in ends] == [[(a, 2, b)] for a, b in zip("abc", "xyz", strict=True)]
     ends = [Steady(0.1), Steady(60.0), Steady(0.0)]
     began = asyncio.get_running_loop().time()
     with pytest.raises(WindowTimeout, match="root 1: no sender"):
-        await Ends((0, 1, 2), ends).receive("abc", attempt=1, timeout_s=0.3)  # type: ignore[arg-type]
+        await Ends(_places(3), ends).receive("abc", attempt=1, timeout_s=0.3)  # type: ignore[arg-type]
     assert asyncio.get_running_loop().time() - began < 3.0
     assert not ends[2].given
     ends = [Steady(0.2), Steady(0.0)]
     ends[0].receive = lambda *_, **__: asyncio.sleep(0.2)
     with pytest.raises(WindowTimeout, match=r"root 1: not reached within 0\.1 s"):
-        await Ends((0, 1), ends).receive("ab", attempt=1, timeout_s=0.1)  # type: ignore[arg-type]
+        await Ends(_places(2), ends).receive("ab", attempt=1, timeout_s=0.1)  # type: ignore[arg-type]
 
 
 async def test_waits_look_again_at_every_change() -> None:
@@ -341,3 +341,8 @@ async def test_waits_look_again_at_every_change() -> None:
     with pytest.raises(WaitTimeout, match=r"9 not within 0\.3 s: it is 2"):
         await nine
     assert not changes._waiters
+
+
+def _places(roots: int) -> list[Place]:
+    """A worker's places at the ends of so many roots."""
+    return [Place(root, None, 1, 2, f".{root}") for root in range(roots)]

@@ -41,7 +41,7 @@ from sparsecast.messages.metrics import Event, WorkerMetrics
 from sparsecast.pipeline.delta import manifest_of
 from sparsecast.workers.engine import ModuleEngine
 from spawn import Context, Processes
-from trainers import Team
+from teams import Team
 
 
 async def train(publisher: Any, trained: Tensors, versions: range) -> None:

@@ -9,11 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from rooted import Roots
 from runs import QUICK, Ear, Site, checkpoint, hangs, published, same_bits, weights
 from sparsecast import CannotResume, MemoryLog, Publisher, RunBusy, SettingsError, digest
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.metrics import Event
-from sparsecast.pipeline.bus.journal import JournalState
+from sparsecast.pipeline.bus.journal import Journal, JournalState
+from sparsecast.pipeline.bus.nats import NatsBus
+from sparsecast.pipeline.log.jetstream import JetStreamLog
+from sparsecast.pipeline.log.pieces import WholeLog
 from sparsecast.workers.recall import Recall
 
 
@@ -55,6 +59,21 @@ async def test_another_model(site: Site) -> None:
         await site.publisher(dict(reversed(weights().items())), resume="must")
     publisher = await site.publisher(grown)
     assert publisher.version == 2
+
+
+async def test_what_ranks_have_stored_by_themselves(site: Site, bus: NatsBus) -> None:
+    """The run was published by a trainer of two ranks: one of one rank does not make its states
+    again, says so and how to have them, and holds nothing; with the very weights it goes on."""
+    roots, log = Roots(2), WholeLog(JetStreamLog(bus, site.run))
+    journal = Journal(bus, site.run)
+    await journal.open(5.0)
+    await journal.append(roots.claim(), message_id="c", expected_sequence=0, timeout_s=5.0)
+    for entry, payload in roots.anchor():
+        await log.store(entry, payload, timeout_s=5.0)
+    with pytest.raises(CannotResume, match="1-anchor-0-me' is of a trainer of 2 ranks"):
+        await site.publisher(weights(seed=1), resume="must")
+    publisher = await site.publisher(weights(), resume="must")
+    assert publisher.version == 1
 
 
 Damage = Callable[[LogEntry, bytes], tuple[LogEntry, bytes]]

@@ -11,12 +11,15 @@ import msgspec
 import pytest
 import torch
 
+from archives import FailingLog
 from ranks import held, same, split
-from roots import Grouped, Roots, Trainer, shares
+from roots import Roots, Trainer, shares
 from runs import QUICK, Site, Tensors, eventually, same_bits, weights
 from sparsecast import (
     CorruptPatch,
+    Layout,
     ManifestMismatch,
+    Part,
     Patch,
     PatchError,
     Replica,
@@ -26,8 +29,11 @@ from sparsecast import (
 )
 from sparsecast.messages import control as msg
 from sparsecast.messages.control import LogEntry, Piece
+from sparsecast.messages.manifest import TensorSpec
 from sparsecast.pipeline.bus.nats import NatsBus
 from sparsecast.pipeline.core import events as ev
+from sparsecast.pipeline.log.memory import MemoryLog
+from sparsecast.pipeline.log.pieces import WholeLog, whole
 from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.hands import Hands
 from sparsecast.workers.incoming import Incoming
@@ -48,13 +54,16 @@ class Told(ModuleEngine):
 
 
 class Stand:
-    """Staging over weights at version 0, as one rank of `ranks` holds them, or whole; and a trainer
-    of several ranks beside it."""
+    """Staging over weights at version 0, whole or as a layout says; and a trainer of several ranks
+    beside it."""
 
-    def __init__(self, roots: int = 2, *, rank: int = 0, ranks: int = 0) -> None:
-        self.roots = Roots(weights(), roots)
-        self.layout = split(weights(), ranks)[rank] if ranks else None
-        self.mine = held(self.layout, weights()) if self.layout else weights()
+    def __init__(
+        self, roots: int = 2, *, layout: Layout | None = None, start: Tensors | None = None
+    ) -> None:
+        start = weights() if start is None else start
+        self.roots = Roots({name: tensor.clone() for name, tensor in start.items()}, roots)
+        self.layout = layout
+        self.mine = held(layout, start) if layout else start
         self.engine = Told(self.mine)
         self.incoming = Incoming(self.engine, clock=time.monotonic, guard_s=0.2, layout=self.layout)
         proved = self.incoming.prove(self.roots.claim())
@@ -86,7 +95,7 @@ def test_all_pieces_of_a_version_go_in_within_one_hold(
 ) -> None:
     """Two versions of so many pieces each, in weights held whole, renamed, or by one rank of three:
     one flip, one after_apply with all names once, exact bits."""
-    stand = Stand(roots, rank=max(ranks - 1, 0), ranks=ranks)
+    stand = Stand(roots, layout=split(weights(), ranks)[-1] if ranks else None)
     for _ in range(2):
         stand.stage(stand.roots.step(share))
     done = stand.incoming.apply((1, 2))
@@ -103,7 +112,7 @@ def test_all_pieces_of_a_version_go_in_within_one_hold(
 def test_the_digest_is_that_of_the_whole() -> None:
     """The shares of the ranks that hold the weights add up to the trainer's digest, whatever the
     roots were."""
-    stands = [Stand(2, rank=rank, ranks=3) for rank in range(3)]
+    stands = [Stand(2, layout=layout) for layout in split(weights(), 3)]
     total = 0
     for stand in stands:
         stand.stage(stand.roots.step())
@@ -158,6 +167,19 @@ def _pieces(announce: msg.Announce, pieces: tuple[Piece, ...]) -> msg.Announce:
     """The same with these pieces, and their sums if there are any."""
     announce = msgspec.structs.replace(announce, pieces=pieces)
     return _piece(announce, 0) if pieces else announce
+
+
+def test_a_missing_payload_of_which_something_is_held_is_refused() -> None:
+    """What the log was not asked for is needed after all, since another claim has come: nothing is
+    staged."""
+    stand = Stand()
+    patches = stand.roots.step()
+    (entry,) = whole(stand.roots.pieces(patches))
+    with pytest.raises(PatchError, match=r"root 1: .*its payload is missing"):
+        stand.incoming.stage([patches[0].buffer, None], entry, receive_us=1, transport="log")
+    with pytest.raises(CorruptPatch, match="1 payloads, 2 were announced"):
+        stand.incoming.stage([patches[0].buffer], entry, receive_us=1, transport="log")
+    assert not stand.incoming._staged
 
 
 def test_a_patch_in_another_roots_coordinates_is_refused() -> None:
@@ -233,22 +255,26 @@ def test_roots_that_do_not_send_everything_are_unfit(roots: Any, words: str) -> 
     assert words in unfit.difference
 
 
-def test_a_rank_that_holds_nothing_of_an_update_leads_the_others_all_the_same() -> None:
-    """The first rank of a worker has nothing to write: the others are told to, and its version
-    flips when they have."""
-    stand = Stand(1, ranks=2)
-    entry = stand.roots.entry(stand.roots.step())
-    for root in stand.incoming._sources.senders:  # type: ignore[union-attr]
-        object.__setattr__(root, "held", False)
-    stand.incoming.stage([None], entry, receive_us=1, transport="log")
-    led: list[int] = []
+def test_a_rank_that_holds_nothing_leads_the_others_all_the_same() -> None:
+    """The first rank of a worker holds no element: of no root anything is asked for, the others are
+    told to write, and its version flips when they have."""
+    (empty,) = (spec for spec in Roots(weights(), 1).manifest.tensors if not spec.numel)
+    part = Part(
+        tensor=empty.name, begin=(0, 0), shape=empty.shape, local="e", at=(0, 0), axes=(0, 1)
+    )
+    layout = Layout(tensors=(TensorSpec("e", empty.dtype, empty.shape),), parts=(part,))
+    stand = Stand(2, layout=layout)
+    (entry,) = whole(stand.roots.pieces(stand.roots.step()))
+    assert stand.incoming.wanted(entry) == [False, False]
+    stand.incoming.stage([None, None], entry, receive_us=1, transport="log")
+    led: list[int | None] = []
 
     def together(begin: Callable[[], None]) -> None:
         del begin
-        led.append(1)
+        led.append(stand.engine.guard().version)
 
     assert isinstance(stand.incoming.apply((1,), together), ev.AppliedHere)
-    assert led == [1]
+    assert led == [0]
     assert stand.engine.guard().version == 1
 
 
@@ -260,8 +286,8 @@ class Reach:
 
     def __init__(self, stand: Stand) -> None:
         self.stand = stand
-        self.log = Grouped()
-        ports: Any = SimpleNamespace(log=self.log, clock=time.monotonic, run=self._run)
+        self.log = FailingLog()
+        ports: Any = SimpleNamespace(log=WholeLog(self.log), clock=time.monotonic, run=self._run)
         self.hands = Hands(ports, None, stand.incoming, lambda: None)  # type: ignore[arg-type]
         self.heard: list[int] = []
 
@@ -270,9 +296,7 @@ class Reach:
 
     async def put(self, patches: Sequence[Patch]) -> LogEntry:
         """Store the newest version's patches."""
-        entry = self.stand.roots.entry(patches)
-        await self.log.put(entry, patches)
-        return entry
+        return await self.stand.roots.store(self.log, patches)
 
     async def take(self, entry: LogEntry) -> None:
         """Stage an entry."""
@@ -280,16 +304,18 @@ class Reach:
 
 
 @pytest.mark.parametrize("anchor", [False, True], ids=["patch", "anchor"])
-async def test_a_grouped_entry_is_taken_whole(anchor: bool) -> None:
-    """A patch and an anchor of three roots from the log: every piece is read, progress is that of
-    the whole, and the bits are the trainer's."""
-    reach = Reach(Stand(3))
+@pytest.mark.parametrize("roots", [1, 3])
+async def test_an_entry_of_several_pieces_is_taken_whole(roots: int, anchor: bool) -> None:
+    """A patch and an anchor of three roots from the log, or of an only one: every piece is read,
+    progress is that of the whole, and the bits are the trainer's."""
+    reach = Reach(Stand(roots))
     patches = reach.stand.roots.step()
     entry = await reach.put(reach.stand.roots.anchors() if anchor else patches)
     await reach.take(entry)
-    assert reach.log.loaded == [piece.name for piece in entry.pieces]
+    assert reach.log.loaded == reach.log.stored
+    assert len(reach.log.loaded) == roots
     assert reach.heard == sorted(reach.heard)
-    assert reach.heard[-1] == entry.nbytes == sum(piece.nbytes for piece in entry.pieces)
+    assert reach.heard[-1] == entry.nbytes
     assert isinstance(reach.stand.incoming.apply((1,)), ev.AppliedHere)
     assert reach.stand.right()
 
@@ -298,14 +324,7 @@ async def test_a_root_of_which_nothing_is_held_is_not_read() -> None:
     """The first rank of three holds rows that the first of three roots does not send alone, the
     last root none of them: that one's bytes stay in the log, and count as come."""
     tensors = {"embed": torch.randn(300, 8, generator=torch.Generator().manual_seed(1))}
-    stand = Stand.__new__(Stand)
-    stand.roots = Roots({"embed": tensors["embed"].clone()}, 3)
-    stand.layout = split(tensors, 3)[0]
-    stand.mine = held(stand.layout, tensors)
-    stand.engine = Told(stand.mine)
-    stand.incoming = Incoming(stand.engine, clock=time.monotonic, guard_s=0.2, layout=stand.layout)
-    assert isinstance(stand.incoming.prove(stand.roots.claim()), ev.Proved)
-    stand.incoming.hold(0)
+    stand = Stand(3, layout=split(tensors, 3)[0], start=tensors)
     reach = Reach(stand)
     entry = await reach.put(stand.roots.step())
     await reach.take(entry)
@@ -338,8 +357,7 @@ async def test_a_corrupt_piece_of_an_entry_stages_nothing() -> None:
     """One bit of the second piece is another: refused by its root, and the first is not kept."""
     reach = Reach(Stand(2))
     entry = await reach.put(reach.stand.roots.step())
-    piece, data = reach.log._held[entry.pieces[1].name]
-    reach.log._held[piece.name] = piece, data[:-1] + bytes([data[-1] ^ 1])
+    reach.log.flip(entry.pieces[1].name)
     with pytest.raises(PatchError, match=r"root 1: .*checksum"):
         await reach.take(entry)
     assert not reach.stand.incoming._staged
@@ -394,7 +412,7 @@ async def test_updates_of_several_roots_reach_every_kind_of_worker(
     trained = weights()
     async with Trainer(bus, run, Roots(trained, roots), kind) as trainer:
         team = [
-            await Worker(site, f"w{ranks}", weights(), ranks, log=[Grouped()]).start()
+            await Worker(site, f"w{ranks}", weights(), ranks, log=MemoryLog()).start()
             for ranks in (0, 1, 2)
         ]
         await trainer.welcome("w0", "w1", "w2")
@@ -410,16 +428,15 @@ async def test_a_late_worker_catches_up_from_grouped_entries(
 ) -> None:
     """Anchor and patches of two roots in the log: workers with other weights take both, and hold
     the head."""
-    roots, shelf = Roots(weights(), 2), Grouped()
-    anchors = roots.anchors()
-    await shelf.put(roots.entry(anchors), anchors)
+    roots, shelf = Roots(weights(), 2), MemoryLog()
+    await roots.store(shelf, roots.anchors())
     team = [
-        await Worker(site, f"w{ranks}", weights(9), ranks, log=[shelf]).start() for ranks in (0, 2)
+        await Worker(site, f"w{ranks}", weights(9), ranks, log=shelf).start() for ranks in (0, 2)
     ]
     async with Trainer(bus, run, roots) as trainer:
         for _ in range(3):
             patches = roots.step()
-            await shelf.put(roots.entry(patches), patches)
+            await roots.store(shelf, patches)
             await trainer.announce(roots.announce(patches, window=0, attempt=0))
         await eventually(lambda: all(one.first.verified == 3 for one in team), timeout_s=20.0)
         assert all(worker.same(roots.trained) for worker in team)
@@ -432,7 +449,7 @@ async def test_a_corrupt_piece_is_refused_and_the_next_attempt_goes(
     changed nothing, and takes the next attempt in the same window."""
     roots = Roots(weights(), 2)
     async with Trainer(bus, run, roots) as trainer:
-        worker = await Worker(site, "w0", weights(), 0, log=[Grouped()]).start()
+        worker = await Worker(site, "w0", weights(), 0, log=MemoryLog()).start()
         await trainer.welcome("w0")
         await trainer.open()
         patches = roots.step()
@@ -468,7 +485,7 @@ async def test_a_root_that_never_sends_costs_a_deadline(
     roots = Roots(weights(), 2)
     policy = replace(QUICK, send_s=1.0)
     async with Trainer(bus, run, roots) as trainer:
-        worker = await Worker(site, "w0", weights(), ranks, policy=policy, log=[Grouped()]).start()
+        worker = await Worker(site, "w0", weights(), ranks, policy=policy, log=MemoryLog()).start()
         await trainer.welcome("w0")
         await trainer.open()
         patches = roots.step()

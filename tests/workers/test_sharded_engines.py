@@ -1,7 +1,7 @@
 """Engines of one, two and four ranks follow one trainer, each by the layouts of its ranks."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from engines import FAMILIES, loaded, random_model
+from ranks import fully_sharded
 from runs import QUICK, Ear, Site, Tensors, eventually
 from sparsecast import Replica, Shard, config_manifest, engine_layout
 from sparsecast.messages.metrics import Event, TrainerMetrics, WorkerMetrics
 from sparsecast.pipeline.delta import named_tensors
+from trainers import Trainers
 
 UPDATES = 10
 
@@ -90,14 +92,24 @@ async def start(
     return ranks[0]
 
 
+@pytest.mark.parametrize("trainers", [1, 2, 4])
 @pytest.mark.parametrize("family", ENGINES)
-async def test_ranks_hold_what_they_would_load(site: Site, ear: Ear, family: str) -> None:
-    """Workers of one, two and four ranks, fused or not, experts cut or whole, are in one window and
-    take ten updates of a training, from a few changed elements to nearly all. Then each rank has
+async def test_ranks_hold_what_they_would_load(
+    site: Site, ear: Ear, family: str, trainers: int
+) -> None:
+    """A trainer of one, two and four ranks, which share its rows; workers of one, two and four
+    ranks, fused or not, experts cut or whole, are in one window and take ten updates of a training,
+    from a few changed elements to nearly all, of two ranks each what it holds. Then each rank has
     bit for bit what it would load of a checkpoint of the trainer's weights, padding and copies of
     heads too, and each worker has proven the trainer's digest. The first one began with zeros."""
     learner = Learner(family)
-    publisher = await site.publisher(learner.model, dtype=torch.bfloat16)
+    if trainers == 1:
+        publisher = await site.publisher(learner.model, dtype=torch.bfloat16)
+    else:
+        shards = fully_sharded(learner.published, trainers)
+        sharded = Trainers(site, learner.published, shards)
+        routing = "all-to-all" if trainers == 2 else "broadcast"
+        publisher = await sharded.start(policy=replace(QUICK, routing=routing))
     engines = {f"tp{sharing.ranks}": sharing for sharing in ENGINES[family]}
     held = {name: sharing.loads(family, learner.published) for name, sharing in engines.items()}
     for tensor in held["tp1"][0].values():
@@ -113,7 +125,11 @@ async def test_ranks_hold_what_they_would_load(site: Site, ear: Ear, family: str
     await eventually(all_in)
     for version in range(1, UPDATES + 1):
         learner.step(10 ** (0.7 * version - 7))
-        update = await publisher.publish()
+        if trainers == 1:
+            update = await publisher.publish()
+        else:
+            sharded.whole = learner.published
+            update = await sharded.publish()
         report = await update.wait_applied(timeout_s=20)
         assert report.complete, report
     await eventually(lambda: all(replica.verified == UPDATES for replica in replicas.values()))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ranks import split
 from runs import same_bits, step, weights
 from sparsecast import Layout, Part
 from sparsecast.messages.manifest import TensorSpec
@@ -136,6 +137,23 @@ def test_a_rehearsal_leaves_weights_and_chance_alone() -> None:
     torch.manual_seed(7)
     assert torch.equal(torch.rand(4), after)
     assert same_bits(tensors, weights())
+
+
+def test_what_several_roots_may_bring_is_rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two roots' patches come by parts of one and of two dimensions: each kind on the GPU is
+    rehearsed once, and nothing for what has no parts or lies on the host."""
+    cuda, host, number = torch.device("cuda:0"), torch.device("cpu"), torch.bfloat16
+    first, second = split(weights(), 2)
+    known = {
+        first.hash: [Kind(cuda, number, number, 2), Kind(cuda, torch.int64, torch.int64, 0)],
+        second.hash: [Kind(cuda, number, number, 2), Kind(cuda, number, number, 1)],
+    }
+    known[second.hash].append(Kind(host, number, number, 2))
+    rehearsed: list[Any] = []
+    monkeypatch.setattr(rehearsal, "kinds_of", lambda tensors, *, layout: known[layout.hash])
+    monkeypatch.setattr(rehearsal, "rehearse_parts", lambda *kind: rehearsed.append(kind))
+    rehearsal.rehearse_layouts({}, [first, second])
+    assert rehearsed == [(cuda, number, 1), (cuda, number, 2)]
 
 
 def test_what_a_layout_may_bring_is_rehearsed() -> None:

@@ -5,9 +5,10 @@ import threading
 
 import pytest
 
-from logs import entry
+from logs import entry, pieces
 from sparsecast.messages.errors import LogError
 from sparsecast.pipeline.log.memory import MemoryLog
+from sparsecast.pipeline.log.pieces import whole
 
 S = 10.0
 
@@ -53,6 +54,32 @@ async def test_an_anchor_pushes_out_all_that_it_replaces() -> None:
     with pytest.raises(LogError):
         await store(log, None, 2, 101)
     assert await names(log) == ["1-patch-1", "1-anchor-1"]
+
+
+async def test_the_last_piece_of_an_anchor_replaces_what_was_before() -> None:
+    """Two roots fill the log. The first piece of the next anchor leads to nothing yet: it pushes
+    nothing out, and is refused. With room for it the second piece, which makes the anchor whole,
+    takes the place of what it must of the older one, which is whole no more."""
+    log, half = MemoryLog(max_nbytes=80), bytes(20)
+
+    async def store_piece(base: int | None, version: int, root: int) -> None:
+        await log.store(pieces(base, version, [half] * 2)[root], half, timeout_s=S)
+
+    for base, version in ((None, 0), (0, 1)):
+        for root in (0, 1):
+            await store_piece(base, version, root)
+    with pytest.raises(LogError, match="does not fit"):
+        await store_piece(None, 1, 0)
+    assert len(await names(log)) == 4
+    log.max_nbytes = 100
+    await store_piece(None, 1, 0)
+    await store_piece(None, 1, 1)
+    assert await names(log) == [
+        "1-anchor-0.1", "1-patch-1.0", "1-patch-1.1", "1-anchor-1.0", "1-anchor-1.1"
+    ]  # fmt: skip
+    assert [one.name for one in whole(await log.entries(timeout_s=S))] == [
+        "1-patch-1", "1-anchor-1"
+    ]  # fmt: skip
 
 
 async def test_a_store_keeps_a_copy() -> None:

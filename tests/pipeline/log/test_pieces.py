@@ -7,8 +7,19 @@ from hypothesis import strategies as st
 
 from logs import entry, pieces
 from sparsecast.messages.control import LogEntry
-from sparsecast.pipeline.log.base import oldest_first
-from sparsecast.pipeline.log.pieces import abandoned, each, partial, pruned, root_of, slices, whole
+from sparsecast.messages.errors import LogError, LogFull, LogHole
+from sparsecast.pipeline.log.base import Progress, oldest_first
+from sparsecast.pipeline.log.memory import MemoryLog
+from sparsecast.pipeline.log.pieces import (
+    WholeLog,
+    abandoned,
+    each,
+    partial,
+    pruned,
+    root_of,
+    whole,
+)
+from sparsecast.pipeline.log.tiered import TieredLog
 
 #: (epoch, base, version, roots, merged): what was stored, by trainers of one to four roots.
 Stored = tuple[int, int | None, int, int, int]
@@ -85,15 +96,6 @@ def test_checksums_wrap_around() -> None:
     assert [one.checksum for one in whole(found)] == [2**64 - 3]
 
 
-def test_bytes_are_cut_as_they_were_joined() -> None:
-    """Each piece, one without bytes too, has its own of the entry's; an entry of one root all."""
-    payloads = [b"abc", b"", b"de"]
-    [found] = whole(pieces(0, 1, payloads))
-    assert [bytes(part) for _, part in slices(found, b"abcde")] == payloads
-    alone = entry(0, 1, b"abc")
-    assert [(one, bytes(part)) for one, part in slices(alone, b"abc")] == [(alone, b"abc")]
-
-
 @pytest.mark.parametrize(
     ("name", "root"), [("1-a-2.0", 0), ("1-a-2.13", 13), ("1-a-2", 0), ("1-a-2.x", 0)]
 )
@@ -108,25 +110,93 @@ def names(entries: list[LogEntry]) -> set[str]:
 
 
 def test_what_is_never_completed_goes_with_what_is_older() -> None:
-    """An epoch ago a root died at its last version, and another one at version 2 of this epoch:
-    the first goes with anything of this epoch, the second once all older ones do. A piece of an
-    anchor that is still being stored stays, although newer patches go."""
+    """An epoch ago a root died amid version 9, which goes with anything of this epoch once nothing
+    whole of that trainer is left; another one died at version 2 of this epoch, which goes once all
+    that is older does. A piece of an anchor that is still being stored stays, although newer
+    patches go."""
     two = [b"a", b"b"]
     dead = pieces(8, 9, two, epoch=1, writer="old")[:1]
-    held = [*dead, *pieces(None, 0, two, epoch=2, writer="new")]
+    before = pieces(7, 8, two, epoch=1, writer="old")
+    held = [*dead, *before, *pieces(None, 0, two, epoch=2, writer="new")]
     for version in range(1, 7):
         held += pieces(version - 1, version, two, epoch=2, writer="new")
     held.remove(pieces(1, 2, two, epoch=2, writer="new")[1])
     held += pieces(None, 3, two, epoch=2, writer="new")[:1]
     held += pieces(0, 6, two, epoch=2, writer="new", merged=6)
-    seen = whole(held)
-    covered = [one for one in seen if one.base_version is not None and not one.merged]
+    ours = [one for one in whole(held) if one.epoch == 2]
+    covered = [one for one in ours if one.base_version is not None and not one.merged]
     of_covered = {piece.name for one in covered for piece in one.pieces}
-    assert names(pruned(held, covered)) == of_covered | names(dead)
+    assert names(pruned(held, covered)) == of_covered
+    assert names(pruned(held, whole(before))) == names(before)
+    left = [one for one in held if one not in before]
+    assert names(pruned(left, covered)) == of_covered | names(dead)
     # A newer anchor is there: all goes, and what was never whole with it.
     later = [*held, *pieces(None, 6, two, epoch=2, writer="new")]
-    rest = [one for one in whole(later) if not (one.base_version is None and one.version == 6)]
+    rest = [one for one in whole(later) if (one.base_version, one.version) != (None, 6)]
     assert names(pruned(later, rest)) == names(held)
+
+
+class FullLog(MemoryLog):
+    """It has room for so many entries."""
+
+    room = 3
+
+    async def store(
+        self, entry: LogEntry, payload: bytes | memoryview, *, timeout_s: float
+    ) -> None:
+        """Keep an entry, or refuse it."""
+        if len(self._held) >= self.room:
+            raise LogFull("no room")
+        await super().store(entry, payload, timeout_s=timeout_s)
+
+
+class WeakLog(MemoryLog):
+    """Of each entry it gives the first byte, and then fails."""
+
+    async def load(
+        self, entry: LogEntry, *, timeout_s: float, progress: Progress | None = None
+    ) -> bytes:
+        """Some of the bytes."""
+        assert progress is not None
+        progress(1)
+        raise LogError("cannot be read")
+
+
+async def test_progress_falls_to_where_a_piece_began() -> None:
+    """A tier fails midway in the first piece, and the next one begins it anew and gives all; where
+    they all fail in the second piece, what was told fell back to the bytes of the first."""
+    payloads = [b"abc", b"de", b"fgh"]
+    weak, sound = WeakLog(), MemoryLog()
+    log = WholeLog(TieredLog({"weak": weak, "sound": sound}, tell=lambda reason: None))
+    for one, payload in zip(pieces(0, 1, payloads), payloads, strict=True):
+        await log.store(one, payload, timeout_s=1)
+    [found] = await log.entries(timeout_s=1)
+    told: list[int] = []
+    assert await log.load(found, timeout_s=1, progress=told.append) == b"abcdefgh"
+    assert told == [1, 0, 3, 5, 8]  # a tier that has failed is asked last
+    await sound.prune(found.pieces[1:2], timeout_s=1)
+    told.clear()
+    with pytest.raises(LogHole):
+        await log.load(found, timeout_s=1, progress=told.append)
+    assert told == [3, 3, 4]
+
+
+@pytest.mark.parametrize("roots", [1, 2])
+async def test_what_a_dead_trainer_has_begun_makes_room(roots: int) -> None:
+    """It died amid an anchor, and the log is full: its successor, of as many roots or of one, drops
+    what was begun, and no more; when that is gone, full is full."""
+    held = FullLog()
+    log, two = WholeLog(held), [b"a", b"b"]
+    stored = pieces(None, 3, two)
+    for one, payload in zip(stored, two, strict=True):
+        await log.store(one, payload, timeout_s=1)
+    await log.store(pieces(None, 4, two)[0], b"a", timeout_s=1)
+    new = entry(None, 5, b"a", epoch=2) if roots == 1 else pieces(None, 5, two, epoch=2)[0]
+    await log.store(new, b"a", timeout_s=1)
+    assert set(held._held) == {one.name for one in (*stored, new)}
+    with pytest.raises(LogFull):
+        await log.store(entry(5, 6, b"a", epoch=2), b"a", timeout_s=1)
+    assert len(held._held) == 3
 
 
 @given(found=logs(), data=st.data())
@@ -148,8 +218,8 @@ def test_pruning_takes_nothing_along_that_is_whole(
 
 def test_an_anchor_abandons_what_was_begun_before() -> None:
     """Pieces of an anchor of this trainer that failed, and what an earlier epoch has begun: they
-    go once another anchor is stored. Patches of this epoch, its newer anchor, and what another
-    trainer of the epoch is at stay, and so does all that is whole."""
+    go once another anchor is stored, the latter with a patch as well. Patches of this epoch, its
+    newer anchor, and what another trainer of the epoch is at stay, and so does what is whole."""
     two = [b"a", b"b"]
     failed = pieces(None, 2, two, epoch=2)[:1]
     earlier = pieces(8, 9, two, epoch=1, writer="x")[1:]
@@ -164,3 +234,4 @@ def test_an_anchor_abandons_what_was_begun_before() -> None:
     assert partial(held) == [*stays[:2], *failed, *earlier, stays[2]]
     for storing in (pieces(None, 4, two, epoch=2)[1], entry(None, 4, b"ab", epoch=2)):
         assert abandoned(held, storing) == [*failed, *earlier]
+    assert abandoned(held, pieces(3, 4, two, epoch=2)[0]) == earlier
