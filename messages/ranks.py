@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from .control import WindowKind
+from .control import Tags, WindowKind
 from .manifest import Manifest
 
 #: What a rank can be told to do; what comes with it is typed in workers/orders.py. First what both
@@ -40,7 +40,12 @@ class Lead(RankMessage, frozen=True, kw_only=True):
 
 
 class Over(RankMessage, frozen=True, kw_only=True):
-    """The first rank leaves (first rank → others): nothing follows. Absent: they find out."""
+    """The first rank leaves (first rank → others): nothing follows. Absent: they find out.
+
+    `why` is what went wrong, where something did.
+    """
+
+    why: str = ""
 
 
 class Order(RankMessage, frozen=True, kw_only=True):
@@ -101,25 +106,34 @@ class Publish(msgspec.Struct, frozen=True, kw_only=True):
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
     """The run starts, or starts anew, with what is published now as `version`. `made`: only if this
-    is what publish() has made here so far; None: whatever that is."""
+    is what publish() has made here so far; None: whatever that is. `failed`: as in a Seal."""
 
     version: int
     made: int | None = None
+    failed: int = 0
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """Fix the bytes of what leads to `version`, merged onto the kept patches of `unsafe` ones."""
+    """Fix the bytes of what leads to `version`, merged onto the kept patches of `unsafe` ones.
+
+    `failed` calls of publish() came before that one on the first rank: where others failed, a
+    version of that number is another step's.
+    """
 
     version: int
     unsafe: tuple[int, ...]
+    failed: int = 0
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
-    """Put these kept versions into the log as one entry, whose `digest` is the whole state's."""
+    """Put these kept versions into the log as one entry, whose `digest` is the whole state's, and
+    whose `step` and `tags` are those of the first rank."""
 
     versions: tuple[int, ...]
     epoch: int
     digest: int
+    step: int | None = None
+    tags: Tags | None = None
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):

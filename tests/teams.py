@@ -38,7 +38,8 @@ class Team:
     async def start(self, **options: Any) -> tuple[Replica, list[Shard]]:
         """All ranks, running until the test ends."""
         first = self.first(**options)
-        others = [self.other(rank) for rank in range(1, len(self.layouts))]
+        common = {name: options[name] for name in options if name in ("policy", "log")}
+        others = [self.other(rank, **common) for rank in range(1, len(self.layouts))]
         await asyncio.gather(*(rank.__aenter__() for rank in (*others, first)))
         for rank in (*others, first):
             self.site.ends(rank)

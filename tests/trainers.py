@@ -12,11 +12,23 @@ from sparsecast.workers.updates import Made
 class Trainers:
     """The ranks of a trainer, whose layouts say what each has of `whole`, which a test changes."""
 
-    def __init__(self, site: Site, whole: Tensors, layouts: list[Layout]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        whole: Tensors,
+        layouts: list[Layout],
+        device: str = "cpu",
+        masters: list[Layout] | None = None,
+    ) -> None:
         self.site = site
         self.whole = whole
+        #: As published, and as the ranks hold it.
         self.layouts = layouts
-        self.held = [contents(layout, whole) for layout in layouts]
+        self._masters = masters or layouts
+        self.held = [
+            {name: tensor.to(device) for name, tensor in contents(layout, whole).items()}
+            for layout in self._masters
+        ]
 
     def first(self, **options: Any) -> AsyncPublisher:
         """The first rank, not yet entered."""
@@ -39,7 +51,8 @@ class Trainers:
     async def start(self, **options: Any) -> AsyncPublisher:
         """All ranks, running until the test ends; the first one's publisher."""
         self.publisher = self.first(**options)
-        others = {name: options[name] for name in options if name in ("policy", "log", "shadow")}
+        common = ("policy", "log", "shadow", "dtype")
+        others = {name: options[name] for name in options if name in common}
         self.others = [self.other(rank, **others) for rank in range(1, len(self.layouts))]
         await asyncio.gather(*(rank.__aenter__() for rank in (*self.others, self.publisher)))
         for rank in (*self.others, self.publisher):
@@ -48,7 +61,7 @@ class Trainers:
 
     def share(self) -> None:
         """Every rank's tensors are its part of the whole model as it is now."""
-        for layout, held in zip(self.layouts, self.held, strict=True):
+        for layout, held in zip(self._masters, self.held, strict=True):
             for name, tensor in contents(layout, self.whole).items():
                 held[name].copy_(tensor)
 

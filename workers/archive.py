@@ -106,7 +106,7 @@ class Archive:
                 try:
                     entry, patch = await self._ports.run(self._outgoing.anchor, began)
                     await self._put(entry, patch)
-                except (LogError, BusError, RuntimeError, MemoryError) as exc:
+                except (LogError, BusError, RankSilent, RuntimeError, MemoryError) as exc:
                     if isinstance(exc, LogFull):
                         await self._make_room(began)
                     if failures == 0:
@@ -284,9 +284,9 @@ class Archive:
             raise LogError(f"it took more than {timeout_s:g} s (Policy.store_s)") from None
 
     async def _put(self, entry: LogEntry, patch: Patch) -> None:
+        beside = self._outgoing.beside.pop(entry.name, [])
         # Copied on the torch thread: an anchor would hold the event loop up for long.
         payload = await self._ports.run(self._outgoing.wire, patch)
-        beside = self._outgoing.beside.pop(entry.name, [])
         await self._ports.log.store(entry, payload, timeout_s=self._policy.store_s)
         try:
             await asyncio.gather(*map(asyncio.wrap_future, beside))

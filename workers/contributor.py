@@ -8,11 +8,12 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self
 
+import msgspec
 import torch
 
 from ..messages import codec
 from ..messages.control import LogEntry, Tags
-from ..messages.errors import Closed, LocalProtocolError, SettingsError, WaitTimeout
+from ..messages.errors import Closed, LocalProtocolError, LogError, SettingsError, WaitTimeout
 from ..messages.layout import Layout
 from ..messages.ranks import Begin, Fellow, Held, Order, Publish, Seal, Store
 from ..messages.subjects import Subjects
@@ -41,8 +42,10 @@ class Contributor:
     The first rank runs `AsyncPublisher(ranks=…)`; `rank` is from 1 on. `model`, `dtype`, `layout`
     and the like are as there, for what this rank holds; `run`, `bus`, `log` and `policy` are its.
     Used as an async context manager: entering waits until the first rank has claimed the run
-    (WaitTimeout, Closed), leaving until that has left, up to `linger_s`. publish() is to be called
-    as often as on the first rank, which tells the workers, and hears from them.
+    (WaitTimeout; Closed says why that has left), leaving until that has left, up to `linger_s`.
+    publish() is to be called as often as on the first rank, which tells the workers, and hears from
+    them. Where a call fails on some ranks only, the next version would be of two steps: the run
+    ends with it, and the first rank says on which rank.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Contributor:
         self._linger_s = linger_s
         self._open_ports = ports
         self._outgoing: Outgoing | None = None
+        #: How the first rank was lost, once publish() has said so.
+        self._lost: str | None = None
         #: The copy that the first rank has asked for, until it says what of it.
         self._copy: Patch | None = None
         self._life: contextlib.AsyncExitStack | None = None
@@ -112,7 +117,8 @@ class Contributor:
 
     async def _start(self, life: contextlib.AsyncExitStack) -> None:
         self._changes = Changes()
-        self._outgoing, self._begun = None, False
+        self._loop = asyncio.get_running_loop()
+        self._outgoing, self._met, self._begun, self._why = None, False, False, ""
         if self._open_ports is not None:
             ports = await self._open_ports()
         else:
@@ -142,10 +148,17 @@ class Contributor:
             perform=self._perform,
             introduce=self._introduce,
             let_go=self._let_go,
-            deserted=self._windows.abort_all,  # the others' ends may wait for ours
+            deserted=self._let_go,  # the others' ends may wait for ours
+            over=self._over,
         )
         await self._following.start()
         life.push_async_callback(self._following.stop)
+        await self._changes.until(
+            lambda: True if self._met or self._deserted else None,
+            self.policy.gather_s,
+            what="the first rank of the trainer gathers the others",
+            why=lambda: "it is there" if self._following.leader else "nothing is heard of it",
+        )
         await self._changes.until(
             lambda: True if self._begun or self._deserted else None,
             self.policy.gather_s + self.policy.resume_s,
@@ -153,11 +166,21 @@ class Contributor:
             why=lambda: "the first rank of the trainer has not said so",
         )
         if not self._begun:
-            raise Closed("the first rank of the trainer left before it had claimed the run")
+            raise Closed(f"{self._deserted} before it had claimed the run")
 
     @property
-    def _deserted(self) -> bool:
-        return self._following.ended or self._following.abandoned
+    def _deserted(self) -> str | None:
+        """How the first rank was lost, in words; None: it is there."""
+        if self._following.ended:
+            return f"the first rank of the trainer has left{self._why}"
+        if self._following.abandoned:
+            silence_s = self.policy.silence_s
+            return f"the first rank of the trainer was unheard for {silence_s:g} s and more,"
+        return None
+
+    def _over(self, why: str) -> None:
+        self._why = f" ({why})" if why else ""
+        self._changes.notify()
 
     # ---- the user's face
 
@@ -173,8 +196,8 @@ class Contributor:
         """Publish what changed here since the last call; returns once the weights may change again.
 
         Never waits for other ranks, workers or the bus. What it returns is of this rank's part.
-        `step` and `tags` are the first rank's to tell. Closed once that has left the run;
-        UnsupportedTensor, ManifestMismatch: nothing was published.
+        `step` and `tags` are the first rank's to tell. Closed once that has left the run, or is
+        unheard for Policy.silence_s; UnsupportedTensor, ManifestMismatch: nothing was published.
         """
         made = in_order(self._made_by().devices, lambda: self._publish(step, tags))
         return Made(await asyncio.to_thread(made))
@@ -183,9 +206,15 @@ class Contributor:
         outgoing = self._made_by()
         if self._life is None:
             raise Closed(NOT_OPEN)
-        if self._following.ended:
-            raise Closed("the first rank of the trainer has left the run")
-        return outgoing.publish(step, tags)
+        if self._lost is None:
+            self._lost = self._deserted
+        if self._lost is not None:  # for good: what it has published without us is of other steps
+            raise Closed(f"{self._lost} so nothing was published")
+        try:
+            return outgoing.publish(step, tags)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._changes.notify)
 
     def _made_by(self) -> Outgoing:
         if self._outgoing is None:
@@ -195,6 +224,8 @@ class Contributor:
     # ---- what the first rank wants
 
     def _introduce(self, leader: str, incarnation: str) -> Fellow:
+        self._met = True
+        self._changes.notify()
         return Fellow(
             leader=leader,
             rank=self.rank,
@@ -226,20 +257,27 @@ class Contributor:
                 return await sending.send(what)
             case "begin", Begin(version=version, made=None):
                 _, digest = await run(outgoing.begin, version)
+                return Held(version=version, digest=digest)
+            case "hold", _:
                 self._begun = True
                 self._changes.notify()
-                return Held(version=version, digest=digest)
-            case "begin", Begin(made=int(made)):
-                await self._until(made)
+                return None
+            case "begin", Begin(made=int(made), failed=failed):
+                try:
+                    await self._until(made, failed)
+                except WaitTimeout as exc:
+                    raise LogError(str(exc)) from exc  # to be tried again
                 return await run(outgoing.begin_at, made)
-            case "seal", Seal(version=version, unsafe=unsafe):
-                await self._until(version)
+            case "seal", Seal(version=version, unsafe=unsafe, failed=failed):
+                await self._until(version, failed)
                 sealed = await run(outgoing.take, unsafe, version)
                 if sealed is None:
                     raise LocalProtocolError(f"nothing leads to version {version} here")
                 return sealed
             case "store", Store(versions=versions, epoch=epoch, digest=digest):
-                return await self._store(*await run(outgoing.entry, versions, epoch, digest))
+                entry, patch = await run(outgoing.entry, versions, epoch, digest)
+                entry = msgspec.structs.replace(entry, step=what.step, tags=what.tags)
+                return await self._store(entry, patch)
             case "release", _:
                 return await run(outgoing.release, what)
             case "copy", _:
@@ -267,10 +305,31 @@ class Contributor:
             )
         return outgoing
 
-    async def _until(self, version: int) -> int:
-        """Wait until publish() has made a version here, off the torch thread (WaitTimeout)."""
-        wait = self._made_by().wait_made
-        return await asyncio.to_thread(wait, version, self.policy.store_s)
+    async def _until(self, version: int, failed: int | None = None) -> int:
+        """Wait until publish() has made a version here, which it has made by now (WaitTimeout).
+
+        LocalProtocolError if it has failed more, or less, than `failed` times before that.
+        """
+        outgoing = self._made_by()
+
+        def made() -> int | None:
+            there = outgoing.version >= version
+            here = outgoing.failed(version)
+            if failed is not None and (here > failed or (there and here < failed)):
+                where = f"and not on the first rank ({outgoing.failure})" if here > failed else ""
+                where = where or "on the first rank and not on this one"
+                raise LocalProtocolError(
+                    f"publish() has failed {where} before version {version} was made: that would "
+                    "be of two steps, so start all ranks of the trainer again"
+                )
+            return outgoing.version if there else None
+
+        return await self._changes.until(
+            made,
+            self.policy.store_s,
+            what=f"version {version}",
+            why=lambda: f"publish() has made {outgoing.version} on this rank",
+        )
 
     async def _take_copy(self, outgoing: Outgoing, version: int) -> Held:
         made = await self._until(version)

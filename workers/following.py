@@ -27,7 +27,8 @@ class Following:
 
     `perform` does an order, `introduce` says what this rank is; `let_go` ends what an earlier life
     has begun, and its coroutine is over before the next one's orders begin; `deserted` is called
-    with each heartbeat while the first rank is unheard for Policy.silence_s.
+    with each heartbeat while the first rank is unheard for Policy.silence_s; `over` hears why a
+    life of it is followed no more.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Following:
         introduce: Callable[[str, str], Fellow],
         let_go: Callable[[], Awaitable[None]],
         deserted: Callable[[], Awaitable[None]],
+        over: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._ports = ports
         self._outbox = outbox
@@ -54,6 +56,7 @@ class Following:
         self._introduce = introduce
         self._let_go = let_go
         self._deserted = deserted
+        self._over = over
         self._incarnation = ports.token()
         self._taken: Taken | None = None
         self._heard = 0.0
@@ -115,8 +118,8 @@ class Following:
                 taken.done(done)
                 if gathering:
                     self._say(self._introduce(said.leader, self._incarnation))
-            case Over():
-                self._follow(None)
+            case Over(why=why):
+                self._follow(None, why)
             case Order():
                 answer = taken.repeat(said)
                 if answer is not None:
@@ -133,13 +136,13 @@ class Following:
         if leader in self._ended:
             return False
         if taken is None or (leader != taken.leader and self.abandoned):
-            self._follow(leader)
+            self._follow(leader, "another process is the first rank now")
         elif leader != taken.leader:
             return False
         self._heard = self._ports.clock()
         return True
 
-    def _follow(self, leader: str | None) -> None:
+    def _follow(self, leader: str | None, why: str) -> None:
         """Follow another life of the first rank: nothing goes on of what this one has ordered."""
         before = self._taken
         self._taken = Taken(leader) if leader is not None else None
@@ -151,6 +154,7 @@ class Following:
         self._early.clear()
         if self._clearing is None and before.begun:
             self._clearing = self._spawn(self._clear())
+        self._over(why)
 
     async def _clear(self) -> None:
         try:
@@ -177,6 +181,8 @@ class Following:
         while True:
             here = Here(leader=self.leader or "", rank=self._rank, incarnation=self._incarnation)
             self._say(here)
+            if not self._ports.bus.connected:
+                self._heard = self._ports.clock()  # it is we who hear nobody
             if self.abandoned:
                 await self._deserted()
             await asyncio.sleep(self._policy.heartbeat_s)

@@ -84,7 +84,9 @@ class Leading:
         self._heard: dict[int, float] = {}
         self._met: Future[None] = Future()
         self._waiting: dict[int, _Wait] = {}
+        self._looked = clock()
         self._over = False
+        self._why = ""
         self._thread: LoopThread | None = None
 
     # ---- life
@@ -103,10 +105,11 @@ class Leading:
             absent = _ranks(self._given.ranks - self._fellows.keys())
             raise WaitTimeout(what, timeout_s, f"{absent} did not come") from None
 
-    async def close(self) -> None:
-        """Nothing follows, and nobody waits. Idempotent."""
+    async def close(self, why: str = "") -> None:
+        """Nothing follows, and nobody waits; the others hear why, if it is amiss. Idempotent."""
         with self._lock:
             self._over = True
+            self._why = self._why or why
             waiting = list(self._waiting.values())
         for wait in waiting:
             for future in wait.futures.values():
@@ -128,7 +131,7 @@ class Leading:
     async def _shut(self) -> None:
         self._beating.cancel()
         await asyncio.gather(self._beating, return_exceptions=True)
-        self._put(Over(leader=self._life))
+        self._put(Over(leader=self._life, why=self._why))
         await self._outbox.close(1.0)
         await self._bus.close()
 
@@ -168,8 +171,9 @@ class Leading:
     def order(self, deed: Deed, what: Any, timeout_s: float) -> list[Future[Any]]:
         """Have all other ranks do something; what came of it on each, in their order, as futures.
 
-        They end within `timeout_s`, and earlier with a rank that falls silent (RankSilent): it does
-        what it can still do when it is back, but nothing that only this call has waited for.
+        They end within `timeout_s`, beside what the bus is away for, and earlier with a rank that
+        falls silent (RankSilent): it does what it can still do when it is back, but nothing that
+        only this call has waited for.
         """
         with self._lock:
             if not self._given.ranks:
@@ -263,9 +267,12 @@ class Leading:
     def _look(self) -> None:
         """Who has waited for long enough."""
         now = self._clock()
+        away_s, self._looked = now - self._looked, now
         if not self._bus.connected:
-            # It is we who hear nobody.
+            # It is we who hear nobody, and who are not heard.
             self._heard = dict.fromkeys(self._heard, now)
+            for wait in self._waiting.values():
+                wait.deadline += away_s
         for wait in list(self._waiting.values()):
             for rank, future in wait.futures.items():
                 if future.done():

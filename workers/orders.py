@@ -43,7 +43,7 @@ DEEDS: dict[Deed, Any] = {
 #: Those that are nothing to a rank for which nobody waits.
 FLEETING = ("open", "alert", "receive", "take", "prove", "digest", "send", "copy")
 #: Those that read or write the log.
-LOGGING = ("take", "store", "keep")
+LOGGING = ("take", "store", "copy", "keep")
 NOTHING = msgspec.Raw(msgspec.msgpack.encode(()))
 #: What may come of one.
 EVENTS: dict[str, Any] = {

@@ -225,6 +225,10 @@ class Outgoing:
             self._origin = Origin(share.root, len(share.roots), *hashes)
         self._numel = self.local.numel
         self.version = 0
+        #: The versions that calls of publish() have failed to make; of a rank among several.
+        self._failed: list[int] = []
+        #: Why the last of them has failed.
+        self.failure = ""
 
     def begin(self, version: int | None = None, past: Past | None = None) -> tuple[int, int]:
         """The run starts, or starts anew, with the shadow's weights as `version` (None: as named).
@@ -298,15 +302,21 @@ class Outgoing:
         now = self._clock()
         with self._diffing:
             base = self.version
-            if tensors is None:
-                tensors = self.tensors()
-            # Of kernels all is queued when `begun` is called: it would hold up their launches.
-            found = self._shadow.diff(
-                tensors,
-                base_version=base,
-                version=base + 1,
-                waiting=begun,
-            )
+            try:
+                if tensors is None:
+                    tensors = self.tensors()
+                # Of kernels all is queued when `begun` is called: it would hold up their launches.
+                found = self._shadow.diff(
+                    tensors,
+                    base_version=base,
+                    version=base + 1,
+                    waiting=begun,
+                )
+            except BaseException as exc:
+                if self._share is not None:
+                    self._failed.append(base + 1)
+                    self.failure = f"{type(exc).__name__}: {exc}"
+                raise
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found
             with self._lists:
@@ -329,7 +339,8 @@ class Outgoing:
         """Make one patch of those that wait, if they are many. Under the lock of a diff.
 
         Of a rank among several the newest stay by themselves: the first rank may be some calls
-        behind, and asks for no more than it has made itself.
+        behind, and asks for no more than it has made itself. What it asks for late is merged with
+        what follows by then, and all ranks take that along.
         """
         ahead = PENDING if self._share is not None else 0
         many = self._pending[: len(self._pending) - ahead]
@@ -339,6 +350,13 @@ class Outgoing:
             self._pending[: len(many)] = [_merged(many)]
         except (RuntimeError, MemoryError) as exc:
             log.warning("%d patches wait unmerged: %s", len(self._pending), exc)
+
+    def failed(self, version: int) -> int:
+        """How many calls of publish() have failed before this version was made, or is to be.
+
+        Where ranks differ in that, a version of one number is not of one call.
+        """
+        return sum(one <= version for one in self._failed)
 
     def wait_made(self, version: int, timeout_s: float) -> int:
         """Wait until publish() has made this version; which it has made by now (WaitTimeout)."""
@@ -359,19 +377,21 @@ class Outgoing:
         """Fix the bytes of what is pending, merged onto the kept patches of `unsafe` versions.
 
         Waits for a publish() that has begun. None if nothing is pending: that one has failed, or
-        the run has begun anew since this was asked for. What comes after version `until` stays.
+        the run has begun anew since this was asked for. What comes after version `until` stays, but
+        for what was merged with it; where nothing is pending up to it, and it is among `unsafe`,
+        what is kept of it is given.
         """
         self.awaited = True
         with _soon(self._diffing) if self.devices else self._diffing, self._lists:
             self.awaited = False
             taken, self._pending = self._pending, []
             if until is not None:
-                self._pending = [kept for kept in taken if kept.patch.version > until]
+                self._pending = [kept for kept in taken if (kept.patch.base_version or 0) >= until]
                 taken = taken[: len(taken) - len(self._pending)]
             self._lists.notify_all()
-        if not taken:
-            return None
         earlier = [self._kept[version] for version in unsafe if version in self._kept]
+        if not taken and not any(kept.patch.version == until for kept in earlier):
+            return None
         try:
             kept = _merged([*earlier, *taken])
         except BaseException:

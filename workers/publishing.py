@@ -20,6 +20,7 @@ from ..messages.errors import (
     LocalProtocolError,
     PublisherBusy,
     SettingsError,
+    brief,
 )
 from ..messages.layout import Layout
 from ..messages.ranks import Publish
@@ -159,6 +160,11 @@ class AsyncPublisher:
         if ranks > 1:
             if view is not None:
                 raise SettingsError("view and ranks were both given: a view is of one rank")
+            if on_busy == "error":
+                raise SettingsError(
+                    'on_busy="error" and ranks were both given: the others would publish what this '
+                    'rank refuses; use "coalesce" or "wait"'
+                )
             if bus is None and ports is None:
                 raise SettingsError(
                     f"a trainer of {ranks} ranks needs bus=, a broker that all of them reach"
@@ -269,6 +275,8 @@ class AsyncPublisher:
         if self._first == claimed.version:
             self._driver.spawn(self._archive.anchor(self._epoch))
         # Else behind the patch: whoever holds the claim's version would take the anchor instead.
+        if leading is not None:
+            leading.order("hold", self._first, self.policy.bus_s)
         self._driver.spawn(self._tenure.keep(self._driver.post))
         self._driver.post(claimed)
         self._driver.post(ev.Published(self._first))
@@ -286,7 +294,12 @@ class AsyncPublisher:
             clock=ports.clock,
             broke=self._lost,
         )
-        life.push_async_callback(leading.close)
+
+        async def leave(_: object, error: BaseException | None, __: object) -> None:
+            wrong = error if isinstance(error, Exception) else self._error
+            await leading.close(brief(wrong) if wrong is not None else "")
+
+        life.push_async_exit(leave)
         await leading.start()
         return leading
 
@@ -581,10 +594,14 @@ class AsyncPublisher:
     def _broke(self, exc: Exception) -> None:
         self._error = self._error or exc
 
+    def _broke_now(self, exc: Exception) -> None:
+        self._broke(exc)
+        self._changes.notify()
+
     def _lost(self, exc: Exception) -> None:
         """A rank of this trainer is lost; on any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._broke, exc)
+            self._loop.call_soon_threadsafe(self._broke_now, exc)
 
     # ---- what the core asks for
 

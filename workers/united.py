@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..messages.control import LogEntry, Piece
-from ..messages.errors import LocalProtocolError, LogError
+from ..messages.errors import LocalProtocolError, LogError, WaitTimeout
 from ..messages.ranks import Begin, Deed, Held, Seal, Store
 from ..pipeline.core.events import Sealed
 from ..pipeline.core.policy import Policy
@@ -24,6 +24,9 @@ from .outgoing import Outgoing, Past
 MASK = (1 << 64) - 1
 #: How often the ranks are asked for one version, while some go on publishing.
 TRIES = 8
+#: So long the torch thread waits for publish() to come to where another rank is already: the next
+#: take, for which that publish() may wait, is behind it.
+BEHIND_S = 0.25
 
 
 class United(Outgoing):
@@ -48,18 +51,28 @@ class United(Outgoing):
             return start, sum((share, *(held.digest for held in found))) & MASK
 
         def begin(made: int) -> list[Held]:
-            order = self._order("begin", Begin(version=made, made=made))
+            failed = self.failed(made)
+            order = self._order("begin", Begin(version=made, made=made, failed=failed))
             return [self.begin_at(made), *_results(order)]
 
         return self._level(begin)
 
     def take(self, unsafe: Sequence[int], until: int | None = None) -> Sealed | None:
-        """Fix the bytes of what is pending on every rank, up to what is pending here."""
+        """Fix the bytes of what is pending on every rank, up to what is pending here, or to what
+        another rank has merged with that."""
         mine = super().take(unsafe, until)
         if mine is None:
             return None
-        seal = Seal(version=mine.version, unsafe=tuple(unsafe))
-        sealed = [mine, *self._all("seal", seal)]
+        sealed = self._sealed(mine, unsafe)
+        furthest = max(one.version for one in sealed)
+        while furthest > mine.version:
+            self.wait_made(furthest, self._policy.store_s)
+            unsafe = sorted({*unsafe, *(one.version for one in sealed)})
+            found = super().take(unsafe, furthest)
+            assert found is not None  # what was taken is kept, and is among the unsafe
+            mine = found
+            sealed = self._sealed(mine, unsafe)
+            furthest = max(one.version for one in sealed)
         for rank, other in enumerate(sealed):
             if (other.base_version, other.version) != (mine.base_version, mine.version):
                 raise LocalProtocolError(
@@ -94,9 +107,14 @@ class United(Outgoing):
     ) -> tuple[LogEntry, Patch]:
         """These kept versions as the first rank's piece of an entry; the others store theirs."""
         if digest is None:
-            digest = self._digests[max(version for version in versions if version in self._digests)]
+            known = [version for version in versions if version in self._digests]
+            if not known:
+                raise LogError(f"versions {list(versions)} are not kept any more")
+            digest = self._digests[max(known)]
         entry, patch = super().entry(versions, epoch, digest)
-        store = Store(versions=tuple(versions), epoch=epoch, digest=digest)
+        store = Store(
+            versions=tuple(versions), epoch=epoch, digest=digest, step=entry.step, tags=entry.tags
+        )
         self.beside[entry.name] = self._order("store", store)
         return entry, patch
 
@@ -124,6 +142,12 @@ class United(Outgoing):
 
     # ---- the others
 
+    def _sealed(self, mine: Sealed, unsafe: Sequence[int]) -> list[Sealed]:
+        """What every rank has sealed up to where the first one has, that one's first."""
+        version = mine.version
+        seal = Seal(version=version, unsafe=tuple(unsafe), failed=self.failed(version))
+        return [mine, *self._all("seal", seal)]
+
     def _level(self, at: Callable[[int], list[Held]]) -> tuple[int, int]:
         """Do something on all ranks at one version: that, and their digests' sum. LogError."""
         version = self.version
@@ -132,7 +156,10 @@ class United(Outgoing):
             if all(one.version == version and one.digest is not None for one in held):
                 return version, sum(one.digest or 0 for one in held) & MASK
             version = max(one.version for one in held)
-            self.wait_made(version, self._policy.store_s)
+            try:
+                self.wait_made(version, BEHIND_S)
+            except WaitTimeout as exc:
+                raise LogError(f"another rank of the trainer is ahead: {exc}") from exc
         raise LogError(f"the trainer's ranks are never at one version, the last was {version}")
 
     def _order(self, deed: Deed, what: Any) -> list[Future[Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .digest import seed_of
+from .digest import GAMMA, seed_of
 from .parts import Parts
 from .patch import columns_of
 from .timing import Mark, host_numbers
@@ -65,8 +65,14 @@ def beyond(tensors: Mapping[str, Tensor], parts: Parts, device: torch.device) ->
 
 def seeds_of(manifest: Manifest) -> list[int]:
     """The digest's seeds of all tensors, as signed 64-bit integers."""
-    seeds = [seed_of(spec.name) for spec in manifest.tensors]
-    return [seed - (1 << 64) if seed >> 63 else seed for seed in seeds]
+    return [seed_at(spec.name, 0) for spec in manifest.tensors]
+
+
+def seed_at(name: str, block: int) -> int:
+    """The digest's seed of what begins at a block of a tensor, as a signed 64-bit integer: its own
+    block b then has the factor of block + b, since G takes seed + b · GAMMA."""
+    seed = (seed_of(name) + block * GAMMA) & ((1 << 64) - 1)
+    return seed - (1 << 64) if seed >> 63 else seed
 
 
 @dataclass(frozen=True, slots=True)

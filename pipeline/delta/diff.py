@@ -23,7 +23,7 @@ from .layout import ANCHOR, blocks_of
 from .parts import Parts, Region, parts_of
 from .patch import Patch
 from .search import Change, Taking, chunks, scan
-from .tensors import Dtypes, dtype_of, manifest_of, require_manifest
+from .tensors import Dtypes, Named, dtype_of, manifest_of, require_manifest
 from .timing import Mark, on
 
 if TYPE_CHECKING:
@@ -154,7 +154,13 @@ def _memory(manifest: Manifest, devices: Sequence[torch.device], host: bool) -> 
     return [held[at] for at in range(len(places))]
 
 
-def _differ(manifest: Manifest, tensors: Sequence[Tensor], *, held: int = 0) -> Differ | None:
+def _differ(
+    manifest: Manifest,
+    tensors: Sequence[Tensor],
+    *,
+    held: int = 0,
+    places: Sequence[tuple[str, int] | None] | None = None,
+) -> Differ | None:
     """The kernels' diff, if all these tensors (the manifest's, once or more) lie on one device
     that has kernels."""
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -162,7 +168,7 @@ def _differ(manifest: Manifest, tensors: Sequence[Tensor], *, held: int = 0) -> 
         return None
     from .fused import Differ
 
-    differ = Differ(manifest, device, held=held)
+    differ = Differ(manifest, device, held=held, places=places)
     return differ if differ.takes(tensors) else None
 
 
@@ -228,6 +234,23 @@ def _places(parts: Parts) -> list[tuple[str, int] | None]:
     return found
 
 
+def _rest(parts: Parts, places: Sequence[tuple[str, int] | None]) -> Parts | None:
+    """The parts of the local tensors that begin at no block of a published one; None: all do."""
+    askew = {
+        spec.name
+        for spec, place in zip(parts.local.tensors, places, strict=True)
+        if spec.numel and (place is None or place[1] & 0xFFFF)
+    }
+    if not askew:
+        return None
+    layout = Layout(
+        tensors=tuple(spec for spec in parts.local.tensors if spec.name in askew),
+        parts=tuple(part for part in parts.layout.parts if part.local in askew),
+        padding=tuple(gap for gap in parts.layout.padding if gap.local in askew),
+    )
+    return Parts(layout, parts.manifest)
+
+
 class Shadow:
     """A private copy of the bits that were published last, beside the tensors they are of.
 
@@ -240,7 +263,7 @@ class Shadow:
 
     With a `layout` the tensors are its local ones, in whose coordinates patches are, while digests
     are their share of those of the `published` tensors, which it fits (ManifestMismatch). Kernels
-    read all of the copy again for that, and diff() waits for them.
+    read such tensors again for that as do not begin at a block of 65,536 published elements.
     """
 
     def __init__(
@@ -270,10 +293,17 @@ class Shadow:
                 (spec.name, 0) for spec in self.manifest.tensors
             ]
             self._parts: Parts | None = None
+            #: The regions of tensors whose share kernels do not find on the way.
+            self._rest: Parts | None = None
             if layout is not None and published is not None:
                 self._parts = parts_of(layout, published)
                 self.manifest.require_same(self._parts.local)
                 self._places = _places(self._parts)
+                self._rest = _rest(self._parts, self._places)
+            named = self._named()
+            rest = self._rest.local.tensors if self._rest is not None else ()
+            self._rest_held = Named((spec.name, named[spec.name]) for spec in rest)
+            self._rest_held.token, self._rest_held.manifests = object(), {}  # they never move
             self._digest = self._whole_digest()
             #: The last diff, while nobody has asked for the digest after it.
             self._last: Diffed | None = None
@@ -337,7 +367,7 @@ class Shadow:
             if self._fused is None or not self._fused.knows(token):
                 new = [tensors[spec.name] for spec in self.manifest.tensors]
             if self._fused is None:
-                self._fused = _differ(self.manifest, new, held=self.digest)
+                self._fused = self._differ(new)
             if self._fused is not None and (self._fused.knows(token) or self._fused.takes(new)):
                 found = self._diff_fused(self._fused, new, token, base_version, version, waiting)
             else:
@@ -372,11 +402,50 @@ class Shadow:
             )
         self._torn = False
         self._mark = found.written
-        if self._parts is not None:
-            # Now: what it is of the copy moves on with the next diff.
-            share = self._whole_digest()
-            return Diffed(patch, lambda: _Facts(share, found.sums()[1], *found.times_us()))
-        return Diffed(patch, lambda: _Facts(*found.sums(), *found.times_us()))
+        rest = self._rest_share(fused.device)
+
+        def settled() -> _Facts:
+            digest, checksum = found.sums()
+            return _Facts((digest + rest()) & _MASK, checksum, *found.times_us())
+
+        return Diffed(patch, settled)
+
+    def _differ(self, tensors: Sequence[Tensor]) -> Differ | None:
+        """The kernels' diff of these tensors, whose sums begin with what is held now."""
+        if self._parts is None:
+            return _differ(self.manifest, tensors, held=self.digest)
+        places = [
+            (place[0], place[1] >> 16) if place is not None and not place[1] & 0xFFFF else None
+            for place in self._places
+        ]
+        found = _differ(self.manifest, tensors, places=places)
+        if found is not None:
+            found.begin((self.digest - self._rest_share(found.device)()) & _MASK)
+        return found
+
+    def _rest_share(self, device: torch.device) -> Callable[[], int]:
+        """The share of the rest as it is held in the order of the device's current stream; for
+        asking on any thread, later."""
+        rest = self._rest
+        if rest is None:
+            return lambda: 0
+        from .slices import queue_parts
+
+        named = self._rest_held
+        with on(device):
+            share, others = queue_parts(named, rest, device)
+            self._mark = Mark(device)
+        if not others:
+            return share
+        # In host memory: it moves on with the next diff.
+        self._mark.wait()
+        sums = [
+            region_sum(region, named[region.part.local], rest.manifest.tensors[region.tensor])
+            for region in rest.regions
+            if region.number in others and region.part.counted
+        ]
+        here = sum(int(one.item()) for one in sums)
+        return lambda: share() + here
 
     def _diff_torch(self, tensors: Mapping[str, Tensor], base_version: int, version: int) -> Diffed:
         began = time.perf_counter()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...messages.manifest import Manifest
-from .addresses import seeds_of, table_of
+from .addresses import seed_at, seeds_of, table_of
 from .bits import plain
 from .digest import LENGTH_FACTOR
 from .kernels import frame as fact
@@ -89,16 +89,28 @@ class Found:
 class Differ:
     """Finds what changed between two sets of tensors on one device. Not for several threads.
 
-    `held`: the digest of what diff() is to update.
+    `held`: the digest of what diff() is to update. `places`: of each tensor, under which name it
+    counts for the digest, and from which block of that on; None: not at all.
     """
 
-    def __init__(self, manifest: Manifest, device: torch.device, *, held: int = 0) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: torch.device,
+        *,
+        held: int = 0,
+        places: Sequence[tuple[str, int] | None] | None = None,
+    ) -> None:
         self._manifest = manifest
         self._hash = manifest.hash
         self.device = device
         self._columns = columns_of(manifest)
         self._dtypes = [dtype_of(spec) for spec in manifest.tensors]
         self._seeds = seeds_of(manifest)
+        self._counted = [True] * len(self._seeds)
+        if places is not None:
+            self._seeds = [0 if place is None else seed_at(*place) for place in places]
+            self._counted = [place is not None for place in places]
         self._plan: Plan | None = None
         self._old: _Pointers | None = None
         self._new: _Pointers | None = None
@@ -113,6 +125,10 @@ class Differ:
         #: Of a small model, for the next diff.
         self._work: Work | None = None
         self._last: Found | None = None
+
+    def begin(self, held: int) -> None:
+        """Before the first diff: the digest of what it is to update, of what counts."""
+        self._held = held
 
     # ---- one diff
 
@@ -254,7 +270,7 @@ class Differ:
             ]
             if self._plan is None or self._plan.kinds != tuple(kinds):
                 numels = self._columns.numel.tolist()
-                self._plan = Plan(numels, self._seeds, kinds, self.device)
+                self._plan = Plan(numels, self._seeds, kinds, self.device, self._counted)
             self._new = _Pointers.of(new, self.device, token, self._new)
         if self._old is None or self._old.token is not old:
             self._old = _Pointers.of(old, self.device, old, self._old)

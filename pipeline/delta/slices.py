@@ -61,6 +61,26 @@ def digest_parts_in_slices(
     return _total(sums), beyond(tensors, parts, device)
 
 
+def queue_parts(
+    tensors: Mapping[str, Tensor], parts: Parts, device: torch.device
+) -> tuple[Callable[[], int], frozenset[int]]:
+    """digest_parts_in_slices(), in one go and without a wait: the share is for asking later, on any
+    thread, when the tensors may be others."""
+    regions = regions_of(parts, device)
+    weights = addresses_of(tensors, parts.local, device).table
+    sums = torch.zeros(SUMS, dtype=torch.int64, device=device)
+    for group in regions.groups:
+        if group.counted:
+            digest_parts(regions, group, weights, sums, first=0, tasks=group.counted)
+    host, mark = to_host(sums), Mark(device)
+
+    def share() -> int:
+        mark.wait()
+        return total(host)
+
+    return share, beyond(tensors, parts, device)
+
+
 def _sliced(blocks: int, itemsize: int) -> list[tuple[int, int]]:
     """The first block of each slice, and how many it has."""
     step = _SLICE_NBYTES // (65_536 * itemsize)

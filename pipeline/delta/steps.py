@@ -238,10 +238,11 @@ class Work:
         """Put the digest's change since the beginning right by reading all that is held."""
         changes = self._sums[0]
         changes.zero_()
+        counted = self.olds * self.plan.counted
         for group in self.plan.groups:
             kind = replace(group.kind, cast="", aligned=True)
             own = replace(group, kind=kind)
-            digest(self.plan, own, self.olds, changes, first=0, blocks=group.blocks)
+            digest(self.plan, own, counted, changes, first=0, blocks=group.blocks)
         changes[:1].sub_(held - (1 << 64) if held >> 63 else held)
 
 

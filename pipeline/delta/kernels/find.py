@@ -88,7 +88,7 @@ def _take(
 
 @kernel(numbers=["first", "slots"])
 def _find(
-    block_tensor, first_block, numels, seeds, rows, columns, olds, news,
+    block_tensor, first_block, numels, seeds, counted, rows, columns, olds, news,
     records, values, counts, changes, first, slots,
     BITS: tl.constexpr, ITEMSIZE: tl.constexpr, CAST: tl.constexpr, NATIVE: tl.constexpr,
     RAW: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, CHAIN: tl.constexpr,
@@ -150,6 +150,7 @@ def _find(
             step += 1
     if UPDATE:
         change = tl.sum(sums, axis=0) * block_factor(tl.load(seeds + tensor), index)
+        change *= tl.load(counted + tensor).to(tl.uint64, bitcast=True)
         if change != 0:
             tl.atomic_add(
                 changes + tl.program_id(0) % SUMS, change.to(tl.int64, bitcast=True), sem="relaxed"
@@ -180,7 +181,8 @@ def find(
     kind = group.kind
     rows, columns = factors(plan.device)
     _find[(group.tiles // _CHAIN,)](
-        plan.block_tensor, plan.first_block, plan.numels, plan.seeds, rows, columns, olds, news,
+        plan.block_tensor, plan.first_block, plan.numels, plan.seeds, plan.counted, rows, columns,
+        olds, news,
         records, values, counts[group.first_tile :], changes, group.first, slots,
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, CAST=kind.cast,
         NATIVE=plan.device.type == "cuda", RAW=tl.float32 if kind.cast else word(kind.itemsize),

@@ -79,7 +79,8 @@ class Plan:
 
     Blocks are numbered through all tensors; `block_tensor` int32 [blocks] gives a block's tensor,
     `first_block` int32 [tensors] a tensor's first block, `numels` and `itemsizes` int64 [tensors],
-    `seeds` int64 [tensors] the digest's seeds. About 4 bytes a block of 65,536 elements.
+    `seeds` int64 [tensors] the digest's seeds, `counted` int64 [tensors] 1, or 0 for a tensor that
+    a diff leaves out of it. About 4 bytes a block of 65,536 elements.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Plan:
         seeds: Sequence[int],
         kinds: Sequence[Kind],
         device: torch.device,
+        counted: Sequence[bool] | None = None,
     ) -> None:
         self.device = device
         self.kinds = tuple(kinds)
@@ -126,6 +128,8 @@ class Plan:
             itemsizes = [kind.itemsize for kind in kinds]
             self.itemsizes = torch.tensor(itemsizes, dtype=torch.int64).to(device)
             self.seeds = torch.tensor(list(seeds), dtype=torch.int64).to(device)
+            ones = [1] * self.tensors if counted is None else list(map(int, counted))
+            self.counted = torch.tensor(ones, dtype=torch.int64).to(device)
 
     def members(self, group: Group) -> npt.NDArray[np.int64]:
         """The tensors of one of its groups, those without elements left out."""

@@ -7,8 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from layouts import contents
+from ranks import split
 from sparsecast.messages.errors import LocalProtocolError
-from sparsecast.pipeline.delta import Lookup, Shadow, apply, apply_checked, check, digest
+from sparsecast.pipeline.delta import (
+    Lookup,
+    Shadow,
+    apply,
+    apply_checked,
+    check,
+    digest,
+    manifest_of,
+)
 from states import bits, laid_out
 from twins import (
     DEVICE,
@@ -267,3 +277,41 @@ def test_weights_change_in_the_order_of_streams() -> None:
         apply(found.patch, worker)
         require_same(worker, expected)
         assert found.digest == digest(worker)
+
+
+@pytest.mark.parametrize("host", [False, True] if DEVICE.type == "cuda" else [False])
+def test_the_shares_of_shards(host: bool) -> None:
+    """Two ranks hold rows and columns of tensors, some from a block of the published one on, some
+    not, and one of them what is small. A little changes, then so much that tiles are looked at
+    again, then nothing: each time their digests add up to that of the whole."""
+    random = torch.Generator().manual_seed(3)
+    whole = {
+        "blocks": torch.randn(512, 256, generator=random).bfloat16(),
+        "askew": torch.randn(301, 111, generator=random).bfloat16(),
+        "layer": torch.randn(64, 40, generator=random),
+        "norm": torch.randn(40, generator=random),
+    }
+    manifest, layouts = manifest_of(whole), split(whole, 2)
+    held = [placed_all(contents(layout, whole)) for layout in layouts]
+    shadows = [
+        Shadow(mine, host=host, layout=layout, published=manifest)
+        for mine, layout in zip(held, layouts, strict=True)
+    ]
+    for version, density in enumerate([0.001, 0.6, 0.0], 1):
+        for tensor in whole.values():
+            some = torch.rand(tensor.shape, generator=random) < density
+            tensor[some] = torch.randn(int(some.sum()), generator=random).to(tensor.dtype)
+        found = []
+        for mine, layout, shadow in zip(held, layouts, shadows, strict=True):
+            for name, tensor in contents(layout, whole).items():
+                mine[name].copy_(tensor)
+            with by_kernels():
+                found.append(shadow.diff(mine, base_version=version - 1, version=version))
+            assert shadow._fused is not None
+        with by_torch():
+            assert sum(one.digest for one in found) % 2**64 == digest(whole)
+
+
+def placed_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same where the kernels work."""
+    return {name: placed(tensor) for name, tensor in tensors.items()}
