@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -178,7 +178,9 @@ class _First(_Trainer):
             self.connect(url, store)
             with ExitStack() as stack:
                 stack.enter_context(self.publisher)
-                self.gatherer = Publisher(self.full, run="gathered", bus=url, policy=config.policy)
+                # As one rank would publish it by itself, however the others' patches are sent.
+                alone = replace(config.policy, routing="auto")
+                self.gatherer = Publisher(self.full, run="gathered", bus=url, policy=alone)
                 stack.enter_context(self.gatherer)
                 self.runs = {"sharded": self.publisher, "gathered": self.gatherer}
                 self.heard = {name: Heard(url, name) for name in self.runs}
