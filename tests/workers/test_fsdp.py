@@ -190,7 +190,8 @@ async def test_ranks_that_torch_shards_publish_what_they_hold(
     site: Site, tmp_path: Path, sharding: str, ranks: int
 ) -> None:
     """Real ranks train ten steps: a worker that holds the whole model has, at each version, the
-    bits that gathering it would have given, and publish() gathers nothing. What several ranks hold one of them publishes."""
+    bits that gathering it would have given, and publish() gathers nothing. What several ranks
+    hold one of them publishes."""
     mine = {name: tensor.to(torch.bfloat16) for name, tensor in Toy().state_dict().items()}
     for tensor in mine.values():
         tensor.zero_()
