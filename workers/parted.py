@@ -17,8 +17,9 @@ from .outgoing import Outgoing, Share, Source
 class Parted:
     """The local tensors of a model, and which parts of the published ones they are.
 
-    `layout` says it for tensors that are plain; None: DTensors say it by their placements, and what
-    is plain is whole on every rank. `dtype` casts what is published, as in a Publisher.
+    `layout` says it, of the tensors as they are or as they are published; None: DTensors say it by
+    their placements, and what is plain is whole on every rank. `dtype` casts what is published, as
+    in a Publisher.
     """
 
     def __init__(
@@ -46,10 +47,13 @@ class Parted:
 
         UnsupportedTensor, ManifestMismatch: the layout is not of these tensors.
         """
-        local = manifest_of(self.tensors(), dtype=self.dtype)
+        held = self.tensors()
+        local = manifest_of(held, dtype=self.dtype)
         if self._layout is None:
             found = layout_of(self._model, rename=self._rename, **self._choice)
             return msgspec.structs.replace(found, tensors=local.tensors)
+        if self._layout.local == manifest_of(held):
+            return msgspec.structs.replace(self._layout, tensors=local.tensors)
         local.require_same(self._layout.local, here="in the model", there="in the layout")
         return self._layout
 
