@@ -126,10 +126,10 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
-    """Put these kept versions into the log as one entry, whose `digest` is the whole state's, and
-    whose `step` and `tags` are those of the first rank."""
+    """Put all kept versions up to this one into the log as one entry, whose `digest` is the whole
+    state's, and whose `step` and `tags` are those of the first rank."""
 
-    versions: tuple[int, ...]
+    version: int
     epoch: int
     digest: int
     step: int | None = None

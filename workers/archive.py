@@ -75,12 +75,14 @@ class Archive:
             if await self._has_room(entry.nbytes * entry.roots, epoch):
                 await self._put(entry, patch)
                 self._crowded = False
-            elif self._last_anchor < entry.version:  # else that has what there is no room for
-                raise LogFull(
-                    f"{entry.nbytes} bytes more would leave no room for the next anchor in the "
-                    f"run's quota of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); "
-                    "an anchor is taken now"
-                )
+            else:
+                self._outgoing.beside.pop(entry.name, None)
+                if self._last_anchor < entry.version:  # else that has what there is no room for
+                    raise LogFull(
+                        f"{entry.nbytes} bytes more would leave no room for the next anchor in the "
+                        f"run's quota of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); "
+                        "an anchor is taken now"
+                    )
         except (LogError, BusError) as exc:
             self._crowded = self._crowded or isinstance(exc, LogFull)
             return ev.LogFailed(versions[-1], str(exc))

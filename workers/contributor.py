@@ -285,18 +285,18 @@ class Contributor:
                 if sealed is None:
                     raise LocalProtocolError(f"nothing leads to version {version} here")
                 return sealed
-            case "store", Store(versions=versions, epoch=epoch, digest=digest):
-                entry, patch = await run(outgoing.entry, versions, epoch, digest)
+            case "store", Store(version=version, epoch=epoch, digest=digest):
+                entry, patch = await run(outgoing.entry_until, version, epoch, digest)
                 entry = msgspec.structs.replace(entry, step=what.step, tags=what.tags)
                 return await self._store(entry, patch)
             case "release", _:
                 return await run(outgoing.release, what)
             case "copy", _:
                 return await self._take_copy(outgoing, what)
-            case "keep", (epoch, digest):
+            case "keep", (version, epoch, digest):
                 patch, self._copy = self._copy, None
-                if patch is None:
-                    raise LocalProtocolError("no copy was taken here")
+                if patch is None or patch.version != version:
+                    raise LocalProtocolError(f"no copy of version {version} was taken here")
                 return await self._store(outgoing.anchored(patch, epoch, digest), patch)
         raise LocalProtocolError(f"a rank of a trainer does not {order.deed}")
 

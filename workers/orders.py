@@ -40,7 +40,7 @@ DEEDS: dict[Deed, Any] = {
     "store": Store,
     "release": int,
     "copy": int,
-    "keep": tuple[int, int],
+    "keep": tuple[int, int, int],
 }
 #: Those that are nothing to a rank for which nobody waits.
 FLEETING = ("open", "alert", "receive", "take", "prove", "digest", "send", "copy")

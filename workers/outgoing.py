@@ -506,6 +506,12 @@ class Outgoing:
         )
         return entry, kept.patch
 
+    def entry_until(self, version: int, epoch: int, digest: int) -> tuple[LogEntry, Patch]:
+        """entry() of all that is kept up to a version: what the first rank has merged may have been
+        left unmerged here, for want of memory."""
+        versions = sorted(kept for kept in self._kept if kept <= version)
+        return self.entry(versions, epoch, digest)
+
     def release(self, version: int) -> None:
         """Kept patches up to this version are safe elsewhere."""
         for kept in [kept for kept in self._kept if kept <= version]:

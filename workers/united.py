@@ -117,7 +117,7 @@ class United(Outgoing):
             digest = self._digests[max(known)]
         entry, patch = super().entry(versions, epoch, digest)
         store = Store(
-            versions=tuple(versions), epoch=epoch, digest=digest, step=entry.step, tags=entry.tags
+            version=entry.version, epoch=epoch, digest=digest, step=entry.step, tags=entry.tags
         )
         self.beside[entry.name] = self._order("store", store)
         return entry, patch
@@ -141,7 +141,7 @@ class United(Outgoing):
 
         version, digest = self._level(copy)
         entry = self.anchored(copies[version], epoch, digest)
-        self.beside[entry.name] = self._order("keep", (epoch, digest))
+        self.beside[entry.name] = self._order("keep", (version, epoch, digest))
         return entry, copies[version]
 
     def recall(self, way: Sequence[LogEntry]) -> list[Future[Any]]:

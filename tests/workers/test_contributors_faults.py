@@ -23,6 +23,7 @@ from sparsecast import (
     Contributor,
     Layout,
     ManifestMismatch,
+    MemoryLog,
     RunBusy,
     SparsecastError,
     WaitTimeout,
@@ -332,3 +333,37 @@ async def test_what_was_to_be_stored_is_void_once_the_run_begins_anew(site: Site
     stored = await publisher._archive.store((1,), 1)
     assert "not kept any more" in stored.reason  # type: ignore[union-attr]
     assert publisher._error is None
+
+
+async def test_a_rank_that_could_not_merge_stores_what_the_others_do(site: Site) -> None:
+    """The second rank has no memory to make one entry of several versions, twice, while the first
+    one has made it: the next entry is of the same versions on both, or nobody could use it."""
+    whole, mine, log = weights(), weights(), MemoryLog()
+    trainers = Trainers(site, whole, split(whole, 2))
+    publisher = await trainers.start(log=log)
+    await until_stored(publisher, 0, anchor=True)
+    await site.replica(weights(), log=log)
+    await publisher.wait_members(1, timeout_s=10)
+    await eventually(lambda: publisher.window == "gloo")
+    outgoing = trainers.others[0]._made_by()
+    real, asked = outgoing.entry, list[tuple[int, ...]]()
+
+    def entry(versions: tuple[int, ...], *args: Any) -> Any:
+        asked.append(tuple(versions))
+        if len(asked) <= 2:
+            raise MemoryError("no room")
+        return real(versions, *args)
+
+    outgoing.entry = entry  # type: ignore[method-assign]
+    for version in range(1, 9):
+        step(whole, version)
+        await (await trainers.publish()).wait_applied(timeout_s=10)
+        await asyncio.sleep(0.05)
+    await until_stored(publisher, 8)
+    assert len(asked) > 2
+    assert len(asked[1]) > 1
+    replica = await site.replica(mine, "w1", log=log)
+    assert await replica.wait_version(8, timeout_s=20) == 8
+    assert same_bits(whole, mine)
+    bases = {e.base_version for e in await publisher._ports.log.entries(timeout_s=5)}
+    assert 0 in bases  # patches lead on from the anchor

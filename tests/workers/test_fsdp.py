@@ -29,13 +29,13 @@ UPDATES = 10
 
 
 class Block(nn.Module):
-    """A norm and two layers, whose rows no number of ranks divides."""
+    """A norm and two layers, whose rows four ranks do not divide."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(24)
-        self.up = nn.Linear(24, 37)
-        self.down = nn.Linear(37, 24, bias=False)
+        self.up = nn.Linear(24, 38)
+        self.down = nn.Linear(38, 24, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The hidden state after this block."""
@@ -190,8 +190,8 @@ async def test_ranks_that_torch_shards_publish_what_they_hold(
     site: Site, tmp_path: Path, sharding: str, ranks: int
 ) -> None:
     """Real ranks train ten steps: a worker that holds the whole model has, at each version, the
-    bits that gathering it would have given, and publish() gathers nothing. What several ranks
-    hold one of them publishes."""
+    bits that gathering it would have given. publish() gathers nothing, and of what several ranks
+    hold one publishes it."""
     mine = {name: tensor.to(torch.bfloat16) for name, tensor in Toy().state_dict().items()}
     for tensor in mine.values():
         tensor.zero_()
