@@ -14,6 +14,9 @@ from ...messages.manifest import Manifest
 from .bits import BLOCK, bits_dtype, indices
 from .layout import (
     ANCHOR,
+    ENTRY,
+    HEADER,
+    Column,
     Encoding,
     Form,
     Header,
@@ -26,6 +29,7 @@ from .layout import (
     table_end,
 )
 from .patch import Patch, full_table
+from .timing import to_device
 
 # Σ 2^(56 - 7i): multiplies eight bytes of 0 or 1 so that their bits meet in the top byte.
 _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
@@ -163,7 +167,8 @@ def _write_dense(patch: Patch, section: Section, parts: Iterable[Tensor]) -> Non
     assert at == section.numel
 
 
-def _write(patch: Patch, section: Section, draft: Draft) -> None:
+def write(patch: Patch, section: Section, draft: Draft) -> None:
+    """Write the arrays of a section that was laid out for this draft."""
     if section.encoding is Encoding.DENSE:
         assert draft.dense is not None
         _write_dense(patch, section, draft.dense())
@@ -188,18 +193,66 @@ def _write(patch: Patch, section: Section, draft: Draft) -> None:
     _join([piece.values for piece in draft.pieces], patch.values(section))
 
 
-def _zero_gaps(buffer: Tensor, header: Header, sections: Sequence[Section]) -> None:
-    """Equal patches are equal bytes only if the padding is: zero what no array covers."""
-    edges = [(table_end(0) + 40 * len(sections), table_end(len(sections)))]
-    for section in sections:
-        counts_end = section.offset + 4 * section.blocks
-        edges.append((counts_end, section.places_offset))
-        if section.encoding is not Encoding.DENSE:
-            edges.append((section.places_offset + section.places_nbytes, section.values_offset))
-        edges.append((section.values_offset + section.values_nbytes, section.end))
-    for start, stop in edges:
-        if start < stop:
-            buffer[start:stop].zero_()
+def _gaps(table: Table) -> Column:
+    """The bytes of a patch that no array covers, by their places.
+
+    Equal patches are equal bytes only if these are zero.
+    """
+    sections = len(table)
+    table_stop = np.array([table_end(0) + ENTRY.itemsize * sections])
+    first = np.concatenate(
+        [
+            table_stop,
+            table.offset + 4 * table.blocks,
+            table.places_offset + table.places_nbytes,
+            table.values_offset + table.carried * table.itemsize,
+        ]
+    )
+    stop = np.concatenate(
+        [np.array([table_end(sections)]), table.places_offset, table.values_offset, table.end]
+    )
+    sizes = stop - first
+    ends = sizes.cumsum()
+    return np.repeat(first - ends + sizes, sizes) + np.arange(ends[-1])
+
+
+def begin(
+    table: Table,
+    *,
+    manifest_hash: str,
+    numel: int,
+    dense_nbytes: int,
+    base_version: int,
+    version: int,
+    changed: int,
+    device: torch.device,
+    manifest: Manifest | None = None,
+    full: bool = False,
+) -> Patch:
+    """A patch on `device` with header, section table (none if it is `full`) and zeros between its
+    arrays; these are still to be written."""
+    header = Header(
+        form=Form.FULL if full else Form.SECTIONS,
+        sections=0 if full else len(table),
+        manifest_hash=manifest_hash,
+        base_version=base_version,
+        version=version,
+        changed=changed,
+        numel=numel,
+        dense_nbytes=dense_nbytes,
+        nbytes=full_nbytes(dense_nbytes) if full else table.nbytes,
+    )
+    buffer = torch.empty(header.nbytes, dtype=torch.uint8, device=device)
+    patch = Patch(buffer, header, Table.empty() if full else table, manifest)
+    start = np.frombuffer(patch.start(), np.int64)
+    gaps = np.zeros(0, np.int64) if full else _gaps(table)
+    start_on, gaps_on = to_device(device, start, gaps)
+    buffer[: start.nbytes].view(torch.int64).copy_(start_on)
+    if full:
+        buffer[HEADER.size + dense_nbytes :].zero_()
+    else:
+        buffer.index_fill_(0, gaps_on, 0)
+    return patch
 
 
 def assemble(
@@ -234,33 +287,26 @@ def assemble(
         and table.nbytes > full_nbytes(dense_nbytes)
         and not fits_sections(table.nbytes, dense_nbytes)
     )
-    header = Header(
-        form=Form.FULL if full else Form.SECTIONS,
-        sections=0 if full else len(table),
+    patch = begin(
+        table,
         manifest_hash=manifest_hash,
+        numel=numel,
+        dense_nbytes=dense_nbytes,
         base_version=base_version,
         version=version,
         changed=changed,
-        numel=numel,
-        dense_nbytes=dense_nbytes,
-        nbytes=full_nbytes(dense_nbytes) if full else table.nbytes,
+        device=device,
+        manifest=manifest,
+        full=full,
     )
-    buffer = torch.empty(header.nbytes, dtype=torch.uint8, device=device)
-    if full:
-        table = Table.empty()
-    patch = Patch(buffer, header, table, manifest)
-    start = bytearray(patch.start())
-    buffer[: len(start)].copy_(torch.frombuffer(start, dtype=torch.uint8))
     if full:
         assert manifest is not None
         assert dense_of is not None
-        buffer[80 + dense_nbytes :].zero_()
         for section in full_table(manifest).sections:
             _write_dense(patch, section, dense_of(section.index))
     else:
-        _zero_gaps(buffer, header, table.sections)
         for section, draft in zip(table.sections, drafts, strict=True):
-            _write(patch, section, draft)
+            write(patch, section, draft)
     return patch
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from ...messages.layout import Layout
 from ...messages.manifest import Manifest
 from .bits import indices, quiet
 from .decode import SPAN_BLOCKS, section_counts, span_index, span_values, spans_within
-from .encode import Draft, Piece, assemble, index_piece
-from .layout import Encoding, Section
-from .parts import Region, Run, parts_of
+from .encode import Draft, Piece, begin, index_piece, write
+from .layout import Column, Encoding, Section, lay_out
+from .parts import Parts, Region, Run, parts_of
 from .patch import Patch
+from .sieve import Sifted, sieve_of
 from .tensors import require_hash
 
 
@@ -35,38 +37,73 @@ def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
     is left out it is the patch itself; so it is for an anchor, which carries everything or is none.
 
     The patch must be sound: check() one that came from elsewhere. O(elements that it carries); but
-    for what is kept, temporaries stay within a span. Runs on the current stream of the patch's
-    device, and waits for it.
+    for what is kept and a byte for each element looked at, temporaries stay within a chunk or span.
+    Runs on the current stream of the patch's device, and waits for it once, and once more for each
+    bitmap or dense section.
     """
     require_hash(patch.manifest_hash, manifest, f"patch {patch.base_version} → {patch.version}")
     known = parts_of(parts, manifest)
     if patch.base_version is None:
         return patch
+    device = patch.buffer.device
+    table = patch.table_of(manifest)
+    runs = [known.runs.get(at) for at in table.index.tolist()]
+    if all(some and some[0].whole for some in runs):
+        return patch
+    held = np.array([some is not None for some in runs])
+    # With fewer elements a sparse section stays so, if that was its smallest encoding.
+    fewest = lay_out(table.index, table.itemsize, table.numel, table.count, dense=False)
+    sparse = held & (table.encoding == Encoding.SPARSE) & (fewest.encoding == Encoding.SPARSE)
     with quiet():
-        # In the full form they come by itemsize.
-        sections = sorted(patch.sections_of(manifest), key=lambda section: section.index)
-        held = [section for section in sections if section.index in known.runs]
-        counts = section_counts(patch, held)
-        pieces = [
-            _kept(patch, section, counts_K, known.runs[section.index])
-            for section, counts_K in zip(held, counts, strict=True)
-        ]
-        if len(held) == len(sections) and all(kept is None for kept in pieces):
+        drafts = _drafts(patch, np.flatnonzero(held & ~sparse), known, manifest)
+        count = np.zeros_like(table.count)
+        for row, draft in drafts.items():
+            count[row] = draft.count
+        sifted = None
+        if sparse.any():
+            sifted = Sifted(patch, np.flatnonzero(sparse), sieve_of(known, device))
+            count[sifted.rows] = sifted.kept_S
+        whole = np.zeros_like(held)
+        whole[[row for row, draft in drafts.items() if draft.whole]] = True
+        everything = whole | (table.encoding != Encoding.DENSE)
+        if everything.all() and (count == table.count).all():
             return patch
-        return assemble(
-            [
-                _as_it_was(patch, section) if kept is None else _draft(section, kept)
-                for section, kept in zip(held, pieces, strict=True)
-                if kept is None or kept
-            ],
+        # In the full form they come by itemsize.
+        rows = np.argsort(table.index)
+        rows = rows[count[rows] > 0]
+        figures = (column[rows] for column in (table.index, table.itemsize, table.numel, count))
+        made = begin(
+            lay_out(*figures, dense=False, whole=whole[rows]),
             manifest_hash=patch.manifest_hash,
             numel=patch.numel,
             dense_nbytes=patch.dense_nbytes,
             base_version=patch.base_version,
             version=patch.version,
-            device=patch.buffer.device,
+            changed=int(count.sum()),
+            device=device,
             manifest=manifest,
         )
+        places = np.zeros_like(rows, shape=len(table))
+        places[rows] = np.arange(len(rows))
+        for row, draft in drafts.items():
+            if draft.count:
+                write(made, made.sections[places[row]], draft)
+        if sifted is not None:
+            sifted.write(made, places[sifted.rows])
+        return made
+
+
+def _drafts(patch: Patch, rows: Column, known: Parts, manifest: Manifest) -> dict[int, Draft]:
+    """What the regions have of the sections in these rows of the table, one by one."""
+    if not len(rows):
+        return {}
+    sections = [patch.sections_of(manifest)[row] for row in rows.tolist()]
+    drafts = {}
+    counts = section_counts(patch, sections)
+    for row, section, counts_K in zip(rows.tolist(), sections, counts, strict=True):
+        kept = _kept(patch, section, counts_K, known.runs[section.index])
+        drafts[row] = _as_it_was(patch, section) if kept is None else _draft(section, kept)
+    return drafts
 
 
 def _kept(
