@@ -18,7 +18,7 @@ from .manifest import Manifest
 Deed = Literal[
     "open", "abort", "close", "alert",
     "receive", "take", "drop", "prove", "hold", "quarantine", "apply", "digest",
-    "publish", "begin", "seal", "send", "store", "release", "copy", "keep",
+    "publish", "recall", "begin", "since", "seal", "send", "store", "release", "copy", "keep",
 ]  # fmt: skip
 
 

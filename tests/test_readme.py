@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecast import Broker
+from sparsecast import Broker, Replica
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,6 +53,31 @@ def test_trainer_and_worker_run_as_written(tmp_path: Path) -> None:
     assert "version 3:" in trainer
     assert "applied by ['worker-0'], missing {}" in trainer
     assert "version 3 answers with (1, 512)" in worker
+
+
+def test_a_trainer_of_several_ranks_runs_as_written(tmp_path: Path) -> None:
+    """FSDP2 over two processes, by torchrun; a worker of one rank, with weights of its own, holds
+    the third version of whole tensors in the end, and has proven it."""
+    (tmp_path / "fsdp.py").write_text(_snippet("fsdp.py", LAYOUTS))
+    held = {
+        "0.weight": torch.zeros(1001, 512, dtype=torch.bfloat16),
+        "0.bias": torch.zeros(1001, dtype=torch.bfloat16),
+        "1.weight": torch.zeros(1001, dtype=torch.bfloat16),
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with Broker(port=4222, store_dir=tmp_path / "store") as url:
+        replica = Replica(held, run="fsdp", bus=url, name="worker-0")
+        replica.start()
+        try:
+            done = subprocess.run(
+                [*launch, "fsdp.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "version 3: applied by ['worker-0']" in done.stdout
+            assert (replica.version, replica.verified, replica.mismatches) == (3, 3, 0)
+        finally:
+            replica.stop()
+    assert all(tensor.count_nonzero() > tensor.numel() / 2 for tensor in held.values())
 
 
 @pytest.mark.parametrize(

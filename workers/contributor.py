@@ -17,6 +17,7 @@ from ..messages.errors import Closed, LocalProtocolError, LogError, SettingsErro
 from ..messages.layout import Layout
 from ..messages.ranks import Begin, Fellow, Held, Order, Publish, Seal, Store
 from ..messages.subjects import Subjects
+from ..pipeline.bus.journal import Journal
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch
 from .connect import connect
@@ -26,6 +27,7 @@ from .orders import decode_what
 from .outgoing import Outgoing, Published, ShadowPlace, Share, Source
 from .parted import Parted
 from .rehearsal import rehearse
+from .remaking import Remaking, State
 from .sending import Sending
 from .streams import device_for, in_order
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
@@ -86,6 +88,8 @@ class Contributor:
         self._lost: str | None = None
         #: The copy that the first rank has asked for, until it says what of it.
         self._copy: Patch | None = None
+        #: The old state that it may go on from.
+        self._past: State | None = None
         self._life: contextlib.AsyncExitStack | None = None
 
     # ---- life
@@ -258,6 +262,13 @@ class Contributor:
             case "begin", Begin(version=version, made=None):
                 _, digest = await run(outgoing.begin, version)
                 return Held(version=version, digest=digest)
+            case "recall", _:
+                return await self._recall(outgoing, what)
+            case "since", _:
+                past, self._past = self._past, None
+                if past is None:
+                    raise LocalProtocolError("no old state was made again here")
+                return await run(outgoing.go_on, what, past)
             case "hold", _:
                 self._begun = True
                 self._changes.notify()
@@ -338,6 +349,14 @@ class Contributor:
         patch, digest = await self._ports.run(outgoing.copy)
         self._copy = patch
         return Held(version=patch.version, digest=digest)
+
+    async def _recall(self, outgoing: Outgoing, way: Sequence[LogEntry]) -> Held:
+        """Make again what this rank held of an old state."""
+        claims = await Journal(self._ports.bus, self.run).claims(timeout_s=self.policy.bus_s)
+        manifest, layout = outgoing.manifest, outgoing.layout
+        remaking = Remaking(self._ports, self.policy, manifest, layout, claims)
+        self._past = await remaking.state(way)
+        return Held(version=way[-1].version, digest=await remaking.digest(self._past))
 
     async def _store(self, entry: LogEntry, patch: Patch) -> None:
         payload = await self._ports.run(self._made_by().wire, patch)

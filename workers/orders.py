@@ -32,7 +32,9 @@ DEEDS: dict[Deed, Any] = {
     "apply": tuple[int, ...],
     "digest": int,
     "publish": Publish,
+    "recall": tuple[LogEntry, ...],
     "begin": Begin,
+    "since": int,
     "seal": Seal,
     "send": cmd.Send,
     "store": Store,
@@ -43,7 +45,7 @@ DEEDS: dict[Deed, Any] = {
 #: Those that are nothing to a rank for which nobody waits.
 FLEETING = ("open", "alert", "receive", "take", "prove", "digest", "send", "copy")
 #: Those that read or write the log.
-LOGGING = ("take", "store", "copy", "keep")
+LOGGING = ("take", "recall", "store", "copy", "keep")
 NOTHING = msgspec.Raw(msgspec.msgpack.encode(()))
 #: What may come of one.
 EVENTS: dict[str, Any] = {

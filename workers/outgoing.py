@@ -217,6 +217,8 @@ class Outgoing:
         self._routing: tuple[int, tuple[Layout | None, ...]] = (0, ())
         #: The last diff, which the shadow is whole after.
         self._last: Diffed | None = None
+        #: What this rank holds of those that the run publishes; None: it is these.
+        self.layout = share.layout if share is not None else None
         #: The tensors that the run publishes, and those in whose coordinates patches are made here.
         self.manifest = self.local = self._shadow.manifest
         if share is not None:
@@ -258,15 +260,28 @@ class Outgoing:
         digest = self._shadow.digest
         if past is None or past.digest == digest:
             return start, digest
-        patch = self._shadow.since(past.tensors, base_version=start, version=start + 1)
+        self._go_on(start, past.tensors, now)
+        return start, past.digest
+
+    def go_on(self, start: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """What the shadow's weights differ in from these is pending as the version after `start`,
+        at which the run has begun."""
+        with self._diffing:
+            self._go_on(start, tensors, self._clock())
+
+    def _go_on(self, start: int, tensors: Mapping[str, torch.Tensor], now: float) -> None:
+        patch = self._shadow.since(tensors, base_version=start, version=start + 1)
         for device in self.devices:
             finish(device)
         diff_us = round((self._clock() - now) * 1e6)
-        facts = _Facts(digest, None, diff_us=diff_us, encode_us=0)
+        facts = _Facts(self._shadow.digest, None, diff_us=diff_us, encode_us=0)
         with self._lists:
             self._pending.append(_Kept(patch, now, None, None, _facts=facts))
             self.version = start + 1
-        return start, past.digest
+
+    def recall(self, way: Sequence[LogEntry]) -> list[Future[Any]]:
+        """Have other ranks make again what these entries lead to: the shares of the digest."""
+        return []
 
     @property
     def digest(self) -> int:

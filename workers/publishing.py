@@ -116,7 +116,7 @@ class AsyncPublisher:
     `ranks`: a trainer that is spread over so many processes; this is the first of them, the others
     are Contributors. Each publishes what it holds, which is read off DTensors, or what `layout`
     says of plain tensors. They meet on entering, within Policy.gather_s (WaitTimeout); one that is
-    lost later breaks this publisher. Such a run does not resume from its log, nor roll back.
+    lost later breaks this publisher. Such a run cannot be rolled back.
 
     `shadow`: the copy of what was published last lies beside the weights ("device"), or in pinned
     host memory ("host"). `log`: where patches and anchors are stored: "jetstream", "dir:/path" (a
@@ -306,12 +306,6 @@ class AsyncPublisher:
     async def _past(self, state: JournalState) -> Past | None:
         """What the run goes on from, if not from our own weights. CannotResume."""
         if self._resume == "never" or (self._resume == "auto" and state.claim is None):
-            return None
-        if self._ranks > 1:
-            reason = "a trainer of several ranks does not go on from the log"
-            if self._resume == "must":
-                raise CannotResume(self.run, reason)
-            self._telling.event("resume", "trainer", f"not from the log: {reason}")
             return None
         try:
             past = await self._recall.head(state)

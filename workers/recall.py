@@ -1,14 +1,9 @@
-"""Old states of a run, made again from its log: the head to go on from, a version to go back to.
-
-A state is made in host memory, over the bytes of the anchor that it starts from: one full copy.
-"""
+"""Old states of a run, made again from its log: the head to go on from, a version to go back to."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-
-import torch
 
 from ..messages.control import Claim, LogEntry
 from ..messages.errors import (
@@ -17,27 +12,16 @@ from ..messages.errors import (
     LogError,
     LogHole,
     ManifestMismatch,
-    PatchError,
 )
-from ..messages.manifest import Manifest
+from ..messages.ranks import Held
 from ..pipeline.bus.journal import Journal, JournalState
 from ..pipeline.core.policy import Policy
-from ..pipeline.delta import digest
 from ..pipeline.log.base import Step
 from ..pipeline.log.lineage import remakeable
-from .anchors import intact, remake
 from .driver import Ports
+from .leading import RankSilent
 from .outgoing import Outgoing, Past
-
-State = dict[str, torch.Tensor]
-
-
-class _Spoilt(Exception):
-    """An entry that is not what it says: states are to be made without it."""
-
-    def __init__(self, entry: LogEntry, reason: str) -> None:
-        super().__init__(reason)
-        self.entry = entry
+from .remaking import Remaking, Spoilt, State
 
 
 class Recall:
@@ -89,10 +73,11 @@ class Recall:
                     step = self._step(entries, claims, announced, version)
                     if version is None and step.entry.digest == await self._published():
                         return Past(step.version, step.entry.digest, {})
-                    _require_one_root(step)
                     try:
-                        return Past(step.version, step.entry.digest, await self._state(step))
-                    except _Spoilt as exc:
+                        return Past(
+                            step.version, step.entry.digest, await self._state(step, claims)
+                        )
+                    except Spoilt as exc:
                         self._tell(f"an old state is made without {exc.entry.name}: {exc}")
                         entries = [one for one in entries if one.name != exc.entry.name]
         except TimeoutError:
@@ -127,31 +112,19 @@ class Recall:
         found: int = await self._ports.run(lambda: self._outgoing.digest)
         return found
 
-    async def _state(self, step: Step) -> State:
-        state: State = {}
-        for entry in step.way:
-            try:
-                data = await self._ports.log.load(entry, timeout_s=self._policy.store_s)
-                await self._ports.run(_put, data, entry, self._outgoing.manifest, state)
-            except (LogError, PatchError) as exc:
-                raise _Spoilt(entry, str(exc)) from exc
-        found = await self._ports.run(digest, state)
+    async def _state(self, step: Step, claims: list[Claim]) -> State:
+        """What a step leads to, as this rank holds it, and every other one at its order."""
+        outgoing = self._outgoing
+        remaking = Remaking(self._ports, self._policy, outgoing.manifest, outgoing.layout, claims)
+        others = outgoing.recall(step.way)
+        try:
+            state = await remaking.state(step.way)
+            share = await remaking.digest(state)
+            held: list[Held] = await asyncio.gather(*map(asyncio.wrap_future, others))
+        except RankSilent as exc:
+            raise LogError(str(exc)) from exc
+        found = sum((share, *(one.digest or 0 for one in held))) % (1 << 64)
         if found != step.entry.digest:
             reason = f"it leads to digest {found:016x}, {step.entry.digest:016x} was published"
-            raise _Spoilt(step.entry, reason)
+            raise Spoilt(step.entry, reason)
         return state
-
-
-def _require_one_root(step: Step) -> None:
-    """LogError if it takes what a trainer of several ranks has stored, each in its coordinates."""
-    for entry in step.way:
-        if entry.pieces:
-            raise LogError(
-                f"log entry {entry.name!r} is of a trainer of {entry.roots} ranks, whose states "
-                "are not made again here; have it as a file by: sparsecast log export"
-            )
-
-
-def _put(data: bytes | bytearray, entry: LogEntry, manifest: Manifest, state: State) -> None:
-    """Apply an entry to a state, if its bytes are those that it names (PatchError)."""
-    remake(intact(data, entry), entry, manifest, state)

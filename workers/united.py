@@ -42,13 +42,17 @@ class United(Outgoing):
 
     def begin(self, version: int | None = None, past: Past | None = None) -> tuple[int, int]:
         """The run starts, or starts anew, on every rank; the version and its whole digest."""
-        if past is not None:
-            raise LocalProtocolError("a trainer of several ranks does not go on from an old state")
         self._digests.clear()
         if version is not None:
             start, share = super().begin(version)
             found = self._all("begin", Begin(version=version))
-            return start, sum((share, *(held.digest for held in found))) & MASK
+            digest = sum((share, *(held.digest for held in found))) & MASK
+            if past is None or past.digest == digest:
+                return start, digest
+            order = self._order("since", start)
+            self.go_on(start, past.tensors)
+            _results(order)
+            return start, past.digest
 
         def begin(made: int) -> list[Held]:
             failed = self.failed(made)
@@ -139,6 +143,10 @@ class United(Outgoing):
         entry = self.anchored(copies[version], epoch, digest)
         self.beside[entry.name] = self._order("keep", (version, epoch, digest))
         return entry, copies[version]
+
+    def recall(self, way: Sequence[LogEntry]) -> list[Future[Any]]:
+        """Have the other ranks make again what these entries lead to, each of what it holds."""
+        return self._leading.order("recall", tuple(way), self._policy.resume_s)
 
     # ---- the others
 

@@ -16,7 +16,7 @@ class Policy:
     routing: Literal["auto", "broadcast", "all-to-all"] = "auto"
     """What ranks receive that hold parts of the weights: "broadcast" sends every patch whole to
     all, "all-to-all" to each what it holds; "auto" takes what keeps the busiest link shorter busy,
-    by a quarter at least."""
+    by a quarter at least, and by NCCL always the first."""
 
     lease_s: int = 10
     """How long the run stays held after its trainer has died. Whole seconds."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...messages.control import WindowKind
 from .membership import Member
 
 #: All-to-all has more collectives, and patches have to be parted: it must win by this factor.
@@ -29,11 +30,14 @@ class Classes:
 def routed(
     members: Sequence[Member | None],
     routing: Literal["auto", "broadcast", "all-to-all"],
+    kind: WindowKind,
     roots: int,
     nbytes: int,
 ) -> Classes:
     """The classes of the ranks of a window's members, in their order; none where a broadcast is
     asked for or quicker, or no rank tells that it holds less than the `nbytes` of all weights.
+
+    Between GPUs it always is quicker: to part a patch takes longer there than to send all of it.
 
     All links are taken to be of one speed and to carry both ways at once, so that a way takes as
     long as its busiest link. Of what is broadcast a receiver's link carries everything. All-to-all
@@ -41,7 +45,7 @@ def routed(
     classes hold together. The share of changed elements is the same everywhere, so bytes of weights
     stand for bytes of patches.
     """
-    if routing == "broadcast":
+    if routing == "broadcast" or (routing == "auto" and kind == "nccl"):
         return Classes()
     known: dict[bytes, int] = {}
     held: list[int] = []

@@ -89,7 +89,7 @@ class Windows:
         self._count += 1
         known = [self._membership.get(member) for member in members]
         ranks = tuple(len(member.gpus) if member is not None else 1 for member in known)
-        classes = routed(known, self._policy.routing, self.roots, self.nbytes)
+        classes = routed(known, self._policy.routing, kind, self.roots, self.nbytes)
         self._next = Window(epoch, self._count, kind, members, ranks, classes)
         stamp = self._next.stamp(version=head)
         self.exchange = Exchange(stamp, members, now, self._policy.ready_s, self._policy.open_s)

@@ -23,7 +23,7 @@ from .layout import ANCHOR, blocks_of
 from .parts import Parts, Region, parts_of
 from .patch import Patch
 from .search import Change, Taking, chunks, scan
-from .tensors import Dtypes, dtype_of, manifest_of, require_manifest
+from .tensors import Dtypes, Named, dtype_of, manifest_of, require_manifest
 from .timing import Mark, on
 
 if TYPE_CHECKING:
@@ -302,7 +302,8 @@ class Shadow:
                 self._rest = _rest(self._parts, self._places)
             named = self._named()
             rest = self._rest.local.tensors if self._rest is not None else ()
-            self._rest_held = {spec.name: named[spec.name] for spec in rest}
+            self._rest_held = Named((spec.name, named[spec.name]) for spec in rest)
+            self._rest_held.token, self._rest_held.manifests = object(), {}  # they never move
             self._digest = self._whole_digest()
             #: The last diff, while nobody has asked for the digest after it.
             self._last: Diffed | None = None

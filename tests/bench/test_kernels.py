@@ -54,13 +54,21 @@ def test_a_small_run_is_whole(tmp_path: Path) -> None:
             assert work["device_ms"]["min"] > 0
     ranks = model["ranks"]
     assert ranks["exact"]
-    assert list(ranks["shares"]) == ["whole", "by_layout", "rows", "columns"]
+    assert list(ranks["shares"]) == ["whole", "by_layout", "half", "rows", "columns"]
     nbytes = [share["nbytes"] for share in ranks["shares"].values()]
-    assert nbytes == [model["nbytes"], model["nbytes"], *[model["nbytes"] // 4] * 2]
+    assert nbytes == [
+        model["nbytes"],
+        model["nbytes"],
+        model["nbytes"] // 2,
+        *[model["nbytes"] // 4] * 2,
+    ]
     for share in ranks["shares"].values():
         assert share["exact"]
         for work in ("apply", "digest"):
             assert share[work]["device_ms"]["min"] > 0
+    for name in ("half", "rows", "columns"):
+        for work in ("diff", "restrict"):
+            assert ranks["shares"][name][work]["device_ms"]["min"] > 0
     assert "a quarter of the columns" in done.stdout
 
 

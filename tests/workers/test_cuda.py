@@ -14,7 +14,7 @@ import torch
 
 from ranks import held, same, split
 from roots import Roots, Trainer
-from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, until_stored, weights
+from runs import QUICK, Ear, Site, Tensors, eventually, same_bits, step, until_stored, weights
 from sparsecast import Policy, Publisher, Replica, Shard, digest
 from sparsecast.messages.metrics import WorkerMetrics
 from sparsecast.pipeline.bus.broker import Broker
@@ -25,6 +25,8 @@ from sparsecast.workers.incoming import Incoming
 from sparsecast.workers.outgoing import Outgoing
 from sparsecast.workers.streams import CudaFence, finish, settle
 from spawn import Context, spawn
+from teams import Team
+from trainers import Trainers
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -479,6 +481,29 @@ async def test_pieces_of_several_roots_reach_a_gpu(
             await trainer.publish(share)
             assert same_bits(trained, _on_host(mine))
         assert (replica.verified, replica.mismatches) == (3, 0)
+
+
+@pytest.mark.parametrize("routing", ["broadcast", "all-to-all"])
+async def test_two_ranks_of_a_trainer_on_a_gpu(site: Site, routing: Any) -> None:
+    """Each diffs its shard by kernels, on one GPU here, and gives its share of the digest; a worker
+    of two ranks, which takes whole patches or parts of them, holds and proves what they make up."""
+    policy = _policy(window="gloo", routing=routing)
+    whole = weights()
+    trainers = Trainers(site, whole, split(whole, 2), device="cuda:0")
+    publisher = await trainers.start(policy=policy)
+    team = Team(site, whole, 2)
+    for mine in team.held:
+        mine.update(_on_gpu(mine))
+    first, _ = await team.start(policy=policy)
+    await publisher.wait_members(1, timeout_s=60)
+    await eventually(lambda: publisher.window == "gloo", 30.0)
+    for version in range(1, 6):
+        step(whole, version, 0.4 if version == 3 else 0.02)
+        update = await trainers.publish()
+        assert (await update.wait_applied(timeout_s=30)).complete
+        await eventually(lambda version=version: first.verified == version, 30.0)
+        assert same(team.layouts, [_on_host(mine) for mine in team.held], whole)
+    assert first.mismatches == 0
 
 
 def test_weights_that_come_back_to_the_device_are_ordered_from_then_on() -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from rooted import Roots
-from runs import QUICK, Ear, Site, checkpoint, hangs, published, same_bits, weights
+from runs import QUICK, Ear, Site, checkpoint, eventually, hangs, published, same_bits, weights
 from sparsecast import CannotResume, MemoryLog, Publisher, RunBusy, SettingsError, digest
 from sparsecast.messages.control import LogEntry
 from sparsecast.messages.metrics import Event
@@ -62,18 +62,20 @@ async def test_another_model(site: Site) -> None:
 
 
 async def test_what_ranks_have_stored_by_themselves(site: Site, bus: NatsBus) -> None:
-    """The run was published by a trainer of two ranks: one of one rank does not make its states
-    again, says so and how to have them, and holds nothing; with the very weights it goes on."""
+    """The run was published by a trainer of two ranks, whose layouts the journal has: one of one
+    rank makes its state again from their pieces, and publishes what its weights differ in."""
     roots, log = Roots(2), WholeLog(JetStreamLog(bus, site.run))
     journal = Journal(bus, site.run)
     await journal.open(5.0)
     await journal.append(roots.claim(), message_id="c", expected_sequence=0, timeout_s=5.0)
     for entry, payload in roots.anchor():
         await log.store(entry, payload, timeout_s=5.0)
-    with pytest.raises(CannotResume, match="1-anchor-0-me' is of a trainer of 2 ranks"):
-        await site.publisher(weights(seed=1), resume="must")
-    publisher = await site.publisher(weights(), resume="must")
-    assert publisher.version == 1
+    trained, mine = weights(seed=1), weights()
+    publisher = await site.publisher(trained, resume="must")
+    assert publisher.version == 2
+    replica = await site.replica(mine)
+    await eventually(lambda: replica.verified == 2)
+    assert same_bits(trained, mine)
 
 
 Damage = Callable[[LogEntry, bytes], tuple[LogEntry, bytes]]

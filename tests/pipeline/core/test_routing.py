@@ -32,15 +32,15 @@ def test_ranks_that_hold_the_same_are_one_class() -> None:
     does, and one that has left: five ranks of three classes, in the order in which they come."""
     one, other = (b"one", 50), (b"other", 50)
     members = [member("a", one, other), member("b"), member("c", (b"", 0), other), None]
-    found = routed(members, "all-to-all", 2, 100)
+    found = routed(members, "all-to-all", "gloo", 2, 100)
     assert found == Classes((0, 1, 2, 2, 1, 2), (b"one", b"other", b""))
 
 
 @pytest.mark.parametrize("routing", ["auto", "all-to-all"])
 def test_where_all_hold_the_same_there_are_no_classes(routing: str) -> None:
     """Nobody tells that it holds less than everything: a broadcast, whatever is asked for."""
-    assert routed([member("a"), member("b"), None], routing, 4, 100) == Classes()  # type: ignore[arg-type]
-    assert routed([], routing, 4, 100) == Classes()  # type: ignore[arg-type]
+    assert routed([member("a"), member("b"), None], routing, "gloo", 4, 100) == Classes()  # type: ignore[arg-type]
+    assert routed([], routing, "gloo", 4, 100) == Classes()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,10 @@ def test_the_busiest_link_decides(roots: int, held: list[int], all_to_all: bool)
     to send everything, or one rank takes it. Who asks for a way gets it."""
     ranks = [(str(at).encode(), nbytes) for at, nbytes in enumerate(held)]
     members = [member("a", *ranks)]
-    assert bool(routed(members, "auto", roots, 100).of) is all_to_all
-    assert routed(members, "all-to-all", roots, 100).of == tuple(range(len(held)))
-    assert routed(members, "broadcast", roots, 100) == Classes()
+    assert bool(routed(members, "auto", "gloo", roots, 100).of) is all_to_all
+    assert routed(members, "all-to-all", "nccl", roots, 100).of == tuple(range(len(held)))
+    assert routed(members, "broadcast", "gloo", roots, 100) == Classes()
+    assert routed(members, "auto", "nccl", roots, 100) == Classes()
 
 
 def opened() -> TrainerTalk:
