@@ -336,8 +336,8 @@ async def test_what_was_to_be_stored_is_void_once_the_run_begins_anew(site: Site
 
 
 async def test_a_rank_that_could_not_merge_stores_what_the_others_do(site: Site) -> None:
-    """The second rank has no memory to make one entry of several versions, twice, while the first
-    one has made it: the next entry is of the same versions on both, or nobody could use it."""
+    """The second rank has no memory to make one entry of several versions, while the first one
+    has made it: the next entry is of the same versions on both, or nobody could use it."""
     whole, mine, log = weights(), weights(), MemoryLog()
     trainers = Trainers(site, whole, split(whole, 2))
     publisher = await trainers.start(log=log)
@@ -349,8 +349,9 @@ async def test_a_rank_that_could_not_merge_stores_what_the_others_do(site: Site)
     real, asked = outgoing.entry, list[tuple[int, ...]]()
 
     def entry(versions: tuple[int, ...], *args: Any) -> Any:
+        before = [len(one) for one in asked]
         asked.append(tuple(versions))
-        if len(asked) <= 2:
+        if max(before, default=0) < 2:
             raise MemoryError("no room")
         return real(versions, *args)
 
@@ -360,8 +361,7 @@ async def test_a_rank_that_could_not_merge_stores_what_the_others_do(site: Site)
         await (await trainers.publish()).wait_applied(timeout_s=10)
         await asyncio.sleep(0.05)
     await until_stored(publisher, 8)
-    assert len(asked) > 2
-    assert len(asked[1]) > 1
+    assert max(map(len, asked)) > 1
     replica = await site.replica(mine, "w1", log=log)
     assert await replica.wait_version(8, timeout_s=20) == 8
     assert same_bits(whole, mine)
