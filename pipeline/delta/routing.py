@@ -38,8 +38,9 @@ def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
 
     The patch must be sound: check() one that came from elsewhere. O(elements that it carries); but
     for what is kept and a byte for each element looked at, temporaries stay within a chunk or span.
-    Runs on the current stream of the patch's device, and waits for it once, and once more for each
-    bitmap or dense section.
+    Runs on the current stream of the patch's device, and waits for it: once for all sparse
+    sections, whose operations are as many for many tensors as for few, and a few times for each
+    other one.
     """
     require_hash(patch.manifest_hash, manifest, f"patch {patch.base_version} → {patch.version}")
     known = parts_of(parts, manifest)
