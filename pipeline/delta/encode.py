@@ -198,18 +198,16 @@ def _gaps(table: Table) -> Column:
 
     Equal patches are equal bytes only if these are zero.
     """
-    sections = len(table)
-    table_stop = np.array([table_end(0) + ENTRY.itemsize * sections])
     first = np.concatenate(
         [
-            table_stop,
+            [table_end(0) + ENTRY.itemsize * len(table)],
             table.offset + 4 * table.blocks,
             table.places_offset + table.places_nbytes,
             table.values_offset + table.carried * table.itemsize,
         ]
     )
     stop = np.concatenate(
-        [np.array([table_end(sections)]), table.places_offset, table.values_offset, table.end]
+        [[table_end(len(table))], table.places_offset, table.values_offset, table.end]
     )
     sizes = stop - first
     ends = sizes.cumsum()

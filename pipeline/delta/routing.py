@@ -20,7 +20,7 @@ from ...messages.manifest import Manifest
 from .bits import indices, quiet
 from .decode import SPAN_BLOCKS, section_counts, span_index, span_values, spans_within
 from .encode import Draft, Piece, begin, index_piece, write
-from .layout import Column, Encoding, Section, lay_out
+from .layout import Column, Encoding, Flags, Section, Table, lay_out
 from .parts import Parts, Region, Run, parts_of
 from .patch import Patch
 from .sieve import Sifted, sieve_of
@@ -38,8 +38,9 @@ def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
 
     The patch must be sound: check() one that came from elsewhere. O(elements that it carries); but
     for what is kept and a byte for each element looked at, temporaries stay within a chunk or span.
-    Runs on the current stream of the patch's device, and waits for it once, and once more for each
-    bitmap or dense section.
+    Runs on the current stream of the patch's device, and waits for it: once for all sparse
+    sections, whose operations are as many for many tensors as for few, and a few times for each
+    other one.
     """
     require_hash(patch.manifest_hash, manifest, f"patch {patch.base_version} → {patch.version}")
     known = parts_of(parts, manifest)
@@ -51,9 +52,7 @@ def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
     if all(some and some[0].whole for some in runs):
         return patch
     held = np.array([some is not None for some in runs])
-    # With fewer elements a sparse section stays so, if that was its smallest encoding.
-    fewest = lay_out(table.index, table.itemsize, table.numel, table.count, dense=False)
-    sparse = held & (table.encoding == Encoding.SPARSE) & (fewest.encoding == Encoding.SPARSE)
+    sparse = held & _stay_sparse(table)
     with quiet():
         drafts = _drafts(patch, np.flatnonzero(held & ~sparse), known, manifest)
         count = np.zeros_like(table.count)
@@ -91,6 +90,16 @@ def restrict(patch: Patch, parts: Layout, manifest: Manifest) -> Patch:
         if sifted is not None:
             sifted.write(made, places[sifted.rows])
         return made
+
+
+def _stay_sparse(table: Table) -> Flags:
+    """The sections that are sparse, and will be whatever is left out: bool [sections].
+
+    With fewer elements sparse stays the smallest encoding, if it was so.
+    """
+    small = lay_out(table.index, table.itemsize, table.numel, table.count, dense=False)
+    found: Flags = (table.encoding == Encoding.SPARSE) & (small.encoding == Encoding.SPARSE)
+    return found
 
 
 def _drafts(patch: Patch, rows: Column, known: Parts, manifest: Manifest) -> dict[int, Draft]:

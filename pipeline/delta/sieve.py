@@ -3,16 +3,18 @@
 How many operations that takes depends on how many elements there are, not on how many tensors hold
 them: on a GPU a launch costs more than the elements of most tensors.
 
-S: sections; K: their blocks; N: elements that are looked at together, a chunk; C: cuts, each what
-one chunk has of one section; P: pairs of a block and a region that reaches into it; B, T: blocks
-and tensors of the manifest; M: elements of a chunk that are kept.
+S: sections; K: their blocks; N: elements that are looked at together, a chunk; M: those of them
+that are kept; C: cuts, each what one chunk has of one section; P: pairs of a block and a region
+that reaches into it; B, T: blocks and tensors of the manifest.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,99 +24,110 @@ from .parts import Parts, Region
 from .patch import Patch, columns_of
 from .timing import Mark, to_device
 
-#: Elements of a chunk: their temporaries fit a CPU's cache, or some 250 MB of a device.
-CHUNK_CPU = 1 << 16
+#: Elements of a chunk: their temporaries take some 250 MB of a device, or a few of a CPU's cache.
 CHUNK = 1 << 22
+CHUNK_CPU = 1 << 18
 #: A position in a block is added to an index of an inner dimension in 32 bits.
 _MOST_INNER = 1 << 30
+#: In a smaller buffer 32 bits say where something lies.
+NARROW_NBYTES = 1 << 31
 
 
 class Sieve:
     """Which elements of each block the regions of a layout have, as tables on a device.
 
-    An element is in a region if x, its C-order index less that of the region's first element, has
-    in the mixed radix of the inner dimensions' sizes only digits below the region's extents. Of a
-    block's first element the digits are in the table; a position is added to them with carry.
+    Let x be an element's C-order index less that of a region's first element. The region has it if
+    the digits of x, in the mixed radix of the inner dimensions' sizes, are all below the region's
+    extents. The tables have the digits of a block's first element, to which positions are added
+    with carry.
 
-    Blocks of all tensors are numbered through; block b has the pairs `first_B`[b] and on,
-    `many_B`[b] of them, at least one (int64). `table`: int32, or int64 if a dimension asks for it,
-    [2 + 3 · (levels - 1), P]: bounds of what may be carried into the outermost digit; then of each
-    inner dimension, outer ones first, digit, size, extent.
+    `table`: int32, or int64 where an inner dimension asks for it, [2 + 3 · (levels - 1), P], by
+    block: the outermost digit has what is carried into it between two bounds; then digit, size and
+    extent of each inner dimension, outer ones first. `pairs_B`: int64 [2, B], the first pair of
+    each block, and how many follow it.
     """
 
     def __init__(self, parts: Parts, device: torch.device) -> None:
         numel_T = columns_of(parts.manifest).numel
         blocks_T = (numel_T + (BLOCK - 1)) >> 16
-        tensors = len(blocks_T)
-        #: The number of a tensor's first block: int64 [T].
+        blocks = int(blocks_T.sum())
+        #: The first block of each tensor, where those of all are numbered through.
         self.block_T = starts(blocks_T)
-        #: The most regions that reach into one block of a tensor, and the most dimensions that one
-        #: of its regions is found by: int64 [T].
-        self.depth_T = np.ones(tensors, np.int64)
-        self.levels_T = np.ones(tensors, np.int64)
+        #: The most dimensions by which a region of a tensor is found.
+        self.levels_T = np.ones_like(numel_T)
         for region in parts.regions:
             self.levels_T[region.tensor] = max(self.levels_T[region.tensor], len(region.dims))
-        levels = max(self.levels_T, default=1)
-        found = [_pairs(region, levels) for region in parts.regions]
-        blocks = int(blocks_T.sum())
-        block_P = [
-            self.block_T[region.tensor] + np.arange(region.low >> 16, blocks_of(region.high))
-            for region in parts.regions
-        ]
-        bare = np.setdiff1d(np.arange(blocks), np.concatenate([[], *block_P]))
-        nothing = np.ones((2 + 3 * (levels - 1), len(bare)), np.int64)
-        order = np.argsort(np.concatenate([*block_P, bare]), kind="stable")
-        table = np.concatenate([*found, nothing], axis=1)[:, order]
-        many_B = np.bincount(np.concatenate([*block_P, bare]).astype(np.int64), minlength=blocks)
+        levels = int(self.levels_T.max(initial=1))
+        blocks_P = [self.block_T[region.tensor] + _reached(region) for region in parts.regions]
+        many_B = np.zeros(blocks, np.int64)
+        for reached in blocks_P:
+            many_B[reached] += 1
+        # A block that no region reaches has a pair for which every element is out of bounds.
+        bare = np.flatnonzero(many_B == 0)
+        many_B[bare] = 1
+        #: The most pairs that a block of a tensor has.
+        self.depth_T = np.ones_like(numel_T)
         if blocks:
-            some = blocks_T > 0
-            self.depth_T[some] = np.maximum.reduceat(many_B, self.block_T[some])
-        self.first_B = torch.from_numpy(starts(many_B)).to(device)
-        self.many_B = torch.from_numpy(many_B).to(device)
-        narrow = max(table[3::3].max(initial=0), 0) < _MOST_INNER
-        self.table = torch.from_numpy(table.astype(np.int32 if narrow else np.int64)).to(device)
+            some_T = numel_T > 0
+            self.depth_T[some_T] = np.maximum.reduceat(many_B, self.block_T[some_T])
+        nothing = np.ones((2 + 3 * (levels - 1), len(bare)), np.int64)
+        table = np.concatenate([*(_pairs(region, levels) for region in parts.regions), nothing], 1)
+        table = table[:, np.argsort(np.concatenate([*blocks_P, bare]), kind="stable")]
+        pairs_B = np.stack([starts(many_B), many_B - 1])
+        self.pairs_B, self.table = to_device(device, pairs_B, table)
+        if table[3::3].max(initial=0) < _MOST_INNER:
+            self.table = self.table.to(torch.int32)
         Mark(device).wait()  # other streams will read the tables
 
-    def mask(
-        self, first_K: Tensor, many_K: Tensor, block_N: Tensor, x_N: Tensor, depth: int, levels: int
-    ) -> Tensor:
-        """Which of the elements at positions x_N (int32) of blocks block_N any region has: bool.
+    def kind(self, tensor_S: Column) -> Column:
+        """A number for tensors of which looking at an element costs the same: below 2^16."""
+        depth_S = np.ceil(np.log2(self.depth_T[tensor_S])).astype(np.int64)
+        return self.levels_T[tensor_S] << 8 | depth_S
 
-        `block_N` are places in `first_K` and `many_K`, the pairs of some blocks, of which none has
-        more than `depth`, nor their regions more dimensions than `levels`.
+    def mask(self, tensor_S: Column, pairs_K: Tensor, block_N: Tensor, x_N: Tensor) -> Tensor:
+        """Which of some elements any region has: bool [N].
+
+        They are elements of the tensors tensor_S, at positions x_N (int32) of the blocks whose
+        places in `pairs_K` (columns of pairs_B) are block_N (int32).
         """
-        table = self.table[: 2 + 3 * (levels - 1)]
+        depth, levels = int(self.depth_T[tensor_S].max()), int(self.levels_T[tensor_S].max())
         kept_N: Tensor | None = None
         for at in range(depth):
-            pair_K = first_K + (many_K - 1).clamp(max=at) if at else first_K
-            rows = table.index_select(1, pair_K)
+            first_K, more_K = pairs_K
+            pair_K = first_K + more_K.clamp(max=at) if at else first_K
+            rows = self.table[: 3 * levels - 1].index_select(1, pair_K)
             low_N, high_N, *inner = (row.index_select(0, block_N) for row in rows)
-            carry_N, found_N = x_N, None
+            carry_N, inside_N = x_N, None
             for level in reversed(range(levels - 1)):
                 digit_N, size_N, extent_N = inner[3 * level : 3 * level + 3]
                 digit_N += carry_N
                 carry_N = torch.div(digit_N, size_N, rounding_mode="trunc")
-                inside_N = digit_N.sub_(carry_N * size_N) < extent_N
-                found_N = inside_N if found_N is None else found_N.logical_and_(inside_N)
-            inside_N = (carry_N >= low_N).logical_and_(carry_N < high_N)
-            found_N = inside_N if found_N is None else found_N.logical_and_(inside_N)
-            kept_N = found_N if kept_N is None else kept_N.logical_or_(found_N)
+                here_N = digit_N.sub_(carry_N * size_N) < extent_N
+                inside_N = here_N if inside_N is None else inside_N.logical_and_(here_N)
+            here_N = (carry_N >= low_N).logical_and_(carry_N < high_N)
+            inside_N = here_N if inside_N is None else inside_N.logical_and_(here_N)
+            kept_N = inside_N if kept_N is None else kept_N.logical_or_(inside_N)
         assert kept_N is not None
         return kept_N
 
 
-def _pairs(region: Region, levels: int) -> np.ndarray:
+def _reached(region: Region) -> Column:
+    """The blocks of its tensor that a region reaches into."""
+    return np.arange(region.low >> 16, blocks_of(region.high))
+
+
+def _pairs(region: Region, levels: int) -> npt.NDArray[np.int64]:
     """The columns of a region's table, one for each block that it reaches into."""
-    x_P = (np.arange(region.low >> 16, blocks_of(region.high)) << 16) - region.low
+    x_P = (_reached(region) << 16) - region.low
     inner: list[Column] = []
     for dim in reversed(region.dims[1:]):
         x_P, digit_P = np.divmod(x_P, dim.size)
         inner = [digit_P, np.full_like(x_P, dim.size), np.full_like(x_P, dim.extent), *inner]
-    # No dimension: of size 1 all is carried, and 0 is below 1.
+    # Where it has fewer dimensions: of size 1, so that all is carried, and 0 is below 1.
     while len(inner) < 3 * (levels - 1):
         inner += [np.zeros_like(x_P), np.ones_like(x_P), np.ones_like(x_P)]
-    bounds = (np.clip(edge - x_P, 0, BLOCK) for edge in (0, region.dims[0].extent))
-    return np.stack([*bounds, *inner])
+    low_P, high_P = (np.clip(edge - x_P, 0, BLOCK) for edge in (0, region.dims[0].extent))
+    return np.stack([low_P, high_P, *inner])
 
 
 _sieves: WeakKeyDictionary[Parts, dict[torch.device, Sieve]] = WeakKeyDictionary()
@@ -131,153 +144,128 @@ def sieve_of(parts: Parts, device: torch.device) -> Sieve:
 class Sifted:
     """Some sparse sections of a patch, and which of their elements the regions of a layout have.
 
-    `rows`: their places in the patch's table. Finding it waits for the device once, and takes one
-    byte for each element that the sections carry; other temporaries stay within a chunk.
+    `rows`: the places in the patch's table of one section at least. It waits for the device once.
+    While it lives it holds a byte for each element that the sections carry; other temporaries stay
+    within a chunk. The patch must be sound.
     """
 
     def __init__(self, patch: Patch, rows: Column, sieve: Sieve) -> None:
         table = patch.table
-        rows = rows[np.argsort(table.itemsize[rows], kind="stable")]
-        #: Their places in the table: a chunk has elements of one size.
-        self.rows = rows
-        self._buffer = patch.buffer
-        self._itemsize_S = table.itemsize[rows]
+        kind_S = table.itemsize[rows] << 16 | sieve.kind(table.index[rows])
+        order = np.argsort(kind_S, kind="stable")
+        #: Their places in the table: sections whose elements are looked at alike are together.
+        self.rows = rows = rows[order]
+        self._patch = patch
         self._blocks_S = table.blocks[rows]
         self._block_S = starts(self._blocks_S)
         self._element_S = starts(table.count[rows])
-        self._places_S = table.places_offset[rows] // 2 - self._element_S
-        self._values_S = table.values_offset[rows] // self._itemsize_S - self._element_S
-        self._cut(int(table.count[rows].sum()))
-        self._sift(sieve, table.index[rows], table.offset[rows] // 4 - self._block_S)
+        # What leads from an element's number to where its position and its value lie.
+        self._positions_S = table.places_offset[rows] // 2 - self._element_S
+        self._values_S = table.values_offset[rows] // table.itemsize[rows] - self._element_S
+        self._cut(kind_S[order], int(table.count[rows].sum()))
+        self._sift(sieve)
 
-    def _cut(self, numel: int) -> None:
-        """Cut the elements, numbered through all sections, to chunks and these to cuts."""
-        each = CHUNK_CPU if self._buffer.device.type == "cpu" else CHUNK
-        sizes = np.flatnonzero(np.diff(self._itemsize_S, prepend=0))
-        edges = [*self._element_S[sizes].tolist(), numel]
+    def _cut(self, kind_S: Column, numel: int) -> None:
+        """Cut the elements, numbered through all sections, to chunks of one kind, these to cuts."""
+        each = CHUNK_CPU if self._patch.buffer.device.type == "cpu" else CHUNK
+        edges = [*self._element_S[np.flatnonzero(np.diff(kind_S, prepend=0))].tolist(), numel]
         #: The first element of each chunk, and the end of the last.
-        self._chunks = [
-            at
-            for start, stop in zip(edges[:-1], edges[1:], strict=True)
-            for at in range(start, stop, each)
-        ]
-        starts_C = np.union1d(self._element_S, np.array(self._chunks, np.int64))
-        self._section_C = np.searchsorted(self._element_S, starts_C, "right") - 1
-        self._stop_C = np.append(starts_C[1:], numel)
-        #: The first cut of each chunk, and of each section; behind the chunks the end of all.
-        self._first_cut = np.searchsorted(starts_C, [*self._chunks, numel])
-        self._cut_S = np.searchsorted(starts_C, self._element_S)
-        self._chunks.append(numel)
+        self._edges = [at for ends in pairwise(edges) for at in range(*ends, each)] + [numel]
+        edges_C = np.union1d(self._element_S, self._edges)
+        self._section_C = np.searchsorted(self._element_S, edges_C[:-1], "right") - 1
+        #: The first cut of each section, and the cuts of each chunk.
+        self._cut_S = np.searchsorted(edges_C, self._element_S)
+        first_cuts = np.searchsorted(edges_C, self._edges)
+        self._cuts = [slice(*ends) for ends in pairwise(first_cuts.tolist())]
+        #: Elements of a chunk that lie before a cut, and up to its end.
+        base_C = np.repeat(self._edges[:-1], np.diff(first_cuts))
+        self._base_C, self._stop_C = base_C, edges_C[1:] - base_C
 
-    def _sift(self, sieve: Sieve, index_S: Column, counts_S: Column) -> None:
-        buffer, device = self._buffer, self._buffer.device
-        first_cut, chunks = self._first_cut, self._chunks
-        base_C = np.repeat(chunks[:-1], np.diff(first_cut))
-        shift_S, stop_C = to_device(
+    def _sift(self, sieve: Sieve) -> None:
+        table, buffer = self._patch.table, self._patch.buffer
+        device, tensor_S = buffer.device, table.index[self.rows]
+        counts_S = table.offset[self.rows] // 4 - self._block_S
+        blocks_S = sieve.block_T[tensor_S] - self._block_S
+        shift_S, stop_C, many_S = to_device(
             device,
-            np.stack([counts_S, sieve.block_T[index_S] - self._block_S, self._places_S]),
-            self._stop_C - base_C,
+            np.stack([counts_S, blocks_S, self._positions_S]),
+            self._stop_C,
+            self._blocks_S,
         )
-        shift_K, at_K = self._spread(shift_S, self._blocks_S)
+        shift_K, at_K = _spread(shift_S, many_S, int(self._blocks_S.sum()))
         ends_K = buffer.view(torch.int32).index_select(0, at_K + shift_K[0]).cumsum(0)
-        block_K = at_K.add_(shift_K[1])
-        first_K = sieve.first_B.index_select(0, block_K)
-        many_K = sieve.many_B.index_select(0, block_K)
-        places_K = shift_K[2]
-        positions = buffer.view(torch.int16)
+        pairs_K = sieve.pairs_B.index_select(1, at_K.add_(shift_K[1]))
+        address = torch.int32 if buffer.numel() < NARROW_NBYTES else torch.int64
+        positions_K = shift_K[2].to(address)
         #: Of each block how many elements are kept.
         self._kept_K = torch.zeros_like(ends_K, dtype=torch.int32)
         self._masks: list[Tensor] = []
         kept: list[Tensor] = []
-        for at, (start, stop) in enumerate(zip(chunks[:-1], chunks[1:], strict=True)):
-            cuts = slice(first_cut[at], first_cut[at + 1])
-            first, last = self._section_C[cuts][[0, -1]]
+        for cuts, (start, stop) in zip(self._cuts, pairwise(self._edges), strict=True):
+            first, last = self._section_C[cuts.start], self._section_C[cuts.stop - 1]
             blocks = slice(self._block_S[first], self._block_S[last] + self._blocks_S[last])
-            here_S = index_S[first : last + 1]
             stop_K = ends_K[blocks].clamp(start, stop).sub_(start)
-            block_N = torch.repeat_interleave(
-                _steps(stop_K).to(torch.int32), output_size=stop - start
-            )
-            at_N = torch.arange(start, stop, device=device)
-            at_N += places_K[blocks].index_select(0, block_N)
-            x_N = positions.index_select(0, at_N).to(torch.int32).bitwise_and_(BLOCK - 1)
-            mask_N = sieve.mask(
-                first_K[blocks],
-                many_K[blocks],
-                block_N,
-                x_N,
-                int(sieve.depth_T[here_S].max()),
-                int(sieve.levels_T[here_S].max()),
-            )
+            here_K = _sizes(stop_K).to(torch.int32)
+            block_N = torch.repeat_interleave(here_K, output_size=stop - start)
+            at_N = positions_K[blocks].index_select(0, block_N)
+            at_N += torch.arange(start, stop, dtype=address, device=device)
+            x_N = buffer.view(torch.int16).index_select(0, at_N).to(torch.int32)
+            x_N &= BLOCK - 1
+            mask_N = sieve.mask(tensor_S[first : last + 1], pairs_K[:, blocks], block_N, x_N)
             before_N = torch.zeros(stop - start + 1, dtype=torch.int32, device=device)
             torch.cumsum(mask_N, 0, dtype=torch.int32, out=before_N[1:])
-            self._kept_K[blocks] += _steps(before_N.index_select(0, stop_K))
+            self._kept_K[blocks].add_(_sizes(before_N.index_select(0, stop_K)))
             kept.append(before_N.index_select(0, stop_C[cuts]))
             self._masks.append(mask_N)
-        ends_C = torch.cat(kept).cpu().numpy().astype(np.int64)
-        self._kept_C = np.diff(ends_C, prepend=0)
-        self._kept_C[first_cut[:-1]] = ends_C[first_cut[:-1]]
-        #: Of each section, in the order of `rows`: int64.
-        self.kept_S = np.add.reduceat(self._kept_C, self._cut_S)
+        upto_C = torch.cat(kept).cpu().numpy().astype(np.int64)
+        #: How many elements of each cut are kept, and of those of its chunk before it.
+        self._before_C = np.append(0, upto_C[:-1])
+        self._before_C[[cuts.start for cuts in self._cuts]] = 0
+        self._kept_C = upto_C - self._before_C
+        #: How many of each section, in the order of `rows`.
+        self.kept_S: Column = np.add.reduceat(self._kept_C, self._cut_S)
 
     def write(self, out: Patch, rows: Column) -> None:
         """Write what is kept to a patch on the same device, whose table has it as sparse sections.
 
-        `rows`: for each section its place there; of one that keeps nothing it does not matter.
+        `rows`: the place there of each section that keeps something; those of others are not used.
         Enqueued on the current stream.
         """
-        buffer, device, to = self._buffer, self._buffer.device, out.table
-        some = self.kept_S > 0
-        if not some.any():
+        some_S = self.kept_S > 0
+        if not some_S.any():
             return
-        rows = np.where(some, rows, rows[some][0])
-        blocks_S = self._blocks_S[some]
-        from_block_S = self._block_S[some] - starts(blocks_S)
-        to_block_S = to.offset[rows[some]] // 4 - starts(blocks_S)
-        # From a place among the kept ones of a chunk to that among those of the section.
-        before_C = starts(self._kept_C)
-        rank_C = -before_C[self._cut_S][self._section_C]
-        firsts, chunks = self._first_cut, np.array(self._chunks[:-1])
-        many = np.diff(firsts)
-        rank_C = rank_C + np.repeat(before_C[firsts[:-1]], many)
-        base_C = np.repeat(chunks, many)
-        row_C = rows[self._section_C]
-        shift_S, shift_C, kept_C = to_device(
-            device,
-            np.stack([from_block_S, to_block_S]),
-            np.stack(
-                [
-                    self._places_S[self._section_C] + base_C,
-                    to.places_offset[row_C] // 2 + rank_C,
-                    self._values_S[self._section_C] + base_C,
-                    to.values_offset[row_C] // to.itemsize[row_C] + rank_C,
-                ]
-            ),
-            self._kept_C,
+        device, table, section_C = out.buffer.device, out.table, self._section_C
+        rows = np.where(some_S, rows, 0)
+        blocks_S, row_C = self._blocks_S[some_S], rows[section_C]
+        starts_S = starts(blocks_S)
+        # What earlier cuts of a section keep lies before what a cut does.
+        rank_C = starts(self._kept_C)
+        rank_C = rank_C - rank_C[self._cut_S][section_C] - self._before_C
+        moves_C = (
+            self._positions_S[section_C] + self._base_C,
+            table.places_offset[row_C] // 2 + rank_C,
+            self._values_S[section_C] + self._base_C,
+            table.values_offset[row_C] // table.itemsize[row_C] + rank_C,
         )
-        shift_K, at_K = self._spread(shift_S, blocks_S)
+        counts_S = self._block_S[some_S], table.offset[rows[some_S]] // 4
+        shift_C, kept_C, shift_S, many_S = to_device(
+            device, np.stack(moves_C), self._kept_C, np.stack(counts_S) - starts_S, blocks_S
+        )
+        shift_K, at_K = _spread(shift_S, many_S, int(blocks_S.sum()))
         kept_K = self._kept_K.index_select(0, at_K + shift_K[0])
-        out.buffer.view(torch.int32).index_copy_(0, at_K.add_(shift_K[1]), kept_K)
-        for at, mask_N in enumerate(self._masks):
-            cuts = slice(firsts[at], firsts[at + 1])
+        out.buffer.view(torch.int32).scatter_(0, at_K.add_(shift_K[1]), kept_K)
+        for cuts, mask_N in zip(self._cuts, self._masks, strict=True):
             kept = int(self._kept_C[cuts].sum())
             if not kept:
                 continue
             from_M, to_M = _places(mask_N, kept), torch.arange(kept, device=device)
             cut_M = torch.repeat_interleave(kept_C[cuts], output_size=kept)
-            itemsize = int(self._itemsize_S[self._section_C[cuts.start]])
+            itemsize = int(self._patch.table.itemsize[self.rows[section_C[cuts.start]]])
             for row, dtype in ((0, torch.int16), (2, bits_dtype(itemsize))):
                 source_M = shift_C[row, cuts].index_select(0, cut_M).add_(from_M)
                 target_M = shift_C[row + 1, cuts].index_select(0, cut_M).add_(to_M)
-                moved_M = buffer.view(dtype).index_select(0, source_M)
-                out.buffer.view(dtype).index_copy_(0, target_M, moved_M)
-
-    def _spread(self, columns_S: Tensor, blocks_S: Column) -> tuple[Tensor, Tensor]:
-        """Columns of sections as those of their blocks, and the blocks' numbers: both int64."""
-        device, blocks = columns_S.device, int(blocks_S.sum())
-        (many_S,) = to_device(device, blocks_S)
-        section_K = torch.repeat_interleave(many_S, output_size=blocks)
-        return columns_S.index_select(1, section_K), torch.arange(blocks, device=device)
+                moved_M = self._patch.buffer.view(dtype).index_select(0, source_M)
+                out.buffer.view(dtype).scatter_(0, target_M, moved_M)
 
 
 def starts(sizes: Column) -> Column:
@@ -286,13 +274,19 @@ def starts(sizes: Column) -> Column:
     return found
 
 
-def _steps(ends_K: Tensor) -> Tensor:
-    """From ends to sizes."""
+def _sizes(ends_K: Tensor) -> Tensor:
+    """How much lies between each end and the one before it."""
     return torch.cat([ends_K[:1], ends_K.diff()])
 
 
+def _spread(rows_S: Tensor, blocks_S: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """What sections have, for each of their blocks, and the blocks' numbers."""
+    section_K = torch.repeat_interleave(blocks_S, output_size=blocks)
+    return rows_S.index_select(1, section_K), torch.arange(blocks, device=rows_S.device)
+
+
 def _places(mask_N: Tensor, kept: int) -> Tensor:
-    """Where a mask of so many set elements is set: int64. The host does not wait."""
+    """Where a mask is set that is at `kept` places: int64. The host does not wait."""
     if mask_N.device.type == "cpu":
         return indices(mask_N)
     return torch.nonzero_static(mask_N, size=kept).view(-1)

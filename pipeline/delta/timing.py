@@ -65,7 +65,7 @@ def to_device(device: torch.device, *columns: npt.NDArray[np.int64]) -> list[Ten
     sizes = [column.size for column in columns]
     host = host_numbers(sum(sizes), device)
     np.concatenate([column.reshape(-1) for column in columns], out=host.numpy())
-    parts = host.to(device, non_blocking=True).split(sizes)
+    parts = torch.split(host.to(device, non_blocking=True), sizes)
     return [part.view(column.shape) for part, column in zip(parts, columns, strict=True)]
 
 

@@ -26,6 +26,7 @@ from sparsecast.pipeline.delta import (
     manifest_of,
     merge,
     routing,
+    sieve,
 )
 from sparsecast.pipeline.delta.routing import restrict
 from states import DTYPES, State, bits, changed, clone, random_tensor, same, seeds
@@ -89,6 +90,7 @@ def small_spans(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(decode, "SPAN_VALUES", 300)
     patched.setattr(decode, "SPAN_BLOCKS", 1)
     patched.setattr(routing, "SPAN_BLOCKS", 1)
+    patched.setattr(sieve, "CHUNK_CPU", 300)
 
 
 # ---- a patch of parts
@@ -384,7 +386,7 @@ def test_parting_a_patch_costs_what_it_carries() -> None:
             return result
 
     found = []
-    for rows in (64, 6400):
+    for rows in (128, 12_800):
         old = {"w": torch.zeros(rows, 1024, dtype=torch.int16)}
         new = clone(old)
         new["w"].view(-1)[:: rows * 1024 // 4000] = 1
