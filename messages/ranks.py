@@ -50,7 +50,8 @@ class Over(RankMessage, frozen=True, kw_only=True):
 
 class Order(RankMessage, frozen=True, kw_only=True):
     """The first rank wants something done (first rank → others), which all begin in the order of
-    the numbers, from 1 on. Absent: said again when a rank tells that it has not seen it."""
+    the numbers, from 1 on. Absent: said again when a rank tells that it has not begun it, and now
+    and then while it is not answered."""
 
     number: int
     deed: Deed
@@ -71,13 +72,14 @@ class Answer(RankMessage, frozen=True, kw_only=True):
 
 class Here(RankMessage, frozen=True, kw_only=True):
     """A rank lives (other rank → first rank, with each heartbeat). `leader` is "" while it follows
-    nobody.
+    nobody; every order up to `begun` was begun, and may be under way.
 
     Absent for silence_s: what is asked of the worker fails, and says that this rank is silent.
     """
 
     rank: int
     incarnation: str
+    begun: int = 0
 
 
 class Fellow(RankMessage, frozen=True, kw_only=True):
@@ -138,10 +140,12 @@ class Store(msgspec.Struct, frozen=True, kw_only=True):
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
     """The version that a rank has published, and its share of the digest. None: it is another one
-    than was asked for, and nothing was done."""
+    than was asked for, and nothing was done; or `spoilt` is the entry of the log that is not what
+    it says."""
 
     version: int
     digest: int | None
+    spoilt: str = ""
 
 
 AnyRankMessage = Lead | Over | Order | Answer | Here | Fellow

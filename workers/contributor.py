@@ -27,7 +27,7 @@ from .orders import decode_what
 from .outgoing import Outgoing, Published, ShadowPlace, Share, Source
 from .parted import Parted
 from .rehearsal import rehearse
-from .remaking import Remaking, State
+from .remaking import Remaking, Spoilt, State
 from .sending import Sending
 from .streams import device_for, in_order
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
@@ -90,6 +90,8 @@ class Contributor:
         self._copy: Patch | None = None
         #: The old state that it may go on from.
         self._past: State | None = None
+        #: The digest of the state that was asked for last.
+        self._recalled = 0
         self._life: contextlib.AsyncExitStack | None = None
 
     # ---- life
@@ -133,6 +135,7 @@ class Contributor:
                 device=lambda: device_for(self._device, self._parted.tensors),
                 tiers=self._tiers,
                 manifest=lambda: self._outgoing.local if self._outgoing is not None else None,
+                quota_nbytes=self.policy.quota_nbytes,
                 timeout_s=self.policy.bus_s,
             )
         self._ports = ports
@@ -154,6 +157,7 @@ class Contributor:
             let_go=self._let_go,
             deserted=self._let_go,  # the others' ends may wait for ours
             over=self._over,
+            once=True,  # what another one gathers would be of another step
         )
         await self._following.start()
         life.push_async_callback(self._following.stop)
@@ -264,12 +268,13 @@ class Contributor:
                 return Held(version=version, digest=digest)
             case "recall", _:
                 return await self._recall(outgoing, what)
-            case "since", _:
+            case "since", (start, digest):
                 past, self._past = self._past, None
-                if past is None:
-                    raise LocalProtocolError("no old state was made again here")
-                return await run(outgoing.go_on, what, past)
+                if past is None or digest != self._recalled:
+                    raise LocalProtocolError("that old state was not made again here")
+                return await run(outgoing.go_on, start, past)
             case "hold", _:
+                self._past = None  # it was not needed
                 self._begun = True
                 self._changes.notify()
                 return None
@@ -355,8 +360,15 @@ class Contributor:
         claims = await Journal(self._ports.bus, self.run).claims(timeout_s=self.policy.bus_s)
         manifest, layout = outgoing.manifest, outgoing.layout
         remaking = Remaking(self._ports, self.policy, manifest, layout, claims)
-        self._past = await remaking.state(way)
-        return Held(version=way[-1].version, digest=await remaking.digest(self._past))
+        self._past, self._recalled = None, way[-1].digest
+        try:
+            past = await remaking.state(way)
+        except Spoilt as exc:
+            return Held(version=way[-1].version, digest=None, spoilt=exc.entry.name)
+        share = await remaking.digest(past)
+        if self._recalled == way[-1].digest:  # else another way was asked for meanwhile
+            self._past = past
+        return Held(version=way[-1].version, digest=share)
 
     async def _store(self, entry: LogEntry, patch: Patch) -> None:
         payload = await self._ports.run(self._made_by().wire, patch)

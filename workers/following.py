@@ -28,7 +28,7 @@ class Following:
     `perform` does an order, `introduce` says what this rank is; `let_go` ends what an earlier life
     has begun, and its coroutine is over before the next one's orders begin; `deserted` is called
     with each heartbeat while the first rank is unheard for Policy.silence_s; `over` hears why a
-    life of it is followed no more.
+    life of it is followed no more. `once`: one that gathers is followed, and none after it.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Following:
         introduce: Callable[[str, str], Fellow],
         let_go: Callable[[], Awaitable[None]],
         deserted: Callable[[], Awaitable[None]],
+        once: bool = False,
         over: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._ports = ports
@@ -56,6 +57,7 @@ class Following:
         self._introduce = introduce
         self._let_go = let_go
         self._deserted = deserted
+        self._once = once
         self._over = over
         self._incarnation = ports.token()
         self._taken: Taken | None = None
@@ -109,7 +111,12 @@ class Following:
         except RemoteProtocolError as exc:
             log.warning("ignored: %s", exc)
             return
-        if not isinstance(said, Lead | Over | Order) or not self._obeys(said.leader):
+        if not isinstance(said, Lead | Over | Order):
+            return
+        gathering = isinstance(said, Lead) and said.gathering
+        if self._once and self._taken is None and (self._ended or not gathering):
+            return
+        if not self._obeys(said.leader):
             return
         taken = self._taken
         assert taken is not None
@@ -135,7 +142,7 @@ class Following:
         taken = self._taken
         if leader in self._ended:
             return False
-        if taken is None or (leader != taken.leader and self.abandoned):
+        if taken is None or (leader != taken.leader and self.abandoned and not self._once):
             self._follow(leader, "another process is the first rank now")
         elif leader != taken.leader:
             return False
@@ -179,7 +186,13 @@ class Following:
 
     async def _beat(self) -> None:
         while True:
-            here = Here(leader=self.leader or "", rank=self._rank, incarnation=self._incarnation)
+            taken = self._taken
+            here = Here(
+                leader=self.leader or "",
+                rank=self._rank,
+                incarnation=self._incarnation,
+                begun=0 if taken is None else taken.begun,
+            )
             self._say(here)
             if not self._ports.bus.connected:
                 self._heard = self._ports.clock()  # it is we who hear nobody

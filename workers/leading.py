@@ -32,6 +32,8 @@ from .orders import Given, result_of
 
 log = logging.getLogger("sparsecast.ranks")
 
+#: How long a begun order may be unanswered before it is said again.
+AGAIN_S = 1.0
 #: So many orders are kept for a rank that does not answer; then it is given up.
 PATIENCE = 1000
 
@@ -84,6 +86,8 @@ class Leading:
         self._heard: dict[int, float] = {}
         self._met: Future[None] = Future()
         self._waiting: dict[int, _Wait] = {}
+        #: When an order was said last that a rank has begun, and not answered.
+        self._said: dict[int, float] = {}
         self._looked = clock()
         self._over = False
         self._why = ""
@@ -251,8 +255,15 @@ class Leading:
             self._broke(WorkerDied(f"{who} follows another first rank of that name"))
         elif said.leader:
             self._heard[said.rank] = self._clock()
+            now, begun = self._clock(), said.begun if isinstance(said, Here) else 0
             for order in self._given.unanswered(said.rank):
-                self._put(order)
+                # What was begun may take long; its answer may have been lost all the same.
+                if order.number > begun or now - self._said.get(order.number, now) > AGAIN_S:
+                    self._put(order)
+                    self._said[order.number] = now
+                self._said.setdefault(order.number, now)
+            for number in [number for number in self._said if number <= self._given.done]:
+                del self._said[number]
 
     async def _beat(self) -> None:
         while True:

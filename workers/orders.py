@@ -34,7 +34,7 @@ DEEDS: dict[Deed, Any] = {
     "publish": Publish,
     "recall": tuple[LogEntry, ...],
     "begin": Begin,
-    "since": int,
+    "since": tuple[int, int],
     "seal": Seal,
     "send": cmd.Send,
     "store": Store,

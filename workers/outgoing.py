@@ -421,15 +421,8 @@ class Outgoing:
             if self._last is not None and self._last.patch.version <= patch.version:
                 self._last = None  # it is whole, and holds memory of the patch's size
         assert patch.base_version is not None
-        kept.routed, ways = self._routing
-        kept.routes = tuple(
-            patch if way is None else restrict(patch, way, self.local) for way in ways
-        )
         self._kept[patch.version] = kept
-        row = tuple(
-            Piece(one.nbytes, kept.checksum if one is patch else checksum_of(one.buffer))
-            for one in kept.routes
-        )
+        row = self._part(kept)
         return Sealed(
             base_version=patch.base_version,
             version=patch.version,
@@ -448,6 +441,33 @@ class Outgoing:
             routes=(row,) if row else (),
             routed=kept.routed,
         )
+
+    def _part(self, kept: _Kept) -> tuple[Piece, ...]:
+        """Part a sealed patch for the window whose ranks do not all receive the same, if there is
+        one; what each class gets. Without memory for it all get the whole patch."""
+        window, ways = self._routing
+        patch = kept.patch
+        try:
+            routes = tuple(
+                patch if way is None else restrict(patch, way, self.local) for way in ways
+            )
+            row = tuple(
+                Piece(one.nbytes, kept.checksum if one is patch else checksum_of(one.buffer))
+                for one in routes
+            )
+        except (RuntimeError, MemoryError) as exc:
+            log.warning("version %d goes whole to all ranks: %s", patch.version, exc)
+            return ()
+        kept.routed, kept.routes = window, routes
+        return row
+
+    def unroute(self, window: int) -> None:
+        """That window is left: nothing is parted for it any more, nor kept."""
+        if self._routing[0] == window:
+            self._routing = (0, ())
+        for kept in list(self._kept.values()):
+            if kept.routed == window:
+                kept.routed, kept.routes = 0, ()
 
     def route(self, window: int, ways: Sequence[Layout | None]) -> None:
         """Part what is sealed from now on for a window: each class holds of the tensors here what a

@@ -123,6 +123,10 @@ class Recall:
             held: list[Held] = await asyncio.gather(*map(asyncio.wrap_future, others))
         except RankSilent as exc:
             raise LogError(str(exc)) from exc
+        spoilt = {one.spoilt for one in held if one.spoilt}
+        for entry in step.way:
+            if entry.name in spoilt:
+                raise Spoilt(entry, "what another rank needs of it is not what it says")
         found = sum((share, *(one.digest or 0 for one in held))) % (1 << 64)
         if found != step.entry.digest:
             reason = f"it leads to digest {found:016x}, {step.entry.digest:016x} was published"

@@ -69,10 +69,12 @@ class Sending:
 
     async def abort(self, window: int) -> None:
         """Break a window off; nothing happens if it is not here."""
+        self._outgoing.unroute(window)
         await self._windows.abort(window)
 
     async def close(self, window: int) -> None:
         """Leave an idle window in order."""
+        self._outgoing.unroute(window)
         await self._windows.close(window)
 
     def alert(self, stamp: Stamp) -> None:

@@ -49,7 +49,7 @@ class United(Outgoing):
             digest = sum((share, *(held.digest for held in found))) & MASK
             if past is None or past.digest == digest:
                 return start, digest
-            order = self._order("since", start)
+            order = self._order("since", (start, past.digest))
             self.go_on(start, past.tensors)
             _results(order)
             return start, past.digest
@@ -135,6 +135,7 @@ class United(Outgoing):
 
         def copy(version: int) -> list[Held]:
             order = self._order("copy", version)
+            copies.clear()  # of the try before
             patch, digest = self.copy()
             copies[patch.version] = patch
             return [Held(version=patch.version, digest=digest), *_results(order)]

@@ -303,7 +303,8 @@ class TrainerCore:
         kind, members = windows.wanted(self.head, now)
         right = windows.is_open(kind, members)
         if kind is not None and not right and now >= windows.openings.resume_at:
-            self._out += windows.ask(self.epoch, kind, members, self.head, now)
+            again = round_ is not None  # a class after the other would take its time
+            self._out += windows.ask(self.epoch, kind, members, self.head, now, whole=again)
             self.state = State.OPENING
         elif self._announcing.pending is not None:
             return  # Nobody may be called for a version that the journal has not stored yet.

@@ -82,14 +82,23 @@ class Windows:
         return self.open is not None and (self.open.kind, self.open.members) == (kind, members)
 
     def ask(
-        self, epoch: int, kind: WindowKind, members: tuple[Sender, ...], head: int, now: float
+        self,
+        epoch: int,
+        kind: WindowKind,
+        members: tuple[Sender, ...],
+        head: int,
+        now: float,
+        *,
+        whole: bool = False,
     ) -> list[TrainerCommand]:
-        """Ask members to commit to a new window, which they enter at version `head`."""
+        """Ask members to commit to a new window, which they enter at version `head`. `whole`: all
+        receive the same in it; a patch that was parted for another window is whole again."""
         out = self.leave("another window follows")
         self._count += 1
         known = [self._membership.get(member) for member in members]
         ranks = tuple(len(member.gpus) if member is not None else 1 for member in known)
-        classes = routed(known, self._policy.routing, kind, self.roots, self.nbytes)
+        routing = "broadcast" if whole else self._policy.routing
+        classes = routed(known, routing, kind, self.roots, self.nbytes)
         self._next = Window(epoch, self._count, kind, members, ranks, classes)
         stamp = self._next.stamp(version=head)
         self.exchange = Exchange(stamp, members, now, self._policy.ready_s, self._policy.open_s)

@@ -367,3 +367,17 @@ async def test_a_rank_that_could_not_merge_stores_what_the_others_do(site: Site)
     assert same_bits(whole, mine)
     bases = {e.base_version for e in await publisher._ports.log.entries(timeout_s=5)}
     assert 0 in bases  # patches lead on from the anchor
+
+
+async def test_a_rank_follows_one_life_of_the_first_one(site: Site) -> None:
+    """The first rank leaves and another one takes its place, while the other rank is still where it
+    was: what that holds is of another step, so it does not come, and publishes nothing."""
+    trainers = Trainers(site, weights(), split(weights(), 2))
+    publisher = await trainers.start()
+    await trainers.publish()
+    await publisher.close()
+    late = trainers.first(policy=replace(QUICK, gather_s=1.0))
+    with pytest.raises(WaitTimeout, match="rank 1 did not come"):
+        await late.__aenter__()
+    with pytest.raises(Closed, match="the first rank of the trainer has left"):
+        await trainers.others[0].publish()
