@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -21,6 +22,21 @@ log = logging.getLogger("sparsecast.windows")
 _NAP_S = 0.00003
 #: linux/prctl.h; its unit is the nanosecond.
 _PR_SET_TIMERSLACK = 29
+
+
+#: How long the interpreter's end waits for what still runs: as long as a window may take to open.
+_END_S = 10.0
+#: What runs on some lane.
+_at_work: set[Callable[[], bool]] = set()
+
+
+@atexit.register
+def _let_end() -> None:
+    """A daemon thread that comes back from foreign code once the interpreter has ended is unwound
+    there, and std::terminate aborts the process."""
+    until = time.monotonic() + _END_S
+    while _at_work and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 class Lane:
@@ -88,8 +104,14 @@ class Lane:
         return future
 
     def _work(self) -> None:
-        while self._next()():
-            pass
+        goes_on = True
+        while goes_on:
+            job = self._next()
+            _at_work.add(job)
+            try:
+                goes_on = job()
+            finally:
+                _at_work.discard(job)
 
     def _next(self) -> Callable[[], bool]:
         while time.monotonic() < self._alert_until:

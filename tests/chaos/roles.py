@@ -44,7 +44,7 @@ from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.fetching import Fetching
 from sparsecast.workers.hands import Hands
 from sparsecast.workers.incoming import Incoming
-from sparsecast.workers.publishing import AsyncPublisher
+from sparsecast.workers.sending import Sending
 from sparsecast.workers.tenure import Tenure
 
 #: How long a breakpoint holds, and a pause waits for the workers, at most.
@@ -172,7 +172,7 @@ def trainer_stages(link: Link) -> None:
 
     Shadow.diff = diffing  # type: ignore[method-assign]
     Journal.append = announcing  # type: ignore[method-assign]
-    before(AsyncPublisher, "_send", link, "broadcast")
+    before(Sending, "send", link, "broadcast")
     before(Archive, "store", link, "store")
 
 

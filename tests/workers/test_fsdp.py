@@ -183,9 +183,7 @@ def _bytes(whole: Tensors) -> bytes:
     )
 
 
-@pytest.mark.parametrize(
-    ("sharding", "ranks"), [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp-tp", 4)]
-)
+@pytest.mark.parametrize(("sharding", "ranks"), [("fsdp", 2), ("hsdp", 4), ("fsdp-tp", 4)])
 async def test_ranks_that_torch_shards_publish_what_they_hold(
     site: Site, tmp_path: Path, sharding: str, ranks: int
 ) -> None:

@@ -283,7 +283,7 @@ def test_weights_change_in_the_order_of_streams() -> None:
 def test_the_shares_of_shards(host: bool) -> None:
     """Two ranks hold rows and columns of tensors, some from a block of the published one on, some
     not, and one of them what is small. A little changes, then so much that tiles are looked at
-    again, then nothing: each time their digests add up to that of the whole."""
+    again: each time their digests add up to that of the whole."""
     random = torch.Generator().manual_seed(3)
     whole = {
         "blocks": torch.randn(512, 256, generator=random).bfloat16(),
@@ -297,7 +297,7 @@ def test_the_shares_of_shards(host: bool) -> None:
         Shadow(mine, host=host, layout=layout, published=manifest)
         for mine, layout in zip(held, layouts, strict=True)
     ]
-    for version, density in enumerate([0.001, 0.6, 0.0], 1):
+    for version, density in enumerate([0.001, 0.6], 1):
         for tensor in whole.values():
             some = torch.rand(tensor.shape, generator=random) < density
             tensor[some] = torch.randn(int(some.sum()), generator=random).to(tensor.dtype)
