@@ -96,7 +96,7 @@ def small_spans(patched: pytest.MonkeyPatch) -> None:
 # ---- a patch of parts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), published(), densities, seeds, st.booleans())
 def test_every_worker_has_what_whole_patches_give(
     data: Any, old: State, density: float, seed: int, in_spans: bool
@@ -136,7 +136,7 @@ def test_every_worker_has_what_whole_patches_give(
             assert same(alone, laid(worker, new, seed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data(), published(), st.sampled_from([0.0, 0.0005, 0.01]), seeds)
 def test_a_patch_of_parts_is_the_diff_of_parts(
     data: Any, old: State, density: float, seed: int

@@ -51,7 +51,7 @@ def boxes(spec: TensorSpec, begins: Sequence[Sequence[int]], shape: Sequence[int
     return Layout(tensors=tuple(tensors), parts=tuple(parts), partial=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.data(),
     published(most=6),
