@@ -28,7 +28,7 @@ class Following:
     `perform` does an order, `introduce` says what this rank is; `let_go` ends what an earlier life
     has begun, and its coroutine is over before the next one's orders begin; `deserted` is called
     with each heartbeat while the first rank is unheard for Policy.silence_s; `over` hears why a
-    life of it is followed no more. `once`: one that gathers is followed, and none after it.
+    life of it is followed no more. `once`: one is followed, and none after it.
     """
 
     def __init__(
@@ -113,10 +113,7 @@ class Following:
             return
         if not isinstance(said, Lead | Over | Order):
             return
-        gathering = isinstance(said, Lead) and said.gathering
-        if self._once and self._taken is None and (self._ended or not gathering):
-            return
-        if not self._obeys(said.leader):
+        if (self._once and self._taken is None and self._ended) or not self._obeys(said.leader):
             return
         taken = self._taken
         assert taken is not None
