@@ -5,6 +5,7 @@ Each docstring says who sends the message, who receives it, and what its absence
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -47,6 +48,11 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
 
     nbytes: int
     checksum: int
+
+
+def added(shares: Iterable[int]) -> int:
+    """The digest that shares of it add up to, or the checksum of several pieces: mod 2⁶⁴."""
+    return sum(shares) & ((1 << 64) - 1)
 
 
 # ---- trainer → journal → members (republished, in the order of the stream)

@@ -26,7 +26,7 @@ from .following import Following
 from .orders import decode_what
 from .outgoing import Outgoing, Published, ShadowPlace, Share, Source
 from .parted import Parted
-from .rehearsal import rehearse
+from .rehearsal import rehearse_outgoing
 from .remaking import Remaking, Spoilt, State
 from .sending import Sending
 from .streams import device_for, in_order
@@ -308,17 +308,16 @@ class Contributor:
     def _make(self, what: Publish) -> Outgoing:
         roots = tuple(codec.unpack_layout(packed) for packed in what.roots)
         share = Share(self.rank, roots, what.manifest, self._parted.tensors)
-        outgoing = self._parted.outgoing(
-            share, clock=self._ports.clock, writer=what.writer, shadow=self._shadow
+        dtype = self._parted.dtype
+        outgoing = Outgoing(
+            self._parted.model,
+            dtype=dtype,
+            clock=self._ports.clock,
+            writer=what.writer,
+            shadow=self._shadow,
+            share=share,
         )
-        if outgoing.devices or self._ports.device != "cpu":
-            rehearse(
-                outgoing.tensors(),
-                torch.device(self._ports.device),
-                dtype=self._parted.dtype,
-                host=self._shadow == "host",
-                layout=share.layout,
-            )
+        rehearse_outgoing(outgoing, self._ports.device, dtype=dtype, shadow=self._shadow)
         return outgoing
 
     async def _until(self, version: int, failed: int | None = None) -> int:

@@ -8,13 +8,13 @@ readers see is the first rank's: an apply holds its guard until every rank has w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
 from ..messages import codec
-from ..messages.control import Claim, LogEntry, Stamp, WindowKind
+from ..messages.control import Claim, LogEntry, Stamp, WindowKind, added
 from ..messages.errors import EngineError, LogError, ManifestMismatch, SparsecastError, brief
 from ..messages.layout import Layout, require_whole
 from ..pipeline.core import commands as cmd
@@ -24,12 +24,10 @@ from ..pipeline.log.base import Progress
 from .hands import Hands
 from .incoming import Unwritten
 from .leading import Leading, RankSilent
-from .together import Together
+from .together import Together, first_of
 
 T = TypeVar("T")
 
-#: A digest is a sum mod 2⁶⁴.
-MASK = (1 << 64) - 1
 #: A worker joins again with every heartbeat until it is welcome.
 TOLD_NBYTES = 1 << 18
 
@@ -63,14 +61,7 @@ class Group:
 
     async def open(self, command: cmd.OpenWindow) -> ev.WindowOpened | ev.WindowFailed:
         """Open every rank's end of a window."""
-        timeout_s = command.timeout_s + self._policy.bus_s
-        try:
-            mine = partial(self._mine.open, command)
-            found = await self._ranks.all(mine, "open", command, timeout_s, hurry=True)
-        except SparsecastError as exc:
-            return ev.WindowFailed(command.stamp.epoch, command.stamp.window, brief(exc))
-        opened: ev.WindowOpened | ev.WindowFailed = _first_of(ev.WindowFailed, found) or found[0]
-        return opened
+        return await self._ranks.open(self._mine.open, command)
 
     async def abort(self, window: int) -> None:
         """Break a window off on every rank."""
@@ -136,11 +127,11 @@ class Group:
             return ev.Unfit(claim.epoch, exc.difference)
         except SparsecastError as exc:
             return ev.Unfit(claim.epoch, brief(exc))
-        unfit = _first_of(ev.Unfit, found)
+        unfit = first_of(ev.Unfit, found)
         if unfit is not None:
             return unfit
         digests = [event.digest for event in found.values()]
-        total = -1 if -1 in digests else sum(digests) & MASK
+        total = -1 if -1 in digests else added(digests)
         return ev.Proved(claim.epoch, claim.manifest.hash, total)
 
     async def hold(self, version: int) -> None:
@@ -186,10 +177,10 @@ class Group:
             )
         except SparsecastError as exc:
             return ev.DigestFailed(version, brief(exc))
-        failed = _first_of(ev.DigestFailed, found)
+        failed = first_of(ev.DigestFailed, found)
         if failed is not None:
             return failed
-        total = sum(event.digest for event in found.values()) & MASK
+        total = added(event.digest for event in found.values())
         return ev.Digested(version, total, max(event.verify_us for event in found.values()))
 
 
@@ -213,11 +204,6 @@ def _outcome(future: Future[Any]) -> Any:
         return future.result()
     except SparsecastError as exc:
         return exc
-
-
-def _first_of(kind: type[T], found: Mapping[int, Any]) -> T | None:
-    """The event of this kind of the lowest rank that has one, or None."""
-    return next((found[rank] for rank in sorted(found) if isinstance(found[rank], kind)), None)
 
 
 #: What a replica works with: one rank's hands, or those of all ranks of a worker.

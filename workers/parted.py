@@ -11,7 +11,7 @@ import torch
 from ..messages.layout import Layout
 from ..pipeline.delta import manifest_of
 from .layouts import layout_of, local_tensors
-from .outgoing import Outgoing, Share, Source
+from .outgoing import Source
 
 
 class Parted:
@@ -32,7 +32,7 @@ class Parted:
         rename: Callable[[str], str] | Mapping[str, str] | None,
         layout: Layout | None,
     ) -> None:
-        self._model = model
+        self.model = model
         self.dtype = dtype
         self._choice: dict[str, Any] = {"include": include, "exclude": exclude}
         self._rename = rename
@@ -40,7 +40,7 @@ class Parted:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The local tensors, as they are now, not cast (UnsupportedTensor)."""
-        return local_tensors(self._model, **self._choice)
+        return local_tensors(self.model, **self._choice)
 
     def layout(self) -> Layout:
         """What they are of the published tensors, in the dtypes that are published.
@@ -50,23 +50,9 @@ class Parted:
         held = self.tensors()
         local = manifest_of(held, dtype=self.dtype)
         if self._layout is None:
-            found = layout_of(self._model, rename=self._rename, **self._choice)
+            found = layout_of(self.model, rename=self._rename, **self._choice)
             return msgspec.structs.replace(found, tensors=local.tensors)
         if self._layout.local == manifest_of(held):
             return msgspec.structs.replace(self._layout, tensors=local.tensors)
         local.require_same(self._layout.local, here="in the model", there="in the layout")
         return self._layout
-
-    def outgoing(
-        self, share: Share, made: Callable[..., Outgoing] = Outgoing, **options: Any
-    ) -> Outgoing:
-        """The outgoing side of this rank's share."""
-        return made(
-            self._model,
-            dtype=self.dtype,
-            include=None,
-            exclude=None,
-            rename=None,
-            share=share,
-            **options,
-        )

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -39,7 +38,7 @@ from .leading import Leading
 from .outgoing import Outgoing, Past, Published, ShadowPlace, Share, Source
 from .parted import Parted
 from .recall import Recall
-from .rehearsal import rehearse
+from .rehearsal import rehearse_outgoing
 from .sending import Sending, SendingTogether
 from .streams import device_for, in_order
 from .telling import Telling
@@ -364,7 +363,7 @@ class AsyncPublisher:
         )
 
     def _make_outgoing(self, writer: str, leading: Leading | None) -> Outgoing:
-        ports, share = self._ports, None
+        ports = self._ports
         if leading is None:
             outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
         else:
@@ -378,24 +377,21 @@ class AsyncPublisher:
                 Publish(manifest=manifest, roots=packed, writer=writer),
                 self.policy.store_s,
             )
-            outgoing = self._parted.outgoing(
-                share,
-                partial(United, leading=leading, policy=self.policy),
+            outgoing = United(
+                self._model,
+                leading=leading,
+                policy=self.policy,
+                dtype=self._choice["dtype"],
                 clock=ports.clock,
                 writer=writer,
                 shadow=self._choice["shadow"],
+                share=share,
             )
             for future in told:
                 future.result()
-        if outgoing.devices or ports.device != "cpu":
-            # Before any window opens: what is loaded while a collective is pending waits for it.
-            rehearse(
-                outgoing.tensors(),
-                torch.device(ports.device),
-                dtype=self._choice["dtype"],
-                host=self._choice["shadow"] == "host",
-                layout=share.layout if share is not None else None,
-            )
+        rehearse_outgoing(
+            outgoing, ports.device, dtype=self._choice["dtype"], shadow=self._choice["shadow"]
+        )
         return outgoing
 
     async def close(self) -> None:
@@ -587,15 +583,12 @@ class AsyncPublisher:
 
     def _broke(self, exc: Exception) -> None:
         self._error = self._error or exc
-
-    def _broke_now(self, exc: Exception) -> None:
-        self._broke(exc)
         self._changes.notify()
 
     def _lost(self, exc: Exception) -> None:
         """A rank of this trainer is lost; on any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._broke_now, exc)
+            self._loop.call_soon_threadsafe(self._broke, exc)
 
     # ---- what the core asks for
 

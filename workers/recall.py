@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from ..messages.control import Claim, LogEntry
+from ..messages.control import Claim, LogEntry, added
 from ..messages.errors import (
     BusError,
     CannotResume,
@@ -127,7 +127,7 @@ class Recall:
         for entry in step.way:
             if entry.name in spoilt:
                 raise Spoilt(entry, "what another rank needs of it is not what it says")
-        found = sum((share, *(one.digest or 0 for one in held))) % (1 << 64)
+        found = added((share, *(one.digest or 0 for one in held)))
         if found != step.entry.digest:
             reason = f"it leads to digest {found:016x}, {step.entry.digest:016x} was published"
             raise Spoilt(step.entry, reason)

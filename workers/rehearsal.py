@@ -12,6 +12,7 @@ from ..messages.errors import UnsupportedTensor
 from ..messages.layout import Layout
 from ..pipeline.delta.rehearsal import rehearse_parts, rehearse_whole
 from ..pipeline.delta.tensors import Dtypes, cast_to, manifest_of
+from .outgoing import Outgoing, ShadowPlace
 from .streams import finish, host_empty
 
 #: One at a time in a process: while one captures a graph, another one's pinned memory was refused.
@@ -59,6 +60,18 @@ def rehearse(
                     rehearse_parts(kind.device, kind.held, kind.dims)
         if device.type == "cuda":
             _fill_pool(device)
+
+
+def rehearse_outgoing(
+    outgoing: Outgoing, device: str, *, dtype: Dtypes, shadow: ShadowPlace
+) -> None:
+    """rehearse() for what a trainer's rank publishes, if any of it or its windows are on a device.
+
+    Before any window opens: what is loaded while a collective is pending waits for it.
+    """
+    if outgoing.devices or device != "cpu":
+        tensors, layout = outgoing.tensors(), outgoing.layout
+        rehearse(tensors, torch.device(device), dtype=dtype, host=shadow == "host", layout=layout)
 
 
 def rehearse_layouts(tensors: Mapping[str, torch.Tensor], layouts: Sequence[Layout]) -> None:

@@ -15,13 +15,10 @@ import msgspec
 
 from ..messages import codec
 from ..messages.compose import through
-from ..messages.control import Announce, Claim, LogEntry, Piece
+from ..messages.control import Announce, Claim, LogEntry, Piece, added
 from ..messages.errors import CorruptPatch, ManifestMismatch, PatchError
 from ..messages.layout import Layout, identity, require_whole
 from ..messages.manifest import Manifest
-
-#: A checksum is a sum mod 2⁶⁴.
-MASK = (1 << 64) - 1
 
 #: What is announced of the patch of one root.
 AnyPiece: TypeAlias = Piece | Announce | LogEntry
@@ -127,8 +124,8 @@ def pieces_of(announce: Announce | LogEntry) -> tuple[AnyPiece, ...]:
     """
     pieces: tuple[AnyPiece, ...] = announce.pieces or (announce,)
     nbytes = sum(piece.nbytes for piece in pieces)
-    checksum = sum(piece.checksum for piece in pieces) & MASK
-    if nbytes != announce.nbytes or checksum != announce.checksum & MASK:
+    checksum = added(piece.checksum for piece in pieces)
+    if nbytes != announce.nbytes or checksum != added([announce.checksum]):
         raise CorruptPatch(
             f"its pieces have {nbytes} bytes and checksum {checksum:016x}, announced was "
             f"{announce.nbytes} and {announce.checksum:016x}"
@@ -146,7 +143,7 @@ def routed(announce: Announce, routes: Sequence[Sequence[Piece]], of_class: int 
         announce,
         pieces=pieces,
         nbytes=sum(piece.nbytes for piece in pieces),
-        checksum=sum(piece.checksum for piece in pieces) & MASK,
+        checksum=added(piece.checksum for piece in pieces),
     )
 
 

@@ -126,15 +126,7 @@ class SendingTogether:
 
     async def open(self, command: cmd.OpenWindow) -> ev.WindowOpened | ev.WindowFailed:
         """Open every rank's end of a window."""
-        timeout_s = command.timeout_s + self._policy.bus_s
-        try:
-            mine = partial(self._mine.open, command)
-            found = await self._together.all(mine, "open", command, timeout_s, hurry=True)
-        except SparsecastError as exc:
-            return ev.WindowFailed(command.stamp.epoch, command.stamp.window, brief(exc))
-        opened: ev.WindowOpened | ev.WindowFailed = found[0]
-        failed = (event for event in found.values() if isinstance(event, ev.WindowFailed))
-        return next(failed, opened)
+        return await self._together.open(self._mine.open, command)
 
     async def abort(self, window: int) -> None:
         """Break a window off on every rank."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
+from ..messages.errors import SparsecastError, brief
 from ..messages.ranks import Deed
+from ..pipeline.core import commands as cmd
+from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from .leading import Leading, RankSilent
+
+T = TypeVar("T")
 
 
 class Together:
@@ -17,6 +23,20 @@ class Together:
     def __init__(self, leading: Leading, policy: Policy) -> None:
         self._leading = leading
         self._policy = policy
+
+    async def open(
+        self,
+        mine: Callable[[cmd.OpenWindow], Awaitable[ev.WindowOpened | ev.WindowFailed]],
+        command: cmd.OpenWindow,
+    ) -> ev.WindowOpened | ev.WindowFailed:
+        """Open every rank's ends of a window: it is open on all, or has failed."""
+        timeout_s = command.timeout_s + self._policy.bus_s
+        try:
+            found = await self.all(partial(mine, command), "open", command, timeout_s, hurry=True)
+        except SparsecastError as exc:
+            return ev.WindowFailed(command.stamp.epoch, command.stamp.window, brief(exc))
+        opened: ev.WindowOpened | ev.WindowFailed = first_of(ev.WindowFailed, found) or found[0]
+        return opened
 
     async def all(
         self,
@@ -70,3 +90,8 @@ class Together:
         others = self._leading.order(deed, what, self._policy.store_s)
         await mine()
         await asyncio.gather(*map(asyncio.wrap_future, others), return_exceptions=True)
+
+
+def first_of(kind: type[T], found: Mapping[int, Any]) -> T | None:
+    """The event of this kind of the lowest rank that has one, or None."""
+    return next((found[rank] for rank in sorted(found) if isinstance(found[rank], kind)), None)

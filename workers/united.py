@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from ..messages.control import LogEntry, Piece
+from ..messages.control import LogEntry, Piece, added
 from ..messages.errors import LocalProtocolError, LogError, WaitTimeout
 from ..messages.ranks import Begin, Deed, Held, Seal, Store
 from ..pipeline.core.events import Sealed
@@ -20,8 +20,6 @@ from ..pipeline.delta import Patch
 from .leading import Leading
 from .outgoing import Outgoing, Past
 
-#: Digests and checksums are sums mod 2⁶⁴.
-MASK = (1 << 64) - 1
 #: How often the ranks are asked for one version, while some go on publishing.
 TRIES = 8
 #: So long the torch thread waits for publish() to come to where another rank is already: the next
@@ -46,7 +44,7 @@ class United(Outgoing):
         if version is not None:
             start, share = super().begin(version)
             found = self._all("begin", Begin(version=version))
-            digest = sum((share, *(held.digest for held in found))) & MASK
+            digest = added((share, *(held.digest for held in found)))
             if past is None or past.digest == digest:
                 return start, digest
             order = self._order("since", (start, past.digest))
@@ -85,12 +83,12 @@ class United(Outgoing):
                     "rank has to call publish() as often as the others"
                 )
         parted = len({one.routed for one in sealed}) == 1 and all(one.routes for one in sealed)
-        self._digests[mine.version] = sum(one.digest for one in sealed) & MASK
+        self._digests[mine.version] = added(one.digest for one in sealed)
         return Sealed(
             base_version=mine.base_version,
             version=mine.version,
             nbytes=sum(one.nbytes for one in sealed),
-            checksum=sum(one.checksum for one in sealed) & MASK,
+            checksum=added(one.checksum for one in sealed),
             digest=self._digests[mine.version],
             changed=sum(one.changed for one in sealed),
             numel=sum(one.numel for one in sealed),
@@ -163,7 +161,7 @@ class United(Outgoing):
         for _ in range(TRIES):
             held = at(version)
             if all(one.version == version and one.digest is not None for one in held):
-                return version, sum(one.digest or 0 for one in held) & MASK
+                return version, added(one.digest or 0 for one in held)
             version = max(one.version for one in held)
             try:
                 self.wait_made(version, BEHIND_S)
