@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from shapes import Cut, Model, Shapes, Tensors, make_weights, train_step
-from sparsecast import Layout, Part, diff, engine_layout
+from sparsecast import Layout, diff, engine_layout
 from sparsecast.messages.compose import through
+from sparsecast.messages.layout import box_part
 from sparsecast.messages.manifest import Manifest, TensorSpec
 from sparsecast.pipeline.delta.parts import parts_of
 from sparsecast.pipeline.delta.routing import restrict
@@ -52,16 +53,7 @@ def _rows(manifest: Manifest, ranks: int, rank: int) -> Layout:
         shape = (each, *spec.shape[1:])
         at = (0,) * len(shape)
         specs.append(TensorSpec(spec.name, spec.dtype, shape))
-        parts.append(
-            Part(
-                tensor=spec.name,
-                begin=(rank * each, *at[1:]),
-                shape=shape,
-                local=spec.name,
-                at=at,
-                axes=tuple(range(len(shape))),
-            )
-        )
+        parts.append(box_part(spec.name, (rank * each, *at[1:]), shape, spec.name))
     return Layout(tensors=tuple(specs), parts=tuple(parts))
 
 

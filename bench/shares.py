@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import Tensor
 
 from report import table_of
-from sparsecast import Layout, Part, digest
-from sparsecast.messages.layout import identity
+from sparsecast import Layout, digest
+from sparsecast.messages.layout import box_part, identity
 from sparsecast.messages.manifest import Manifest, TensorSpec
 from sparsecast.pipeline.delta import Checked, Lookup, Shadow, apply_checked
 from sparsecast.pipeline.delta.routing import restrict
@@ -129,16 +129,7 @@ def _part(manifest: Manifest, dim: int, of: int) -> Layout:
         along = min(dim, len(shape) - 1)
         begin[along] = shape[along] // of
         shape[along] //= of
-        parts.append(
-            Part(
-                tensor=spec.name,
-                begin=tuple(begin),
-                shape=tuple(shape),
-                local=spec.name,
-                at=(0,) * len(shape),
-                axes=tuple(range(len(shape))),
-            )
-        )
+        parts.append(box_part(spec.name, begin, shape, spec.name))
     tensors = (
         TensorSpec(spec.name, spec.dtype, part.shape)
         for spec, part in zip(manifest.tensors, parts, strict=True)

@@ -176,17 +176,25 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, dict
         )
 
 
+def box_part(
+    tensor: str, begin: Sequence[int], shape: Sequence[int], local: str, *, counted: bool = True
+) -> Part:
+    """The part of a local tensor that is just this box of a published one, and lies as it does."""
+    return Part(
+        tensor=tensor,
+        begin=tuple(begin),
+        shape=tuple(shape),
+        local=local,
+        at=(0,) * len(shape),
+        axes=tuple(range(len(shape))),
+        counted=counted,
+    )
+
+
 def identity(manifest: Manifest) -> Layout:
     """The layout of a rank that holds what is published, as it is published."""
     parts = tuple(
-        Part(
-            tensor=spec.name,
-            begin=(0,) * len(spec.shape),
-            shape=spec.shape,
-            local=spec.name,
-            at=(0,) * len(spec.shape),
-            axes=tuple(range(len(spec.shape))),
-        )
+        box_part(spec.name, (0,) * len(spec.shape), spec.shape, spec.name)
         for spec in manifest.tensors
     )
     return Layout(tensors=manifest.tensors, parts=parts)

@@ -4,7 +4,8 @@ import torch
 
 from layouts import contents
 from runs import Tensors
-from sparsecast import Layout, Part
+from sparsecast import Layout
+from sparsecast.messages.layout import box_part
 from sparsecast.messages.manifest import Manifest, TensorSpec
 from sparsecast.pipeline.delta import manifest_of
 
@@ -30,16 +31,7 @@ def fully_sharded(tensors: Tensors, ranks: int) -> list[Layout]:
                 begin[0] = min(rank * chunk, spec.shape[0])
                 shape[0] = min(chunk, spec.shape[0] - begin[0])
             specs.append(TensorSpec(spec.name, spec.dtype, tuple(shape)))
-            parts.append(
-                Part(
-                    tensor=spec.name,
-                    begin=tuple(begin),
-                    shape=tuple(shape),
-                    local=spec.name,
-                    at=(0,) * len(shape),
-                    axes=tuple(range(len(shape))),
-                )
-            )
+            parts.append(box_part(spec.name, begin, shape, spec.name))
         layouts.append(Layout(tensors=tuple(specs), parts=tuple(parts)))
     return layouts
 
@@ -59,17 +51,7 @@ def _rank(manifest: Manifest, rank: int, ranks: int) -> Layout:
             shape[dim] = spec.shape[dim] * (rank + 1) // ranks - begin[dim]
         local = f"mine.{spec.name}"
         specs.append(TensorSpec(local, spec.dtype, tuple(shape)))
-        parts.append(
-            Part(
-                tensor=spec.name,
-                begin=tuple(begin),
-                shape=tuple(shape),
-                local=local,
-                at=(0,) * len(shape),
-                axes=tuple(range(len(shape))),
-                counted=counted,
-            )
-        )
+        parts.append(box_part(spec.name, begin, shape, local, counted=counted))
     return Layout(tensors=tuple(specs), parts=tuple(parts))
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from ranks import held
 from runs import Tensors, step
-from sparsecast import Layout, Part, Patch, diff, digest
+from sparsecast import Layout, Patch, diff, digest
 from sparsecast.messages import codec
 from sparsecast.messages import control as msg
 from sparsecast.messages.control import LogEntry, Piece, Sender, Stamp
+from sparsecast.messages.layout import box_part
 from sparsecast.messages.manifest import TensorSpec
 from sparsecast.messages.subjects import Subjects
 from sparsecast.pipeline.bus.journal import Journal
@@ -48,16 +49,7 @@ def _share(tensors: Tensors, root: int, roots: int) -> Layout:
             continue
         local = f"shard.{spec.name}"
         specs.append(TensorSpec(local, spec.dtype, tuple(shape)))
-        parts.append(
-            Part(
-                tensor=spec.name,
-                begin=tuple(begin),
-                shape=tuple(shape),
-                local=local,
-                at=(0,) * len(shape),
-                axes=tuple(range(len(shape))),
-            )
-        )
+        parts.append(box_part(spec.name, begin, shape, local))
     return Layout(tensors=tuple(specs), parts=tuple(parts))
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ...messages.errors import UnsupportedTensor
-from ...messages.layout import Layout, Part
+from ...messages.layout import Layout, Part, box_part
 from ...pipeline.delta import manifest_of
 from ...pipeline.delta.tensors import Rename, choose, distinct, renamed
 from .placements import boxes_of, held, is_first_copy
@@ -53,17 +53,7 @@ def layout_of(
         else:
             counted = whole is None or not any(_coordinate(spec.name, whole))
             zeros = (0,) * len(spec.shape)
-            parts.append(
-                Part(
-                    tensor=tensor,
-                    begin=zeros,
-                    shape=spec.shape,
-                    local=spec.name,
-                    at=zeros,
-                    axes=tuple(range(len(spec.shape))),
-                    counted=counted,
-                )
-            )
+            parts.append(box_part(tensor, zeros, spec.shape, spec.name, counted=counted))
     return Layout(tensors=specs, parts=tuple(parts))
 
 
