@@ -8,9 +8,9 @@
         results = processes.results()                                   # [..., ..., KILLED]
 
 A target is a function at the top of a module, `async` or not; it gets a `Context` first. Each
-child is an operating-system process of its own (forked from a clean server that has imported
-torch and nothing else, which saves seconds a process), with one torch thread and, for a
-coroutine, an event loop of uvloop. A child that outlives its time is killed and named, with the
+child is an operating-system process of its own (forked from a server that has imported torch and
+the package and done nothing else, which saves seconds a process), with one torch thread and, for
+a coroutine, an event loop of uvloop. A child that outlives its time is killed and named, with the
 stacks of its threads.
 """
 
@@ -36,7 +36,7 @@ from typing import Any, Self
 #: What `results()` has for a process that was killed on purpose.
 KILLED = "killed on purpose"
 
-_PRELOAD = ["torch", "torch.distributed", "uvloop", "nats", "msgspec", "pytest"]
+_PRELOAD = ["pytest", "uvloop", "sparsecast.workers.publisher", "sparsecast.workers.replica"]
 #: How long the others may still run once one process has failed.
 _AFTER_FAILURE_S = 3.0
 

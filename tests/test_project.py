@@ -52,6 +52,23 @@ def test_no_folder_of_modules_lacks_its_init() -> None:
     assert not loose
 
 
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import sparsecast.workers.cli", {"torch", "nats"}),
+        ("from sparsecast import Publisher, Replica", {"transformers", "torch.distributed.tensor"}),
+    ],
+    ids=["command", "processes"],
+)
+def test_what_is_not_needed_is_not_imported(statement: str, unwanted: set[str]) -> None:
+    """A library that few need is imported by all: each process starts seconds later."""
+    program = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert unwanted & set(done.stdout.split()) == set()
+
+
 @pytest.mark.parametrize("path", [f for f in FILES if is_test(f)])
 def test_every_test_file_is_in_one_area(path: str) -> None:
     """A test file in no area never runs in CI; one in two runs twice."""

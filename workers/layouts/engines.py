@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import torch
-from transformers import AutoModelForCausalLM
 
 from ...messages.errors import SettingsError
 from ...messages.layout import Layout, Padding, Part
@@ -35,6 +34,8 @@ def config_manifest(config: Any, *, dtype: torch.dtype = torch.bfloat16) -> Mani
 
     Tied tensors come once, under the first name. The model is made on the meta device: no memory.
     """
+    from transformers import AutoModelForCausalLM  # takes a second to import: not for every worker
+
     with torch.device("meta"):
         build: Any = AutoModelForCausalLM.from_config
         model: torch.nn.Module = build(config, dtype=dtype)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ...messages.errors import UnsupportedTensor
 from ...messages.layout import Layout, Part, box_part
 from ...pipeline.delta import manifest_of
 from ...pipeline.delta.tensors import Rename, choose, distinct, renamed
-from .placements import boxes_of, held, is_first_copy
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def layout_of(
@@ -40,7 +42,7 @@ def layout_of(
     whose mesh is not part of `mesh` or has not this rank.
     """
     chosen = choose(source, include=include, exclude=exclude)
-    sharded = {name: value for name, value in chosen.items() if isinstance(value, DTensor)}
+    sharded = _sharded(chosen)
     local = _local(chosen)
     specs = manifest_of(local).tensors
     published = dict(zip(local, renamed(local, rename), strict=True))
@@ -70,11 +72,23 @@ def local_tensors(
 def _local(chosen: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         return distinct(
-            {n: v.to_local() if isinstance(v, DTensor) else v for n, v in chosen.items()}
+            {**chosen, **{name: value.to_local() for name, value in _sharded(chosen).items()}}
         )
 
 
+def _sharded(chosen: Mapping[str, Any]) -> dict[str, DTensor]:
+    """The DTensors among them."""
+    # Where their module was not imported there are none; importing it takes nearly a second.
+    if "torch.distributed.tensor" not in sys.modules:
+        return {}
+    from torch.distributed.tensor import DTensor
+
+    return {name: value for name, value in chosen.items() if isinstance(value, DTensor)}
+
+
 def _parts(name: str, tensor: str, value: DTensor, whole: DeviceMesh | None) -> Iterator[Part]:
+    from .placements import boxes_of, held, is_first_copy
+
     mesh = value.device_mesh
     coordinate = _coordinate(name, mesh)
     try:
