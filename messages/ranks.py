@@ -18,7 +18,8 @@ from .manifest import Manifest
 Deed = Literal[
     "open", "abort", "close", "alert",
     "receive", "take", "drop", "prove", "hold", "quarantine", "apply", "digest",
-    "publish", "recall", "begin", "since", "seal", "send", "store", "release", "copy", "keep",
+    "publish", "recall", "begin", "since", "roll", "seal", "send", "store", "release", "copy",
+    "keep",
 ]  # fmt: skip
 
 
@@ -108,23 +109,35 @@ class Publish(msgspec.Struct, frozen=True, kw_only=True):
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
     """The run starts, or starts anew, with what is published now as `version`. `made`: only if this
-    is what publish() has made here so far; None: whatever that is. `failed`: as in a Seal."""
+    is what publish() has made here so far; None: whatever that is. `failed` and `rolled`: as in a
+    Seal."""
 
     version: int
     made: int | None = None
     failed: int = 0
+    rolled: int = 0
+
+
+class Roll(msgspec.Struct, frozen=True, kw_only=True):
+    """What was made again last, which was `version` and has `digest`, is published anew by the next
+    call of rollback(); or, by `reason`, it is not."""
+
+    version: int
+    digest: int = 0
+    reason: str = ""
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
     """Fix the bytes of what leads to `version`, merged onto the kept patches of `unsafe` ones.
 
-    `failed` calls of publish() came before that one on the first rank: where others failed, a
-    version of that number is another step's.
+    Up to that version `failed` calls of publish() have failed on the first rank, and `rolled` ones
+    were of rollback(): where it was otherwise, a version of that number is another step's.
     """
 
     version: int
     unsafe: tuple[int, ...]
     failed: int = 0
+    rolled: int = 0
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,7 +51,7 @@ class Trainers:
     async def start(self, **options: Any) -> AsyncPublisher:
         """All ranks, running until the test ends; the first one's publisher."""
         self.publisher = self.first(**options)
-        common = ("policy", "log", "shadow", "dtype")
+        common = ("policy", "log", "shadow", "dtype", "view")
         others = {name: options[name] for name in options if name in common}
         self.others = [self.other(rank, **others) for rank in range(1, len(self.layouts))]
         await asyncio.gather(*(rank.__aenter__() for rank in (*self.others, self.publisher)))
@@ -65,10 +65,21 @@ class Trainers:
             for name, tensor in contents(layout, self.whole).items():
                 held[name].copy_(tensor)
 
+    @property
+    def ranks(self) -> list[Any]:
+        """All of them, the first one first."""
+        return [self.publisher, *self.others]
+
     async def publish(self) -> Any:
         """Publish on every rank at once; the first one's update."""
         self.share()
-        ranks = (self.publisher, *self.others)
-        updates: list[Made] = await asyncio.gather(*(rank.publish() for rank in ranks))
-        assert len({update.version for update in updates}) == 1
-        return updates[0]
+        return _same(await asyncio.gather(*(rank.publish() for rank in self.ranks)))
+
+    async def rollback(self, version: int) -> Any:
+        """Roll back on every rank at once; the first one's update."""
+        return _same(await asyncio.gather(*(rank.rollback(version) for rank in self.ranks)))
+
+
+def _same(updates: list[Made]) -> Made:
+    assert len({update.version for update in updates}) == 1
+    return updates[0]

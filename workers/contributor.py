@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from ..messages import codec
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import Closed, LocalProtocolError, LogError, SettingsError, WaitTimeout
 from ..messages.layout import Layout
-from ..messages.ranks import Begin, Fellow, Held, Order, Publish, Seal, Store
+from ..messages.ranks import Begin, Fellow, Held, Order, Publish, Roll, Seal, Store
 from ..messages.subjects import Subjects
 from ..pipeline.bus.journal import Journal
 from ..pipeline.core.policy import Policy
@@ -32,6 +33,7 @@ from .sending import Sending
 from .streams import device_for, in_order
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
 from .updates import Made
+from .views import View, require_dtypes_once
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -41,13 +43,13 @@ NOT_OPEN = "this rank of the trainer is not open: use it as a context manager"
 class Contributor:
     """One of the other ranks of a trainer whose weights are spread over several processes.
 
-    The first rank runs `AsyncPublisher(ranks=…)`; `rank` is from 1 on. `model`, `dtype`, `layout`
+    The first rank runs `AsyncPublisher(ranks=…)`; `rank` is from 1 on. `model`, `view`, `layout`
     and the like are as there, for what this rank holds; `run`, `bus`, `log` and `policy` are its.
     Used as an async context manager: entering waits until the first rank has claimed the run
     (WaitTimeout; Closed says why that has left), leaving until that has left, up to `linger_s`.
-    publish() is to be called as often as on the first rank, which tells the workers, and hears from
-    them. Where a call fails on some ranks only, the next version would be of two steps: the run
-    ends with it, and the first rank says on which rank.
+    publish() and rollback() are to be called as on the first rank, which tells the workers, and
+    hears from them. Where a call fails on some ranks only, the next version would be of two steps:
+    the run ends with it, and the first rank says on which rank.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Contributor:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         rename: Callable[[str], str] | Mapping[str, str] | None = None,
+        view: View | None = None,
         layout: Layout | None = None,
         device: str | None = None,
         shadow: ShadowPlace = "device",
@@ -75,8 +78,15 @@ class Contributor:
         self.bus = bus
         self.rank = rank
         self.policy = policy or Policy()
+        require_dtypes_once(view, dtype)
         self._parted = Parted(
-            model, dtype=dtype, include=include, exclude=exclude, rename=rename, layout=layout
+            model,
+            dtype=dtype,
+            include=include,
+            exclude=exclude,
+            rename=rename,
+            view=view,
+            layout=layout,
         )
         self._device = device
         self._shadow: ShadowPlace = shadow
@@ -92,6 +102,8 @@ class Contributor:
         self._past: State | None = None
         #: The digest of the state that was asked for last.
         self._recalled = 0
+        #: What calls of rollback() are to publish, and the states of it.
+        self._rolls: deque[tuple[Roll, State]] = deque()
         self._life: contextlib.AsyncExitStack | None = None
 
     # ---- life
@@ -132,7 +144,7 @@ class Contributor:
                 self.bus,
                 run=self.run,
                 name=f"{self.run}-trainer-{self.rank}",
-                device=lambda: device_for(self._device, self._parted.tensors),
+                device=lambda: device_for(self._device, self._parted.weights),
                 tiers=self._tiers,
                 manifest=lambda: self._outgoing.local if self._outgoing is not None else None,
                 quota_nbytes=self.policy.quota_nbytes,
@@ -207,22 +219,57 @@ class Contributor:
         `step` and `tags` are the first rank's to tell. Closed once that has left the run, or is
         unheard for Policy.silence_s; UnsupportedTensor, ManifestMismatch: nothing was published.
         """
-        made = in_order(self._made_by().devices, lambda: self._publish(step, tags))
+        return await self._publish_aside(step, tags)
+
+    async def rollback(
+        self, version: int, step: int | None = None, tags: Tags | None = None
+    ) -> Made:
+        """Publish again what this rank held of an old version, as the first rank does.
+
+        Waits until that has found it: WaitTimeout. LogError: the first rank has not, and says why;
+        else as publish(). Nothing was published then. The weights are left alone.
+        """
+        self._require_led()
+        roll, state = await self._changes.until(
+            lambda: self._rolls.popleft() if self._rolls else self._require_led(),
+            self.policy.gather_s + self.policy.resume_s,
+            what=f"version {version} again",
+            why=lambda: "the first rank of the trainer has not made it again",
+        )
+        if roll.version != version:
+            raise LocalProtocolError(
+                f"rollback({version}), where the first rank of the trainer called "
+                f"rollback({roll.version}): start all of its ranks again"
+            )
+        if roll.reason:
+            raise LogError(f"the first rank of the trainer did not roll back: {roll.reason}")
+        return await self._publish_aside(step, tags, state)
+
+    async def _publish_aside(
+        self, step: int | None, tags: Tags | None, tensors: State | None = None
+    ) -> Made:
+        made = in_order(self._made_by().devices, lambda: self._publish(step, tags, tensors))
         return Made(await asyncio.to_thread(made))
 
-    def _publish(self, step: int | None, tags: Tags | None) -> Published:
+    def _publish(
+        self, step: int | None, tags: Tags | None, tensors: State | None = None
+    ) -> Published:
         outgoing = self._made_by()
+        self._require_led()
+        try:
+            return outgoing.publish(step, tags, tensors=tensors)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._changes.notify)
+
+    def _require_led(self) -> None:
+        """Closed unless this is open, and the first rank there."""
         if self._life is None:
             raise Closed(NOT_OPEN)
         if self._lost is None:
             self._lost = self._deserted
         if self._lost is not None:  # for good: what it has published without us is of other steps
             raise Closed(f"{self._lost} so nothing was published")
-        try:
-            return outgoing.publish(step, tags)
-        finally:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._changes.notify)
 
     def _made_by(self) -> Outgoing:
         if self._outgoing is None:
@@ -269,23 +316,26 @@ class Contributor:
             case "recall", _:
                 return await self._recall(outgoing, what)
             case "since", (start, digest):
-                past, self._past = self._past, None
-                if past is None or digest != self._recalled:
-                    raise LocalProtocolError("that old state was not made again here")
-                return await run(outgoing.go_on, start, past)
+                return await run(outgoing.go_on, start, self._made_again(digest))
+            case "roll", Roll(digest=digest, reason=reason):
+                if reason:
+                    self._past = None  # it is not needed
+                self._rolls.append((what, {} if reason else self._made_again(digest)))
+                self._changes.notify()
+                return None
             case "hold", _:
                 self._past = None  # it was not needed
                 self._begun = True
                 self._changes.notify()
                 return None
-            case "begin", Begin(made=int(made), failed=failed):
+            case "begin", Begin(made=int(made)):
                 try:
-                    await self._until(made, failed)
+                    await self._until(made, what)
                 except WaitTimeout as exc:
                     raise LogError(str(exc)) from exc  # to be tried again
                 return await run(outgoing.begin_at, made)
-            case "seal", Seal(version=version, unsafe=unsafe, failed=failed):
-                await self._until(version, failed)
+            case "seal", Seal(version=version, unsafe=unsafe):
+                await self._until(version, what)
                 sealed = await run(outgoing.take, unsafe, version)
                 if sealed is None:
                     raise LocalProtocolError(f"nothing leads to version {version} here")
@@ -305,12 +355,20 @@ class Contributor:
                 return await self._store(outgoing.anchored(patch, epoch, digest), patch)
         raise LocalProtocolError(f"a rank of a trainer does not {order.deed}")
 
+    def _made_again(self, digest: int) -> State:
+        """The old state that was asked for last, which is this one's to use."""
+        past, self._past = self._past, None
+        if past is None or digest != self._recalled:
+            raise LocalProtocolError("that old state was not made again here")
+        return past
+
     def _make(self, what: Publish) -> Outgoing:
         roots = tuple(codec.unpack_layout(packed) for packed in what.roots)
-        share = Share(self.rank, roots, what.manifest, self._parted.tensors)
-        dtype = self._parted.dtype
+        parted = self._parted
+        share = Share(self.rank, roots, what.manifest, parted.tensors, parted.weights)
+        dtype = parted.dtype
         outgoing = Outgoing(
-            self._parted.model,
+            parted.model,
             dtype=dtype,
             clock=self._ports.clock,
             writer=what.writer,
@@ -320,22 +378,31 @@ class Contributor:
         rehearse_outgoing(outgoing, self._ports.device, dtype=dtype, shadow=self._shadow)
         return outgoing
 
-    async def _until(self, version: int, failed: int | None = None) -> int:
+    async def _until(self, version: int, calls: Begin | Seal | None = None) -> int:
         """Wait until publish() has made a version here, which it has made by now (WaitTimeout).
 
-        LocalProtocolError if it has failed more, or less, than `failed` times before that.
+        LocalProtocolError if up to that it has failed, or was rollback(), more or less often than
+        on the first rank.
         """
         outgoing = self._made_by()
 
         def made() -> int | None:
             there = outgoing.version >= version
-            here = outgoing.failed(version)
-            if failed is not None and (here > failed or (there and here < failed)):
-                where = f"and not on the first rank ({outgoing.failure})" if here > failed else ""
-                where = where or "on the first rank and not on this one"
+            if calls is None:
+                return outgoing.version if there else None
+            failed, rolled = outgoing.failed(version), outgoing.rolled(version)
+            amiss = ""
+            if failed > calls.failed:
+                amiss = f"publish() has failed and not on the first rank ({outgoing.failure})"
+            elif there and failed < calls.failed:
+                amiss = "publish() has failed on the first rank and not on this one"
+            elif there and rolled != calls.rolled:
+                amiss = f"rollback() was called {calls.rolled} times on the first rank and "
+                amiss += f"{rolled} times on this one"
+            if amiss:
                 raise LocalProtocolError(
-                    f"publish() has failed {where} before version {version} was made: that would "
-                    "be of two steps, so start all ranks of the trainer again"
+                    f"{amiss} before version {version} was made: that would be of two steps, so "
+                    "start all ranks of the trainer again"
                 )
             return outgoing.version if there else None
 

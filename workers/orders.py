@@ -13,7 +13,7 @@ import msgspec
 
 from ..messages.control import Claim, LogEntry, Stamp
 from ..messages.errors import LogError, LogHole, PatchError, SparsecastError, brief
-from ..messages.ranks import Answer, Begin, Deed, Held, Order, Publish, Seal, Store
+from ..messages.ranks import Answer, Begin, Deed, Held, Order, Publish, Roll, Seal, Store
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 
@@ -35,6 +35,7 @@ DEEDS: dict[Deed, Any] = {
     "recall": tuple[LogEntry, ...],
     "begin": Begin,
     "since": tuple[int, int],
+    "roll": Roll,
     "seal": Seal,
     "send": cmd.Send,
     "store": Store,

@@ -72,12 +72,14 @@ class Past:
 @dataclass(frozen=True, slots=True)
 class Share:
     """What one rank of a trainer of several publishes: the local tensors of roots[root], of the
-    tensors of a manifest. `local` gives them as they are now."""
+    tensors of a manifest. `local` gives them as they are now, and `weights` what a view makes them
+    of: the same without one."""
 
     root: int
     roots: tuple[Layout, ...]
     manifest: Manifest
     local: Callable[[], Mapping[str, torch.Tensor]]
+    weights: Callable[[], Mapping[str, torch.Tensor]]
 
     @property
     def layout(self) -> Layout:
@@ -197,12 +199,11 @@ class Outgoing:
         self.awaited = False
         self._pending: list[_Kept] = []
         self._kept: dict[int, _Kept] = {}
-        weights = self._lookup.tensors()
+        weights = share.weights() if share is not None else self._lookup.tensors()
         #: The CUDA devices of the weights, and of what a view makes of them.
         self.devices = _settled(devices_of(weights.values()))
         tensors = self.tensors()
-        if view is not None:
-            self.devices = _settled(devices_of([*weights.values(), *tensors.values()]))
+        self.devices = _settled(devices_of([*weights.values(), *tensors.values()]))
         self._shadow = Shadow(
             tensors,
             dtype=dtype,
@@ -227,8 +228,10 @@ class Outgoing:
             self._origin = Origin(share.root, len(share.roots), *hashes)
         self._numel = self.local.numel
         self.version = 0
-        #: The versions that calls of publish() have failed to make; of a rank among several.
+        #: The versions that calls of publish() have failed to make, and those that were made of old
+        #: ones; of a rank among several.
         self._failed: list[int] = []
+        self._rolled: list[int] = []
         #: Why the last of them has failed.
         self.failure = ""
 
@@ -283,6 +286,9 @@ class Outgoing:
         """Have other ranks make again what these entries lead to: the shares of the digest."""
         return []
 
+    def roll(self, version: int, digest: int = 0, reason: str = "") -> None:
+        """Have other ranks publish what they have made again, or, by `reason`, not."""
+
     @property
     def digest(self) -> int:
         """The digest of what is published. On the torch thread."""
@@ -316,7 +322,7 @@ class Outgoing:
         """
         now = self._clock()
         with self._diffing:
-            base = self.version
+            base, rolled = self.version, tensors is not None
             try:
                 if tensors is None:
                     tensors = self.tensors()
@@ -334,6 +340,8 @@ class Outgoing:
                 raise
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found
+            if self._share is not None and rolled:
+                self._rolled.append(base + 1)
             with self._lists:
                 self._pending.append(_Kept(found.patch, now, step, tags, found))
                 self.version = base + 1
@@ -372,6 +380,10 @@ class Outgoing:
         Where ranks differ in that, a version of one number is not of one call.
         """
         return sum(one <= version for one in self._failed)
+
+    def rolled(self, version: int) -> int:
+        """How many of the versions up to this one were made of old ones."""
+        return sum(one <= version for one in self._rolled)
 
     def wait_made(self, version: int, timeout_s: float) -> int:
         """Wait until publish() has made this version; which it has made by now (WaitTimeout)."""

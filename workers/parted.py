@@ -10,8 +10,11 @@ import torch
 
 from ..messages.layout import Layout
 from ..pipeline.delta import manifest_of
+from ..pipeline.delta.tensors import choose, renamed
 from .layouts import layout_of, local_tensors
 from .outgoing import Source
+from .streams import own
+from .views import View, called
 
 
 class Parted:
@@ -19,7 +22,8 @@ class Parted:
 
     `layout` says it, of the tensors as they are or as they are published; None: DTensors say it by
     their placements, and what is plain is whole on every rank. `dtype` casts what is published, as
-    in a Publisher.
+    in a Publisher. With a `view` what that makes of them is meant instead: it is given DTensors as
+    they are, and may return such.
     """
 
     def __init__(
@@ -30,29 +34,53 @@ class Parted:
         include: Sequence[str] | None,
         exclude: Sequence[str] | None,
         rename: Callable[[str], str] | Mapping[str, str] | None,
+        view: View | None,
         layout: Layout | None,
     ) -> None:
         self.model = model
         self.dtype = dtype
         self._choice: dict[str, Any] = {"include": include, "exclude": exclude}
         self._rename = rename
+        self._view = view
         self._layout = layout
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The local tensors, as they are now, not cast (UnsupportedTensor)."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's local tensors, as they are now (UnsupportedTensor)."""
         return local_tensors(self.model, **self._choice)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is published of them, as it is now, not cast (UnsupportedTensor, and what the view
+        raises). What a view gives is to be read in the order of this thread's streams."""
+        if self._view is None:
+            return self.weights()
+        found = local_tensors(self._viewed())
+        own(*found.values())
+        return found
+
     def layout(self) -> Layout:
-        """What they are of the published tensors, in the dtypes that are published.
+        """What these are of the published tensors, in the dtypes that are published.
 
         UnsupportedTensor, ManifestMismatch: the layout is not of these tensors.
         """
-        held = self.tensors()
+        if self._view is None:
+            return self._laid_out(self.model, rename=self._rename, **self._choice)
+        return self._laid_out(self._viewed())
+
+    def _laid_out(self, source: Source, *, rename: Any = None, **choice: Any) -> Layout:
+        held = local_tensors(source, **choice)
         local = manifest_of(held, dtype=self.dtype)
         if self._layout is None:
-            found = layout_of(self.model, rename=self._rename, **self._choice)
+            found = layout_of(source, rename=rename, **choice)
             return msgspec.structs.replace(found, tensors=local.tensors)
         if self._layout.local == manifest_of(held):
             return msgspec.structs.replace(self._layout, tensors=local.tensors)
         local.require_same(self._layout.local, here="in the model", there="in the layout")
         return self._layout
+
+    def _viewed(self) -> Mapping[str, torch.Tensor]:
+        """What the view makes of the model's tensors, tied ones once, as it gives it."""
+        assert self._view is not None
+        chosen: dict[str, Any] = choose(self.model, **self._choice)
+        with torch.no_grad():
+            given = {name: chosen[name].detach() for name in self.weights()}
+        return called(self._view, renamed(given, self._rename))

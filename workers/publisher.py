@@ -87,6 +87,7 @@ class Publisher:
             "include": include,
             "exclude": exclude,
             "rename": rename,
+            "view": view,
             "layout": layout,
             "device": device,
             "shadow": shadow,
@@ -97,10 +98,10 @@ class Publisher:
         self._inner: AsyncPublisher | Contributor
         if rank == 0:
             self._inner = AsyncPublisher(
-                model, bus=bus, view=view, on_busy=on_busy, resume=resume, ranks=ranks, **common
+                model, bus=bus, on_busy=on_busy, resume=resume, ranks=ranks, **common
             )
-        elif bus is None or view is not None:
-            raise SettingsError(f"rank {rank} of the trainer needs bus=, and takes no view")
+        elif bus is None:
+            raise SettingsError(f"rank {rank} of the trainer needs bus=, the first rank's")
         else:
             self._inner = Contributor(model, bus=bus, rank=rank, **common)
         self._thread: LoopThread | None = None
@@ -169,10 +170,11 @@ class Publisher:
         Workers get what differs, as with publish(). The trainer's own weights are left alone: they
         are the caller's to set back, and the next publish() brings what they differ in from what
         was published here. Takes as long as reading the log, and one full copy in host memory.
-        LogHole if the log does not lead to exactly that version (any more, or yet), LogError,
-        BusError, Fenced, Closed, PublisherBusy: nothing was changed.
+        Of a trainer of several ranks each has to call it, as with publish(). LogHole if the log
+        does not lead to exactly that version (any more, or yet), LogError, BusError, Fenced,
+        Closed, PublisherBusy: nothing was changed.
         """
-        rolled = self._call(self._first("rollback()").rollback(version, step, tags))
+        rolled = self._call(self._inner.rollback(version, step, tags))
         return Update(rolled._made, self)
 
     def wait_members(self, n: int, timeout_s: float = 60.0) -> list[str]:

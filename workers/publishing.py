@@ -47,7 +47,7 @@ from .tiers import DEFAULT_LOG, LogSetting, parse_log
 from .together import Together
 from .united import United
 from .updates import AtLeast, Made, Report
-from .views import View
+from .views import View, require_dtypes_once
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -115,7 +115,8 @@ class AsyncPublisher:
     `ranks`: a trainer that is spread over so many processes; this is the first of them, the others
     are Contributors. Each publishes what it holds, which is read off DTensors, or what `layout`
     says of plain tensors. They meet on entering, within Policy.gather_s (WaitTimeout); one that is
-    lost later breaks this publisher. Such a run cannot be rolled back.
+    lost later breaks this publisher. A `view` is given what this rank holds, DTensors as they are;
+    what it returns may be DTensors too, else `layout` is of that.
 
     `shadow`: the copy of what was published last lies beside the weights ("device"), or in pinned
     host memory ("host"). `log`: where patches and anchors are stored: "jetstream", "dir:/path" (a
@@ -147,18 +148,12 @@ class AsyncPublisher:
         _require_one_of("on_busy", on_busy, get_args(OnBusy))
         _require_one_of("shadow", shadow, get_args(ShadowPlace))
         _require_one_of("resume", resume, get_args(Resume))
-        if view is not None and dtype is not None:
-            raise SettingsError(
-                "view and dtype were both given: a view's tensors are published in the dtypes that "
-                "they have, so leave dtype out and cast within the view"
-            )
+        require_dtypes_once(view, dtype)
         if ranks < 1:
             raise SettingsError(f"a trainer of {ranks} ranks")
         self._ranks = ranks
         self._parted: Parted | None = None
         if ranks > 1:
-            if view is not None:
-                raise SettingsError("view and ranks were both given: a view is of one rank")
             if on_busy == "error":
                 raise SettingsError(
                     'on_busy="error" and ranks were both given: the others would publish what this '
@@ -169,7 +164,13 @@ class AsyncPublisher:
                     f"a trainer of {ranks} ranks needs bus=, a broker that all of them reach"
                 )
             self._parted = Parted(
-                model, dtype=dtype, include=include, exclude=exclude, rename=rename, layout=layout
+                model,
+                dtype=dtype,
+                include=include,
+                exclude=exclude,
+                rename=rename,
+                view=view,
+                layout=layout,
             )
         elif layout is not None:
             raise SettingsError("layout= says what one of several ranks holds: give ranks= as well")
@@ -214,6 +215,7 @@ class AsyncPublisher:
         self._loop = asyncio.get_running_loop()
         self._error = None
         self._changes = Changes()
+        self._rolling = asyncio.Lock()
         life.callback(self._changes.notify)
         self._ports = ports = await self._make_ports(life)
         life.push_async_callback(ports.close)
@@ -356,7 +358,7 @@ class AsyncPublisher:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         if self._parted is not None:
-            return self._parted.tensors()
+            return self._parted.weights()
         include, exclude = self._choice["include"], self._choice["exclude"]
         return named_tensors(
             self._model, include=include, exclude=exclude, rename=self._choice["rename"]
@@ -367,10 +369,11 @@ class AsyncPublisher:
         if leading is None:
             outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
         else:
-            assert self._parted is not None
-            layouts = [self._parted.layout(), *leading.layouts]
+            parted = self._parted
+            assert parted is not None
+            layouts = [parted.layout(), *leading.layouts]
             manifest, roots = published_by(layouts), shared_out(layouts)
-            share = Share(0, tuple(roots), manifest, self._parted.tensors)
+            share = Share(0, tuple(roots), manifest, parted.tensors, parted.weights)
             packed = tuple(map(codec.pack_layout, roots))
             told = leading.order(
                 "publish",
@@ -471,14 +474,20 @@ class AsyncPublisher:
         Workers get what differs, as with publish(). The trainer's own weights are left alone: they
         are the caller's to set back, and the next publish() brings what they differ in from what
         was published here. Takes as long as reading the log, and one full copy in host memory.
-        LogHole if the log does not lead to exactly that version (any more, or yet), LogError,
-        BusError, Fenced, Closed, PublisherBusy: nothing was changed.
+        Of a trainer of several ranks each has to call it, as with publish(). LogHole if the log
+        does not lead to exactly that version (any more, or yet), LogError, BusError, Fenced,
+        Closed, PublisherBusy: nothing was changed.
         """
         core = self._live_core()
-        if self._ranks > 1:
-            raise LocalProtocolError("a trainer of several ranks cannot be rolled back")
-        past = await self._recall.version(version, core.head)
-        made = await self._publish_aside(step, tags, past.tensors)
+        async with self._rolling:
+            try:
+                past = await self._recall.version(version, core.head)
+            except BaseException as exc:
+                reason = brief(exc) if isinstance(exc, Exception) else "it was broken off"
+                self._outgoing.roll(version, reason=reason)
+                raise
+            self._outgoing.roll(version, past.digest)
+            made = await self._publish_aside(step, tags, past.tensors)
         reason = f"version {made.version} has the contents of version {version}"
         self._telling.event("rollback", "trainer", reason)
         return AsyncUpdate(made, self)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..messages.control import LogEntry, Piece, added
 from ..messages.errors import LocalProtocolError, LogError, WaitTimeout
-from ..messages.ranks import Begin, Deed, Held, Seal, Store
+from ..messages.ranks import Begin, Deed, Held, Roll, Seal, Store
 from ..pipeline.core.events import Sealed
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch
@@ -53,8 +53,10 @@ class United(Outgoing):
             return start, past.digest
 
         def begin(made: int) -> list[Held]:
-            failed = self.failed(made)
-            order = self._order("begin", Begin(version=made, made=made, failed=failed))
+            begin = Begin(
+                version=made, made=made, failed=self.failed(made), rolled=self.rolled(made)
+            )
+            order = self._order("begin", begin)
             return [self.begin_at(made), *_results(order)]
 
         return self._level(begin)
@@ -147,12 +149,21 @@ class United(Outgoing):
         """Have the other ranks make again what these entries lead to, each of what it holds."""
         return self._leading.order("recall", tuple(way), self._policy.resume_s)
 
+    def roll(self, version: int, digest: int = 0, reason: str = "") -> None:
+        """Have the other ranks publish what they have made again, or, by `reason`, not."""
+        self._order("roll", Roll(version=version, digest=digest, reason=reason))
+
     # ---- the others
 
     def _sealed(self, mine: Sealed, unsafe: Sequence[int]) -> list[Sealed]:
         """What every rank has sealed up to where the first one has, that one's first."""
         version = mine.version
-        seal = Seal(version=version, unsafe=tuple(unsafe), failed=self.failed(version))
+        seal = Seal(
+            version=version,
+            unsafe=tuple(unsafe),
+            failed=self.failed(version),
+            rolled=self.rolled(version),
+        )
         return [mine, *self._all("seal", seal)]
 
     def _level(self, at: Callable[[int], list[Held]]) -> tuple[int, int]:

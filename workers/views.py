@@ -16,13 +16,34 @@ from .streams import own
 View = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
+def require_dtypes_once(view: View | None, dtype: object) -> None:
+    """SettingsError where both of them say in which dtypes tensors are published."""
+    if view is not None and dtype is not None:
+        raise SettingsError(
+            "view and dtype were both given: a view's tensors are published in the dtypes that "
+            "they have, so leave dtype out and cast within the view"
+        )
+
+
 def viewed(view: View, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a view makes of a trainer's tensors, as named_tensors() gives it.
 
-    The view is called on this thread and its devices' current streams, without autograd, inference
-    mode or autocast. What it gives is to be read in the order of those streams, from any memory: it
+    What it gives is to be read in the order of this thread's current streams, from any memory: it
     may be let go of once that is queued. SettingsError if it is no mapping, UnsupportedTensor, and
     whatever the view itself raises.
+    """
+    found = named_tensors(called(view, tensors))
+    # A view may have made them on streams of its own, whose allocator would give their memory out
+    # again before the diff has read it.
+    own(*found.values())
+    return found
+
+
+def called(view: View, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """What a view gives, as it is (SettingsError if it is no mapping).
+
+    The view is called on this thread and its devices' current streams, without autograd, inference
+    mode or autocast.
     """
     with contextlib.ExitStack() as entered:
         entered.enter_context(quiet())
@@ -36,8 +57,4 @@ def viewed(view: View, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
             f"the view returned a {type(given).__name__}: it has to return a mapping of names to "
             "tensors, those that the workers hold"
         )
-    found = named_tensors(given)
-    # A view may have made them on streams of its own, whose allocator would give their memory out
-    # again before the diff has read it.
-    own(*found.values())
-    return found
+    return given

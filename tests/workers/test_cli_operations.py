@@ -21,7 +21,8 @@ FAILURES = PAGE.partition("\n## A worker\n")[2]
 QUOTED = re.findall(r"`([^`]+)`", PAGE)
 #: Arguments and methods of the public face.
 FACE = {
-    "publish()", "reading()", "refusal()", "require_current()", "max_lag", "offline_s", "linger_s",
+    "publish()", "rollback()", "reading()", "refusal()", "require_current()", "max_lag",
+    "offline_s", "linger_s",
     "after_apply", "include", "exclude", "rename", "dtype=", "--name", "_s", 'window="auto"',
     "--once --json", "replica.status", "replica.refusal()", "replica.catching_up",
     "update.wait_applied(…).missing", "sparsecast", "sparsecast.Policy", "Shard", "view=",

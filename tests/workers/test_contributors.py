@@ -1,19 +1,31 @@
 """Trainers of several ranks: each diffs its own shard, workers hold what all of them make up."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ranks import same, split
-from runs import QUICK, Ear, Site, eventually, same_bits, step, until_stored, weights
-from sparsecast import AsyncPublisher, MemoryLog, Replica, SettingsError
+from ranks import fully_sharded, same, split
+from runs import (
+    QUICK,
+    Ear,
+    Site,
+    Tensors,
+    checkpoint,
+    eventually,
+    same_bits,
+    step,
+    until_stored,
+    weights,
+)
+from sparsecast import AsyncPublisher, MemoryLog, Replica, SettingsError, SparsecastError
 from sparsecast.messages.metrics import Event, WorkerMetrics
-from sparsecast.pipeline.log.pieces import partial
+from sparsecast.pipeline.log import pieces
 from teams import Team
 from trainers import Trainers
 
@@ -225,7 +237,7 @@ async def test_merged_spans_and_anchors_lead_across(site: Site) -> None:
         held = [entry for entry, _ in log._held.values()]
         entries = await publisher._ports.log.entries(timeout_s=5)
         oldest = min(entry.version for entry in entries)
-        return not partial(held) and oldest >= 4 and any(entry.merged for entry in entries)
+        return not pieces.partial(held) and oldest >= 4 and any(entry.merged for entry in entries)
 
     await eventually(tidy)
     replicas = [
@@ -297,12 +309,77 @@ async def test_a_rank_that_has_nothing_to_publish(site: Site) -> None:
         assert same_bits(whole, mine)
 
 
+def _codes(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Matrices as int8 with a scale a row; all else as it is."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or not tensor.numel():
+            found[name] = tensor
+            continue
+        whole = tensor.float()
+        scale = whole.abs().amax(1, keepdim=True).clamp(min=1e-6) / 127
+        found[name], found[f"{name}.scale"] = (whole / scale).round().to(torch.int8), scale
+    return found
+
+
+async def test_a_view_of_what_each_rank_holds(site: Site) -> None:
+    """Three ranks that hold rows publish codes and scales of them: the layouts are of those, and
+    workers have what the view makes of the whole model; so they do after a rank that trains on
+    goes on from the log, and after going back."""
+    whole = weights()
+    mine = {name: torch.zeros_like(tensor) for name, tensor in _codes(whole).items()}
+    ways = {"masters": fully_sharded(whole, 3)}
+    trainers = Trainers(site, whole, fully_sharded(_codes(whole), 3), **ways)
+    publisher = await trainers.start(view=_codes)
+    replica = await site.replica(mine)
+    await publisher.wait_members(1, timeout_s=10)
+    for version in range(1, 4):
+        step(whole, version)
+        update = await trainers.publish()
+        assert (await update.wait_applied(timeout_s=10)).complete
+        assert same_bits(_codes(whole), mine)
+        await until_stored(publisher, version)
+    assert (await (await trainers.rollback(2)).wait_applied(timeout_s=10)).complete
+    assert same_bits(_codes(checkpoint(2)), mine)
+    await until_stored(publisher, 4)
+    for rank in (publisher, *trainers.others):
+        await rank.close()
+    again = Trainers(site, checkpoint(5), fully_sharded(_codes(whole), 3), **ways)
+    publisher = await again.start(view=_codes, resume="must")
+    await eventually(lambda: replica.verified == publisher.version)
+    assert same_bits(_codes(checkpoint(5)), mine)
+    assert replica.mismatches == 0
+
+
+async def test_a_view_that_fails_on_one_rank(site: Site) -> None:
+    """What it raises publish() raises there, as any call that fails on one rank only: the run ends,
+    and the first rank says where."""
+    whole, broken = weights(), False
+
+    def view(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        if broken:
+            raise ArithmeticError("no scale")
+        return tensors
+
+    trainers = Trainers(site, whole, split(whole, 2))
+    trainers.other = partial(trainers.other, view=view)  # type: ignore[method-assign]
+    publisher = await trainers.start()
+    await site.replica(weights())
+    await publisher.wait_members(1, timeout_s=10)
+    broken = True
+    with pytest.raises(ArithmeticError, match="no scale"):
+        await trainers.others[0].publish()
+    update = await publisher.publish()
+    with pytest.raises(SparsecastError, match=r"rank 1: .*no scale"):
+        await update.wait_applied(timeout_s=10)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"on_busy": "error"}, "the others would publish what this"),
         ({"bus": None}, "a trainer of 2 ranks needs bus="),
-        ({"view": dict}, "a view is of one rank"),
+        ({"view": dict, "dtype": torch.bfloat16}, "view and dtype"),
         ({"ranks": 0}, "a trainer of 0 ranks"),
     ],
     ids=["on_busy", "bus", "view", "none"],

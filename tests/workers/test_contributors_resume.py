@@ -16,7 +16,7 @@ from runs import (
     until_stored,
     weights,
 )
-from sparsecast import AsyncPublisher, CannotResume, Closed, LocalProtocolError
+from sparsecast import AsyncPublisher, CannotResume, Closed
 from sparsecast.messages.metrics import Event, WorkerMetrics
 from trainers import Trainers
 
@@ -99,14 +99,10 @@ async def test_the_same_weights_are_the_same_version(site: Site) -> None:
 
 async def test_what_the_log_does_not_have_cannot_be_gone_on_from(site: Site) -> None:
     """Nothing was published on the run: "must" is refused on the first rank, and the others, whose
-    entering ends with it, hear why. Nor is there a way to an old version."""
+    entering ends with it, hear why."""
     trainers = Trainers(site, weights(), split(weights(), 2))
     entering = (trainers.first(resume="must").__aenter__(), trainers.other(1).__aenter__())
     first, other = await asyncio.gather(*entering, return_exceptions=True)
     assert isinstance(first, CannotResume)
     assert isinstance(other, Closed)
     assert "cannot be resumed" in str(other)
-    again = Trainers(site, weights(), split(weights(), 2))
-    publisher = await again.start()
-    with pytest.raises(LocalProtocolError, match="rolled back"):
-        await publisher.rollback(0)

@@ -3,7 +3,7 @@ hold, and no rank ever gathers another one's."""
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,6 +93,12 @@ def _fsdp_and_tp(model: Toy, ranks: int) -> Layout | None:
 SHARDINGS = {"fsdp": _fsdp, "hsdp": _hsdp, "fsdp-tp": _fsdp_and_tp}
 
 
+def _cast(tensors: Mapping[str, Tensor]) -> Tensors:
+    """A view that is given DTensors and returns such."""
+    assert any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+
+
 @contextlib.contextmanager
 def nothing_gathered() -> Iterator[None]:
     """Whatever brings tensors of other ranks here fails."""
@@ -125,7 +131,9 @@ def _full(model: nn.Module) -> Tensors:
     return whole
 
 
-def train(context: Context, run: str, sharding: str, meeting: str) -> tuple[int, list[bytes]]:
+def train(
+    context: Context, run: str, sharding: str, meeting: str, how: str
+) -> tuple[int, list[bytes]]:
     """A rank: ten steps of AdamW on float32, each published as bfloat16; the first rank has the
     whole model after each. The bytes of what this rank publishes of it, and those."""
     dist.init_process_group(
@@ -136,15 +144,16 @@ def train(context: Context, run: str, sharding: str, meeting: str) -> tuple[int,
     layout = SHARDINGS[sharding](model, context.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     wholes: list[Tensors] = []
+    given: dict[str, Any] = {"dtype": torch.bfloat16} if how == "dtype" else {"view": _cast}
     publisher = Publisher(
         model,
         run=run,
         bus=context.broker_url,
         rank=context.rank,
         ranks=context.size,
-        dtype=torch.bfloat16,
         layout=layout,
         policy=QUICK,
+        **given,
     )
     with nothing_gathered():
         publisher.open()
@@ -183,9 +192,12 @@ def _bytes(whole: Tensors) -> bytes:
     )
 
 
-@pytest.mark.parametrize(("sharding", "ranks"), [("fsdp", 2), ("hsdp", 4), ("fsdp-tp", 4)])
+@pytest.mark.parametrize(
+    ("sharding", "ranks", "how"),
+    [("fsdp", 2, "dtype"), ("fsdp", 2, "view"), ("hsdp", 4, "dtype"), ("fsdp-tp", 4, "dtype")],
+)
 async def test_ranks_that_torch_shards_publish_what_they_hold(
-    site: Site, tmp_path: Path, sharding: str, ranks: int
+    site: Site, tmp_path: Path, sharding: str, ranks: int, how: str
 ) -> None:
     """Real ranks train ten steps: a worker that holds the whole model has, at each version, the
     bits that gathering it would have given. publish() gathers nothing, and of what several ranks
@@ -194,7 +206,7 @@ async def test_ranks_that_torch_shards_publish_what_they_hold(
     for tensor in mine.values():
         tensor.zero_()
     with Processes(
-        ranks, train, site.run, sharding, str(tmp_path / "meeting"),
+        ranks, train, site.run, sharding, str(tmp_path / "meeting"), how,
         timeout_s=150, broker_url=site.url,
     ) as processes:  # fmt: skip
         await asyncio.to_thread(processes.wait, "open")
