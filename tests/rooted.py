@@ -10,7 +10,8 @@ from sparsecast.messages.control import Claim, LogEntry, Sender
 from sparsecast.messages.layout import Layout, Part
 from sparsecast.messages.manifest import TensorSpec
 from sparsecast.pipeline.delta import Patch, manifest_of
-from sparsecast.workers.outgoing import Origin, Outgoing, describe
+from sparsecast.workers.entries import Origin, describe
+from sparsecast.workers.outgoing import Outgoing
 
 WRITER = "me"
 

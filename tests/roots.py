@@ -23,7 +23,7 @@ from sparsecast.pipeline.log.base import Log
 from sparsecast.pipeline.log.pieces import whole
 from sparsecast.pipeline.windows import open_window
 from sparsecast.workers.driver import Windows
-from sparsecast.workers.outgoing import Origin, describe
+from sparsecast.workers.entries import Origin, describe
 
 MASK = (1 << 64) - 1
 ME = Sender("trainer", "t1")

@@ -17,10 +17,10 @@ from ..pipeline.log.base import way
 from ..pipeline.log.pieces import each, whole
 from ..pipeline.log.retention import leading, needless, spare
 from ..pipeline.log.spans import spans
-from .anchors import intact, read
 from .driver import Ports
+from .entries import Origin, describe, intact, read
 from .leading import RankSilent
-from .outgoing import Origin, Outgoing, describe
+from .outgoing import Outgoing
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -71,24 +71,24 @@ class Archive:
     async def store(self, versions: tuple[int, ...], epoch: int) -> ev.LogStored | ev.LogFailed:
         """Store these kept versions as one entry, and let go of them."""
         try:
-            entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
-            if await self._has_room(entry.nbytes * entry.roots, epoch):
+            # Before the entry is made: other ranks store their pieces of it from then on.
+            nbytes = self._outgoing.nbytes(versions)
+            if await self._has_room(nbytes, epoch):
+                entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
                 await self._put(entry, patch)
                 self._crowded = False
-            else:
-                self._outgoing.beside.pop(entry.name, None)
-                if self._last_anchor < entry.version:  # else that has what there is no room for
-                    raise LogFull(
-                        f"{entry.nbytes} bytes more would leave no room for the next anchor in the "
-                        f"run's quota of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); "
-                        "an anchor is taken now"
-                    )
+            elif self._last_anchor < versions[-1]:  # else that has what there is no room for
+                raise LogFull(
+                    f"{nbytes} bytes more would leave no room for the next anchor in the run's "
+                    f"quota of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); an anchor "
+                    "is taken now"
+                )
         except (LogError, BusError) as exc:
             self._crowded = self._crowded or isinstance(exc, LogFull)
             return ev.LogFailed(versions[-1], str(exc))
-        self._stored = entry.version
-        await self._ports.run(self._outgoing.release, entry.version)
-        return ev.LogStored(entry.version)
+        self._stored = versions[-1]
+        await self._ports.run(self._outgoing.release, versions[-1])
+        return ev.LogStored(versions[-1])
 
     def due(self, version: int) -> bool:
         """Whether an anchor is due at this version, and none is on its way."""

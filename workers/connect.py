@@ -19,8 +19,8 @@ from ..pipeline.bus.nats import connect as connect_nats
 from ..pipeline.log.base import Log, Tell
 from ..pipeline.log.threads import Threads
 from ..pipeline.windows import available_kinds, gpu_identity, open_window
-from .anchors import PatchPayloads
 from .driver import Ports
+from .entries import PatchPayloads
 from .lane import Lane
 from .tiers import DEFAULT_LOG, open_log
 

@@ -21,18 +21,19 @@ from ..messages.subjects import Subjects
 from ..pipeline.bus.journal import Journal
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch
+from ..pipeline.delta.tensors import Model
 from .connect import connect
 from .driver import Changes, Outbox, Ports, Windows
 from .following import Following
 from .orders import decode_what
-from .outgoing import Outgoing, Published, ShadowPlace, Share, Source
-from .parted import Parted
+from .outgoing import Outgoing, ShadowPlace
+from .parted import Parted, Share
 from .rehearsal import rehearse_outgoing
 from .remaking import Remaking, Spoilt, State
 from .sending import Sending
 from .streams import device_for, in_order
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
-from .updates import Made
+from .updates import Made, Published
 from .views import View, require_dtypes_once
 
 log = logging.getLogger("sparsecast.publisher")
@@ -54,7 +55,7 @@ class Contributor:
 
     def __init__(
         self,
-        model: Source,
+        model: Model,
         *,
         run: str,
         bus: str,

@@ -29,7 +29,7 @@ from ..pipeline.bus.nats import connect
 from ..pipeline.log.base import Log, way
 from ..pipeline.log.pieces import WholeLog, each, whole
 from ..pipeline.log.tiered import TieredLog
-from .anchors import PatchPayloads, remake
+from .entries import PatchPayloads, remake
 from .tiers import JETSTREAM, open_tiers
 
 State = dict[str, torch.Tensor]

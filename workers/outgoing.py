@@ -12,22 +12,23 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from ..messages.control import LogEntry, Piece, Tags
-from ..messages.errors import LogError, UnsupportedTensor, WaitTimeout
+from ..messages.control import LogEntry, Tags
+from ..messages.errors import LogError, WaitTimeout
 from ..messages.layout import Layout
-from ..messages.manifest import Manifest
 from ..messages.ranks import Held
 from ..pipeline.core.events import Sealed
-from ..pipeline.delta import Diffed, Lookup, Patch, Shadow, merge
-from ..pipeline.delta import checksum as checksum_of
-from ..pipeline.delta.routing import restrict
-from ..pipeline.log.pieces import piece_name
+from ..pipeline.delta import Diffed, Lookup, Patch, Shadow
+from ..pipeline.delta.tensors import Model
+from .entries import Origin, describe
+from .kept import Facts, Kept, merged
+from .parted import Share
 from .streams import devices_of, finish, own, settle, to_host
+from .updates import Published
 from .views import View, viewed
 
 log = logging.getLogger("sparsecast.publisher")
@@ -40,21 +41,6 @@ PENDING = 8
 _NAP_S, _NAPS = 0.00003, 64
 #: Where the copy of the published weights lies: beside them, or in pinned host memory.
 ShadowPlace = Literal["device", "host"]
-
-Source = torch.nn.Module | Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What one publish() found. `changed` counts elements; sizes are bytes."""
-
-    base_version: int
-    version: int
-    changed: int
-    numel: int
-    nbytes: int
-    dense_nbytes: int
-    encoding: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,96 +55,6 @@ class Past:
     tensors: Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank of a trainer of several publishes: the local tensors of roots[root], of the
-    tensors of a manifest. `local` gives them as they are now, and `weights` what a view makes them
-    of: the same without one."""
-
-    root: int
-    roots: tuple[Layout, ...]
-    manifest: Manifest
-    local: Callable[[], Mapping[str, torch.Tensor]]
-    weights: Callable[[], Mapping[str, torch.Tensor]]
-
-    @property
-    def layout(self) -> Layout:
-        """Of this rank."""
-        return self.roots[self.root]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What this rank publishes, as it is now (UnsupportedTensor)."""
-        found = self.local()
-        missing = [spec.name for spec in self.layout.tensors if spec.name not in found]
-        if missing:
-            raise UnsupportedTensor(missing[0], "is not there any more")
-        return {spec.name: found[spec.name] for spec in self.layout.tensors}
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Which root of a trainer of several an entry is of, and in which coordinates.
-
-    `layout` and `whole` are the hashes of its layout, and of the manifest that is published.
-    """
-
-    root: int
-    roots: int
-    layout: str
-    whole: str
-
-
-@dataclass(slots=True)
-class _Facts:
-    """What is known of a patch once it is whole. `checksum` None: not computed yet."""
-
-    digest: int
-    checksum: int | None
-    diff_us: int
-    encode_us: int
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A patch; what its diff has found is asked for late, because asking waits for the device."""
-
-    patch: Patch
-    published_at: float
-    step: int | None
-    tags: Tags | None
-    _found: Diffed | None = None
-    _facts: _Facts | None = None
-    _host: torch.Tensor | None = field(default=None, repr=False)
-    #: The window that it was parted for, and what each of its classes holds of it.
-    routed: int = 0
-    routes: tuple[Patch, ...] = ()
-
-    @property
-    def facts(self) -> _Facts:
-        """What its diff has found; waits until the patch is whole."""
-        if self._facts is None:
-            found = self._found
-            assert found is not None
-            self._facts = _Facts(found.digest, found.checksum, found.diff_us, found.encode_us)
-            self._found = None
-        return self._facts
-
-    @property
-    def checksum(self) -> int:
-        """The checksum of the bytes; waits until they are whole."""
-        facts = self.facts
-        if facts.checksum is None:
-            facts.checksum = checksum_of(self.patch.buffer)
-        return facts.checksum
-
-    def on_host(self) -> torch.Tensor:
-        """The bytes in host memory; copied once. On the torch thread."""
-        if self._host is None:
-            _ = self.facts
-            self._host = to_host(self.patch.buffer)
-        return self._host
-
-
 class Outgoing:
     """The weights as published (the shadow), and the patches that lead there.
 
@@ -169,7 +65,7 @@ class Outgoing:
 
     def __init__(
         self,
-        model: Source,
+        model: Model,
         *,
         dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
         include: Sequence[str] | None = None,
@@ -197,8 +93,8 @@ class Outgoing:
         self._lists = threading.Condition()
         #: Whether take() waits for a publish() that has begun.
         self.awaited = False
-        self._pending: list[_Kept] = []
-        self._kept: dict[int, _Kept] = {}
+        self._pending: list[Kept] = []
+        self._kept: dict[int, Kept] = {}
         weights = share.weights() if share is not None else self._lookup.tensors()
         #: The CUDA devices of the weights, and of what a view makes of them.
         self.devices = _settled(devices_of(weights.values()))
@@ -277,9 +173,9 @@ class Outgoing:
         for device in self.devices:
             finish(device)
         diff_us = round((self._clock() - now) * 1e6)
-        facts = _Facts(self._shadow.digest, None, diff_us=diff_us, encode_us=0)
+        facts = Facts(self._shadow.digest, None, diff_us=diff_us, encode_us=0)
         with self._lists:
-            self._pending.append(_Kept(patch, now, None, None, _facts=facts))
+            self._pending.append(Kept(patch, now, None, None, _facts=facts))
             self.version = start + 1
 
     def recall(self, way: Sequence[LogEntry]) -> list[Future[Any]]:
@@ -343,7 +239,7 @@ class Outgoing:
             if self._share is not None and rolled:
                 self._rolled.append(base + 1)
             with self._lists:
-                self._pending.append(_Kept(found.patch, now, step, tags, found))
+                self._pending.append(Kept(found.patch, now, step, tags, found))
                 self.version = base + 1
                 self._lists.notify_all()
             self._merge_pending()
@@ -370,7 +266,7 @@ class Outgoing:
         if len(many) < PENDING:
             return
         try:
-            self._pending[: len(many)] = [_merged(many)]
+            self._pending[: len(many)] = [merged(many)]
         except (RuntimeError, MemoryError) as exc:
             log.warning("%d patches wait unmerged: %s", len(self._pending), exc)
 
@@ -420,7 +316,7 @@ class Outgoing:
         if not taken and not any(kept.patch.version == until for kept in earlier):
             return None
         try:
-            kept = _merged([*earlier, *taken])
+            kept = merged([*earlier, *taken])
         except BaseException:
             with self._lists:
                 self._pending[:0] = taken
@@ -434,7 +330,7 @@ class Outgoing:
                 self._last = None  # it is whole, and holds memory of the patch's size
         assert patch.base_version is not None
         self._kept[patch.version] = kept
-        row = self._part(kept)
+        row = kept.part(*self._routing, self.local)
         return Sealed(
             base_version=patch.base_version,
             version=patch.version,
@@ -454,32 +350,13 @@ class Outgoing:
             routed=kept.routed,
         )
 
-    def _part(self, kept: _Kept) -> tuple[Piece, ...]:
-        """Part a sealed patch for the window whose ranks do not all receive the same, if there is
-        one; what each class gets. Without memory for it all get the whole patch."""
-        window, ways = self._routing
-        patch = kept.patch
-        try:
-            routes = tuple(
-                patch if way is None else restrict(patch, way, self.local) for way in ways
-            )
-            row = tuple(
-                Piece(one.nbytes, kept.checksum if one is patch else checksum_of(one.buffer))
-                for one in routes
-            )
-        except (RuntimeError, MemoryError) as exc:
-            log.warning("version %d goes whole to all ranks: %s", patch.version, exc)
-            return ()
-        kept.routed, kept.routes = window, routes
-        return row
-
     def unroute(self, window: int) -> None:
         """That window is left: nothing is parted for it any more, nor kept."""
         if self._routing[0] == window:
             self._routing = (0, ())
         for kept in list(self._kept.values()):
             if kept.routed == window:
-                kept.routed, kept.routes = 0, ()
+                kept.unpart()
 
     def route(self, window: int, ways: Sequence[Layout | None]) -> None:
         """Part what is sealed from now on for a window: each class holds of the tensors here what a
@@ -511,6 +388,12 @@ class Outgoing:
         host = kept.on_host() if kept is not None and ours else to_host(patch.buffer)
         return host.numpy().tobytes()
 
+    def nbytes(self, versions: Sequence[int]) -> int:
+        """What entry() of these versions takes at most, if all ranks have about as much. On any
+        thread."""
+        found = [kept for kept in map(self._kept.get, versions) if kept is not None]
+        return sum(kept.patch.nbytes for kept in found) * max(1, len(self.roots))
+
     def entry(
         self, versions: Sequence[int], epoch: int, digest: int | None = None
     ) -> tuple[LogEntry, Patch]:
@@ -522,7 +405,7 @@ class Outgoing:
         found = [self._kept[version] for version in versions if version in self._kept]
         if not found:
             raise LogError(f"versions {list(versions)} are not kept any more")
-        kept = _merged(found)
+        kept = merged(found)
         for version in versions:
             self._kept.pop(version, None)
         self._kept[kept.patch.version] = kept
@@ -601,63 +484,3 @@ def _soon(lock: threading.Lock) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def describe(
-    patch: Patch,
-    epoch: int,
-    digest: int,
-    step: int | None = None,
-    tags: Tags | None = None,
-    writer: str = "",
-    *,
-    checksum: int | None = None,
-    merged: int = 0,
-    origin: Origin | None = None,
-) -> LogEntry:
-    """The log entry of a patch; `chunks` is for the tier to fill in. `checksum`: if it is known.
-    `origin`: whose piece of the version it is; None: it is all of it."""
-    kind = "anchor"
-    if patch.base_version is not None:
-        kind = f"{'merged' if merged else 'patch'}-{patch.base_version}"
-    name = f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else "")
-    return LogEntry(
-        name=name if origin is None else piece_name(name, origin.root),
-        epoch=epoch,
-        base_version=patch.base_version,
-        version=patch.version,
-        nbytes=patch.nbytes,
-        checksum=checksum_of(patch.buffer) if checksum is None else checksum,
-        digest=digest,
-        manifest_hash=patch.manifest_hash,
-        chunks=0,
-        writer=writer,
-        merged=merged,
-        step=step,
-        tags=tags,
-        root=0 if origin is None else origin.root,
-        roots=1 if origin is None else origin.roots,
-        layout="" if origin is None else origin.layout,
-        whole="" if origin is None else origin.whole,
-    )
-
-
-def _merged(kept: Sequence[_Kept]) -> _Kept:
-    """All as one: the newest contents, since the earliest call. Waits until they are whole."""
-    if len(kept) == 1:
-        return kept[0]
-    facts = [one.facts for one in kept]
-    patches = [one.patch for one in kept]
-    own(*(patch.buffer for patch in patches))
-    return _Kept(
-        patch=merge(patches),
-        published_at=min(one.published_at for one in kept),
-        step=kept[-1].step,
-        tags=kept[-1].tags,
-        _facts=_Facts(
-            digest=facts[-1].digest,
-            checksum=None,
-            diff_us=sum(one.diff_us for one in facts),
-            encode_us=sum(one.encode_us for one in facts),
-        ),
-    )

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 
+from ..messages.errors import UnsupportedTensor
 from ..messages.layout import Layout
+from ..messages.manifest import Manifest
 from ..pipeline.delta import manifest_of
-from ..pipeline.delta.tensors import choose, renamed
+from ..pipeline.delta.tensors import Model, choose, renamed
 from .layouts import layout_of, local_tensors
-from .outgoing import Source
 from .streams import own
 from .views import View, called
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank of a trainer of several publishes: the local tensors of roots[root], of the
+    tensors of a manifest. `local` gives them as they are now, and `weights` what a view makes them
+    of: the same without one."""
+
+    root: int
+    roots: tuple[Layout, ...]
+    manifest: Manifest
+    local: Callable[[], Mapping[str, torch.Tensor]]
+    weights: Callable[[], Mapping[str, torch.Tensor]]
+
+    @property
+    def layout(self) -> Layout:
+        """Of this rank."""
+        return self.roots[self.root]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What this rank publishes, as it is now (UnsupportedTensor)."""
+        found = self.local()
+        missing = [spec.name for spec in self.layout.tensors if spec.name not in found]
+        if missing:
+            raise UnsupportedTensor(missing[0], "is not there any more")
+        return {spec.name: found[spec.name] for spec in self.layout.tensors}
 
 
 class Parted:
@@ -28,7 +56,7 @@ class Parted:
 
     def __init__(
         self,
-        model: Source,
+        model: Model,
         *,
         dtype: torch.dtype | Mapping[str, torch.dtype] | None,
         include: Sequence[str] | None,
@@ -66,7 +94,7 @@ class Parted:
             return self._laid_out(self.model, rename=self._rename, **self._choice)
         return self._laid_out(self._viewed())
 
-    def _laid_out(self, source: Source, *, rename: Any = None, **choice: Any) -> Layout:
+    def _laid_out(self, source: Model, *, rename: Any = None, **choice: Any) -> Layout:
         held = local_tensors(source, **choice)
         local = manifest_of(held, dtype=self.dtype)
         if self._layout is None:

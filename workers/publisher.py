@@ -11,12 +11,13 @@ from ..messages.control import Tags
 from ..messages.errors import Closed, LocalProtocolError, SettingsError
 from ..messages.layout import Layout
 from ..pipeline.core.policy import Policy
+from ..pipeline.delta.tensors import Model
 from .connect import LoopThread
 from .contributor import Contributor
-from .outgoing import Published, ShadowPlace, Source
+from .outgoing import ShadowPlace
 from .publishing import NOT_OPEN, AsyncPublisher, AsyncUpdate, OnBusy, Resume
 from .tiers import DEFAULT_LOG, LogSetting
-from .updates import AtLeast, Made, Report
+from .updates import AtLeast, Made, Published, Report
 from .views import View
 
 __all__ = ["AsyncPublisher", "AsyncUpdate", "OnBusy", "Publisher", "Report", "Resume", "Update"]
@@ -57,7 +58,7 @@ class Publisher:
 
     def __init__(
         self,
-        model: Source,
+        model: Model,
         *,
         run: str,
         bus: str | None = None,

@@ -11,7 +11,6 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from ..messages import codec
-from ..messages.compose import published_by, shared_out
 from ..messages.control import Prepare, Sender, Tags, WorkerMessage
 from ..messages.errors import (
     CannotResume,
@@ -22,7 +21,6 @@ from ..messages.errors import (
     brief,
 )
 from ..messages.layout import Layout
-from ..messages.ranks import Publish
 from ..messages.subjects import Subjects, sender
 from ..pipeline.bus.base import Message
 from ..pipeline.bus.journal import JournalState
@@ -31,11 +29,13 @@ from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.trainer import TrainerCore
 from ..pipeline.delta import named_tensors
+from ..pipeline.delta.tensors import Model
 from .archive import Archive
+from .awaiting import Awaiting
 from .connect import connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .leading import Leading
-from .outgoing import Outgoing, Past, Published, ShadowPlace, Share, Source
+from .outgoing import Outgoing, Past, ShadowPlace
 from .parted import Parted
 from .recall import Recall
 from .rehearsal import rehearse_outgoing
@@ -45,8 +45,8 @@ from .telling import Telling
 from .tenure import Tenure
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
 from .together import Together
-from .united import United
-from .updates import AtLeast, Made, Report
+from .united import unite
+from .updates import AtLeast, Made, Published, Report
 from .views import View, require_dtypes_once
 
 log = logging.getLogger("sparsecast.publisher")
@@ -125,7 +125,7 @@ class AsyncPublisher:
 
     def __init__(
         self,
-        model: Source,
+        model: Model,
         *,
         run: str,
         bus: str | None = None,
@@ -240,6 +240,7 @@ class AsyncPublisher:
             on_change=self._changes.notify,
             on_error=self._broke,
         )
+        self._awaiting = Awaiting(self._core, self._changes, self._check)
         # Released after the driver has stopped: a renewal would take the lease again.
         self._tenure = Tenure(self.run, me, ports, self._outgoing, self.policy)
         life.push_async_callback(self._tenure.release)
@@ -369,29 +370,15 @@ class AsyncPublisher:
         if leading is None:
             outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
         else:
-            parted = self._parted
-            assert parted is not None
-            layouts = [parted.layout(), *leading.layouts]
-            manifest, roots = published_by(layouts), shared_out(layouts)
-            share = Share(0, tuple(roots), manifest, parted.tensors, parted.weights)
-            packed = tuple(map(codec.pack_layout, roots))
-            told = leading.order(
-                "publish",
-                Publish(manifest=manifest, roots=packed, writer=writer),
-                self.policy.store_s,
-            )
-            outgoing = United(
-                self._model,
-                leading=leading,
-                policy=self.policy,
-                dtype=self._choice["dtype"],
-                clock=ports.clock,
+            assert self._parted is not None
+            outgoing = unite(
+                self._parted,
+                leading,
                 writer=writer,
+                policy=self.policy,
+                clock=ports.clock,
                 shadow=self._choice["shadow"],
-                share=share,
             )
-            for future in told:
-                future.result()
         rehearse_outgoing(
             outgoing, ports.device, dtype=self._choice["dtype"], shadow=self._choice["shadow"]
         )
@@ -524,45 +511,15 @@ class AsyncPublisher:
     async def wait_members(self, n: int, timeout_s: float = 60.0) -> list[str]:
         """Wait until `n` workers for rollouts are in and current; their names. WaitTimeout says
         who is not."""
-        core = self._live_core()
-
-        def current() -> int:
-            # A run that was resumed starts from old weights: whoever holds those has not ours yet.
-            return max(core.head, self._first)
-
-        def present() -> list[str] | None:
-            self._check()
-            members, least = core.membership.awaited, current()
-            names = sorted(
-                m.sender.name for m in members if m.version is not None and m.version >= least
-            )
-            return names if len(names) >= n else None
-
-        def why() -> str:
-            applied, missing = core.progress(current())
-            return f"{len(applied)} of {n} are in" + "".join(
-                f"; {name}: {reason}" for name, reason in missing.items()
-            )
-
-        return await self._changes.until(present, timeout_s, what=f"{n} members", why=why)
+        self._live_core()
+        return await self._awaiting.members(n, timeout_s, least=self._first)
 
     async def _wait_applied(
         self, version: int, timeout_s: float, at_least: AtLeast | None
     ) -> Report:
-        core = self._live_core()
+        self._live_core()
         enough = self.policy.quorum if at_least is None else at_least
-
-        def done() -> bool | None:
-            self._check()
-            applied, missing = core.progress(version)
-            if enough == "all":
-                return True if applied and not missing else None
-            return True if len(applied) >= enough else None
-
-        with contextlib.suppress(TimeoutError):
-            await self._changes.until(done, timeout_s, what="applied", why=str)
-        applied, missing = core.progress(version)
-        return Report(version, applied, missing)
+        return await self._awaiting.applied(version, timeout_s, enough)
 
     def _live_core(self) -> TrainerCore:
         self._check()
@@ -640,41 +597,14 @@ class AsyncPublisher:
         return sealed or ev.NothingTaken()
 
     async def _store(self, versions: tuple[int, ...]) -> ev.LogStored | ev.LogFailed:
-        await self._until_acknowledged(versions[-1])
+        # Storing takes this loop's time: begun at once, it would hold the members' words up.
+        await self._awaiting.acknowledged(versions[-1], ACKNOWLEDGED_S)
         stored = await self._archive.store(versions, self._epoch())
         if self._archive.due(versions[-1]):
             self._driver.spawn(self._archive.anchor(self._epoch))
         if self._archive.mergeable:
             self._driver.spawn(self._archive.merge(self._epoch))
         return stored
-
-    async def _until_acknowledged(self, version: int) -> None:
-        """Give the members that a window has brought it to a moment to say that they have applied
-        it.
-
-        Storing takes this loop's time: begun at once, it would hold their words up. The others wait
-        for the log.
-        """
-        core = self._begun()
-        record = core.record(version)
-        by_window: set[str] = set()
-        if record is not None:
-            # But for who lacks what comes before, which this very entry may be.
-            held = {
-                m.sender: -1 if m.version is None else m.version for m in core.membership.awaited
-            }
-            by_window = {
-                member.name
-                for member in record.received
-                if held.get(member, -1) >= record.base_version
-            }
-
-        def done() -> bool | None:
-            _, missing = core.progress(version)
-            return None if by_window & missing.keys() else True
-
-        with contextlib.suppress(TimeoutError):
-            await self._changes.until(done, ACKNOWLEDGED_S, what="applied", why=str)
 
     async def _reclaim(self, epoch: int) -> ev.Claimed | ev.ReclaimFailed | ev.LeaseLost:
         claimed = await self._tenure.reclaim(epoch)

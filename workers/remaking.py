@@ -19,8 +19,8 @@ from ..messages.manifest import Manifest
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import digest
 from ..pipeline.log.pieces import each
-from .anchors import intact, remake
 from .driver import Ports
+from .entries import intact, remake
 
 State = dict[str, torch.Tensor]
 

@@ -53,19 +53,21 @@ class Sending:
         if not packed:
             return None
         if packed not in self._ways:
-            while len(self._ways) >= WAYS:
-                del self._ways[next(iter(self._ways))]
             # Of many parts it takes seconds.
-            self._ways[packed] = await self._ports.aside(
-                self._found_way, packed, timeout_s=timeout_s
-            )
+            await self._ports.aside(self._find_way, packed, timeout_s=timeout_s)
         return self._ways[packed]
 
-    def _found_way(self, packed: bytes) -> Layout:
+    def _find_way(self, packed: bytes) -> None:
+        """Kept by itself: a window that fails, because it takes too long, opens the next time."""
+        if packed in self._ways:
+            return
         roots, manifest = self._outgoing.roots, self._outgoing.manifest
         layout = codec.unpack_layout(packed)
         layout.require_fit(manifest)
-        return through(roots[self._root] if roots else identity(manifest), layout)
+        way = through(roots[self._root] if roots else identity(manifest), layout)
+        while len(self._ways) >= WAYS:
+            del self._ways[next(iter(self._ways))]
+        self._ways[packed] = way
 
     async def abort(self, window: int) -> None:
         """Break a window off; nothing happens if it is not here."""

@@ -48,7 +48,8 @@ class Together:
         hurry: bool = False,
     ) -> dict[int, Any]:
         """What came of it on every rank, once it is over on all; or what another rank raised, or
-        this one. `hurry`: this one breaks off when another one has not done it."""
+        this one. `hurry`: this one breaks off when another one has not done it, and what came of
+        it here is then of no account."""
         silent = self._leading.silent() if self._leading.ranks else None
         if silent is not None:
             raise RankSilent(silent)
@@ -56,17 +57,24 @@ class Together:
         others = [asyncio.wrap_future(one) for one in self._leading.order(deed, what, timeout_s)]
         own = asyncio.ensure_future(mine())
 
+        def has_failed(other: asyncio.Future[Any]) -> bool:
+            if not other.done() or other.cancelled():
+                return False
+            return other.exception() is not None or isinstance(other.result(), ev.WindowFailed)
+
         def look(other: asyncio.Future[Any]) -> None:
-            if not other.cancelled() and other.exception() is not None:
+            if has_failed(other):
                 own.cancel()
 
         for other in others if hurry else ():
             other.add_done_callback(look)
-        results = await asyncio.gather(*others, own, return_exceptions=True)
-        for result in results:
+        *theirs, ours = await asyncio.gather(*others, own, return_exceptions=True)
+        for result in theirs:
             if isinstance(result, BaseException):
                 raise result
-        return dict(enumerate([results[-1], *results[:-1]]))
+        if isinstance(ours, BaseException) and not (hurry and any(map(has_failed, others))):
+            raise ours
+        return dict(enumerate([ours, *theirs]))
 
     async def patiently(
         self,

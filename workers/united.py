@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from ..messages import codec
+from ..messages.compose import published_by, shared_out
 from ..messages.control import LogEntry, Piece, added
 from ..messages.errors import LocalProtocolError, LogError, WaitTimeout
-from ..messages.ranks import Begin, Deed, Held, Roll, Seal, Store
+from ..messages.ranks import Begin, Deed, Held, Publish, Roll, Seal, Store
 from ..pipeline.core.events import Sealed
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch
 from .leading import Leading
-from .outgoing import Outgoing, Past
+from .outgoing import Outgoing, Past, ShadowPlace
+from .parted import Parted, Share
 
 #: How often the ranks are asked for one version, while some go on publishing.
 TRIES = 8
@@ -185,6 +188,37 @@ class United(Outgoing):
 
     def _all(self, deed: Deed, what: Any) -> list[Any]:
         return _results(self._order(deed, what))
+
+
+def unite(
+    parted: Parted,
+    leading: Leading,
+    *,
+    writer: str,
+    policy: Policy,
+    clock: Callable[[], float],
+    shadow: ShadowPlace,
+) -> United:
+    """The outgoing side of all ranks, which have met: each has made its own.
+
+    UnsupportedTensor, ManifestMismatch: the ranks' layouts make up no model.
+    """
+    layouts = [parted.layout(), *leading.layouts]
+    manifest, roots = published_by(layouts), shared_out(layouts)
+    publish = Publish(manifest=manifest, roots=tuple(map(codec.pack_layout, roots)), writer=writer)
+    told = leading.order("publish", publish, policy.store_s)
+    united = United(
+        parted.model,
+        leading=leading,
+        policy=policy,
+        dtype=parted.dtype,
+        clock=clock,
+        writer=writer,
+        shadow=shadow,
+        share=Share(0, tuple(roots), manifest, parted.tensors, parted.weights),
+    )
+    _results(told)
+    return united
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .outgoing import Published
-
 #: How many members have to hold an update: all of them, or so many.
 AtLeast = Literal["all"] | int
 
@@ -40,6 +38,19 @@ class Report:
             f"{prefix}applied_first_s": times[0] if times else 0.0,
             f"{prefix}applied_last_s": times[-1] if times else 0.0,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What one publish() found. `changed` counts elements; sizes are bytes."""
+
+    base_version: int
+    version: int
+    changed: int
+    numel: int
+    nbytes: int
+    dense_nbytes: int
+    encoding: str
 
 
 class Made:

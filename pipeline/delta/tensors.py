@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...messages.errors import ManifestMismatch, UnsupportedTensor
 from ...messages.manifest import ITEMSIZE, Manifest, TensorSpec
 
+#: A model, or its tensors by name.
+Model = nn.Module | Mapping[str, Tensor]
 Rename = Callable[[str], str] | Mapping[str, str]
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
@@ -113,7 +115,7 @@ def require_hash(manifest_hash: str, manifest: Manifest, what: str) -> None:
 
 
 def named_tensors(
-    source: nn.Module | Mapping[str, Tensor],
+    source: Model,
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -133,7 +135,7 @@ def named_tensors(
 
 
 def choose(
-    source: nn.Module | Mapping[str, Tensor],
+    source: Model,
     *,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,

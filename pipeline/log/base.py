@@ -62,7 +62,7 @@ class Anatomy:
 
 
 class Payloads(Protocol):
-    """What a tier that looks into payloads asks of whoever can read them (workers/anchors.py)."""
+    """What a tier that looks into payloads asks of whoever can read them (workers/entries.py)."""
 
     def checksum(self, payload: bytes | bytearray | memoryview) -> int:
         """The checksum, as an entry has it. On any thread."""

@@ -23,8 +23,8 @@ from sparsecast.pipeline.log.base import Log
 from sparsecast.pipeline.log.directory import DirectoryLog
 from sparsecast.pipeline.log.jetstream import JetStreamLog
 from sparsecast.pipeline.log.tiered import TieredLog
-from sparsecast.workers.anchors import PatchPayloads
 from sparsecast.workers.driver import Ports
+from sparsecast.workers.entries import PatchPayloads
 from sparsecast.workers.publisher import AsyncPublisher
 from sparsecast.workers.replica import Replica
 

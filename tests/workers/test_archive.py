@@ -11,7 +11,7 @@ from runs import step
 from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.log.directory import DirectoryLog
-from sparsecast.workers.anchors import PatchPayloads
+from sparsecast.workers.entries import PatchPayloads
 
 
 async def test_an_anchor_is_tried_until_it_is_there() -> None:

@@ -19,9 +19,9 @@ from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.log import files
 from sparsecast.pipeline.log.directory import DirectoryLog
-from sparsecast.workers.anchors import PatchPayloads
 from sparsecast.workers.audit import Checked, Made, Verdict
 from sparsecast.workers.cli import app
+from sparsecast.workers.entries import PatchPayloads
 from sparsecast.workers.logview import EntryView, Listing, Pruned
 
 #: Where a patch has its base version (docs/patch-format.md).

@@ -17,8 +17,8 @@ from sparsecast.pipeline.log.directory import DirectoryLog
 from sparsecast.pipeline.log.jetstream import JetStreamLog
 from sparsecast.pipeline.log.pieces import WholeLog
 from sparsecast.pipeline.log.tiered import TieredLog
-from sparsecast.workers.anchors import PatchPayloads
 from sparsecast.workers.audit import Verdict
+from sparsecast.workers.entries import PatchPayloads
 from sparsecast.workers.logview import EntryView, Listing, Pruned
 
 S = 10.0

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -29,8 +30,10 @@ from sparsecast import (
     WaitTimeout,
     WorkerDied,
 )
+from sparsecast.messages.compose import through
 from sparsecast.messages.metrics import Event
 from spawn import Context, Processes
+from teams import Team
 from trainers import Trainers
 
 #: Within so much of a rank's silence everybody knows.
@@ -381,3 +384,53 @@ async def test_a_rank_follows_one_life_of_the_first_one(site: Site) -> None:
         await late.__aenter__()
     with pytest.raises(Closed, match="the first rank of the trainer has left"):
         await trainers.others[0].publish()
+
+
+async def test_no_rank_stores_what_there_is_no_room_for(site: Site) -> None:
+    """The quota has no room for a patch beside the next anchor: no rank puts its piece of it into
+    the log, an anchor takes its place, and all is stored in the end."""
+    whole, log = weights(), MemoryLog()
+    trainers = Trainers(site, whole, split(whole, 2))
+    policy = replace(QUICK, quota_nbytes=400_000, anchor_every=100_000, merge_every=1)
+    publisher = await trainers.start(log=log, policy=policy)
+    await site.replica(weights(), log=log)
+    await publisher.wait_members(1, timeout_s=10)
+    pieces: dict[int, set[int]] = {}
+    real = log.store
+
+    async def store(entry: Any, payload: Any, **options: Any) -> None:
+        pieces.setdefault(entry.version if entry.base_version is not None else -1, set())
+        pieces[entry.version if entry.base_version is not None else -1].add(entry.root)
+        await real(entry, payload, **options)
+
+    with mock.patch.object(log, "store", store):
+        for version in range(1, 31):
+            step(whole, version, share=1.0)
+            await (await trainers.publish()).wait_applied(timeout_s=10)
+        await until_stored(publisher, 30)
+    assert {0, 1} in pieces.values()
+    assert {1} not in pieces.values()
+    assert len(pieces) < 30
+
+
+async def test_a_layout_that_takes_long_to_compose(site: Site) -> None:
+    """What ranks of a worker hold of a trainer's takes longer to make out than a window may take to
+    open: the next window has it."""
+    whole = weights()
+    policy = replace(QUICK, routing="all-to-all", open_s=0.4)
+    slow = [0.9, 0.9]
+
+    def composing(*layouts: Layout) -> Layout:
+        time.sleep(slow.pop() if slow else 0.0)
+        return through(*layouts)
+
+    trainers, team = Trainers(site, whole, split(whole, 2)), Team(site, whole, 2)
+    publisher = await trainers.start(policy=policy)
+    with mock.patch("sparsecast.workers.sending.through", composing):
+        await team.start(policy=policy)
+        await publisher.wait_members(1, timeout_s=10)
+        await eventually(lambda: publisher.window == "gloo", timeout_s=15)
+    assert not slow
+    step(whole, 1)
+    assert (await (await trainers.publish()).wait_applied(timeout_s=10)).complete
+    assert team.same(whole)

@@ -2,22 +2,26 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runs import Site
+from runs import QUICK, Site
 from sparsecast.messages.control import Stamp
 from sparsecast.messages.errors import WindowError
 from sparsecast.messages.subjects import Subjects
 from sparsecast.pipeline.bus.nats import connect
 from sparsecast.pipeline.core.commands import OpenWindow
+from sparsecast.pipeline.core.events import WindowFailed
 from sparsecast.pipeline.windows import open_window
 from sparsecast.pipeline.windows.base import WindowSpec
 from sparsecast.workers.ends import Ends, Place, places_of
+from sparsecast.workers.together import Together
 
 #: Three ranks of workers, the first and the last of which hold the same.
 CLASSES = (0, 1, 0)
@@ -163,3 +167,24 @@ async def test_who_does_not_come_costs_one_deadline(site: Site, missing: int) ->
         assert all(one is None or isinstance(one, WindowError) for one in opened)
         assert any(isinstance(one, WindowError) for one in opened)
         await asyncio.gather(*(end.abort() for end in ends))
+
+
+async def test_a_rank_that_cannot_open_its_end_is_not_waited_for() -> None:
+    """Another rank of the trainer says that its end did not open: the first one does not wait for
+    the workers until the deadline, and says whose it was."""
+    told: Future[WindowFailed] = Future()
+    leading: Any = mock.Mock(ranks=frozenset({1}))
+    leading.silent.return_value = None
+    leading.order.return_value = [told]
+    opening = asyncio.Event()
+
+    async def mine(_: OpenWindow) -> WindowFailed:
+        opening.set()
+        await asyncio.sleep(60)
+        raise AssertionError("it waited")
+
+    together = Together(leading, QUICK)
+    task = asyncio.ensure_future(together.open(mine, command(0, (0,), 2, ())))
+    await opening.wait()
+    told.set_result(WindowFailed(1, 1, "rank 1: no memory"))
+    assert await asyncio.wait_for(task, 5) == WindowFailed(1, 1, "rank 1: no memory")

@@ -26,8 +26,8 @@ from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.delta import Shadow, manifest_of
 from sparsecast.workers import incoming
 from sparsecast.workers.engine import ModuleEngine
+from sparsecast.workers.entries import describe
 from sparsecast.workers.incoming import Incoming
-from sparsecast.workers.outgoing import describe
 
 
 class Troubled(ModuleEngine):

@@ -18,7 +18,7 @@ from sparsecast.messages.metrics import Event
 from sparsecast.pipeline.core.policy import Policy
 from sparsecast.pipeline.log.base import way
 from sparsecast.workers import archive as module
-from sparsecast.workers.anchors import PatchPayloads
+from sparsecast.workers.entries import PatchPayloads
 from spawn import Context, Processes
 
 #: An anchor at the start alone.

@@ -17,8 +17,8 @@ from sparsecast.messages.control import LogEntry
 from sparsecast.messages.layout import identity
 from sparsecast.pipeline.log.base import way
 from sparsecast.pipeline.log.pieces import WholeLog
-from sparsecast.workers.anchors import intact, remake
 from sparsecast.workers.archive import Archive, roomy
+from sparsecast.workers.entries import intact, remake
 
 S = 10.0
 #: An anchor at the start alone.

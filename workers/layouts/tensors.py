@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ...messages.errors import UnsupportedTensor
 from ...messages.layout import Layout, Part, box_part
 from ...pipeline.delta import manifest_of
-from ...pipeline.delta.tensors import Rename, choose, distinct, renamed
+from ...pipeline.delta.tensors import Model, Rename, choose, distinct, renamed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def layout_of(
-    source: nn.Module | Mapping[str, torch.Tensor],
+    source: Model,
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -60,7 +59,7 @@ def layout_of(
 
 
 def local_tensors(
-    source: nn.Module | Mapping[str, torch.Tensor],
+    source: Model,
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,

@@ -1,12 +1,13 @@
-"""What a log's payloads are made of: their checksum, where an anchor holds its tensors, a state."""
+"""The entries of a log: what is said of a patch there, and what their bytes are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from ..messages.control import LogEntry
+from ..messages.control import LogEntry, Tags
 from ..messages.errors import CorruptPatch, LocalProtocolError
 from ..messages.layout import Layout
 from ..messages.manifest import Manifest
@@ -16,6 +17,20 @@ from ..pipeline.delta.layout import ENTRY, HEADER
 from ..pipeline.delta.patch import START_NBYTES
 from ..pipeline.delta.tensors import dtype_of
 from ..pipeline.log.base import Anatomy
+from ..pipeline.log.pieces import piece_name
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which root of a trainer of several an entry is of, and in which coordinates.
+
+    `layout` and `whole` are the hashes of its layout, and of the manifest that is published.
+    """
+
+    root: int
+    roots: int
+    layout: str
+    whole: str
 
 
 class PatchPayloads:
@@ -55,6 +70,45 @@ class PatchPayloads:
                 raise CorruptPatch("a tensor that is not whole in an anchor")
             offsets[section.index] = section.values_offset
         return Anatomy(manifest, tuple(offsets))
+
+
+def describe(
+    patch: Patch,
+    epoch: int,
+    digest: int,
+    step: int | None = None,
+    tags: Tags | None = None,
+    writer: str = "",
+    *,
+    checksum: int | None = None,
+    merged: int = 0,
+    origin: Origin | None = None,
+) -> LogEntry:
+    """The log entry of a patch; `chunks` is for the tier to fill in. `checksum`: if it is known.
+    `origin`: whose piece of the version it is; None: it is all of it."""
+    kind = "anchor"
+    if patch.base_version is not None:
+        kind = f"{'merged' if merged else 'patch'}-{patch.base_version}"
+    name = f"{epoch}-{kind}-{patch.version}" + (f"-{writer}" if writer else "")
+    return LogEntry(
+        name=name if origin is None else piece_name(name, origin.root),
+        epoch=epoch,
+        base_version=patch.base_version,
+        version=patch.version,
+        nbytes=patch.nbytes,
+        checksum=checksum_of(patch.buffer) if checksum is None else checksum,
+        digest=digest,
+        manifest_hash=patch.manifest_hash,
+        chunks=0,
+        writer=writer,
+        merged=merged,
+        step=step,
+        tags=tags,
+        root=0 if origin is None else origin.root,
+        roots=1 if origin is None else origin.roots,
+        layout="" if origin is None else origin.layout,
+        whole="" if origin is None else origin.whole,
+    )
 
 
 def intact(data: bytes | bytearray, entry: LogEntry) -> bytearray:

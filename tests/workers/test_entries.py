@@ -16,8 +16,8 @@ from sparsecast.messages.manifest import ITEMSIZE
 from sparsecast.pipeline.delta import Patch, Shadow, check
 from sparsecast.pipeline.log.container import DTYPES
 from sparsecast.pipeline.log.directory import DirectoryLog
-from sparsecast.workers.anchors import PatchPayloads
-from sparsecast.workers.outgoing import Outgoing, describe
+from sparsecast.workers.entries import PatchPayloads, describe
+from sparsecast.workers.outgoing import Outgoing
 
 S = 10.0
 
