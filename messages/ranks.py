@@ -107,37 +107,41 @@ class Publish(msgspec.Struct, frozen=True, kw_only=True):
     writer: str
 
 
-class Begin(msgspec.Struct, frozen=True, kw_only=True):
-    """The run starts, or starts anew, with what is published now as `version`. `made`: only if this
-    is what publish() has made here so far; None: whatever that is. `failed` and `rolled`: as in a
-    Seal."""
+class At(msgspec.Struct, frozen=True, kw_only=True):
+    """A version as the first rank has made it: up to then `failed` calls of publish() had failed
+    there, and it has the contents of version `of` (None: the weights as they were).
+
+    Where that is otherwise on another rank, a version of this number is another step's.
+    """
 
     version: int
-    made: int | None = None
     failed: int = 0
-    rolled: int = 0
+    of: int | None = None
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True):
+    """The run starts, or starts anew, with what is published now as `version`. `made`: only if this
+    is what publish() has made here so far; None: whatever that is."""
+
+    version: int
+    made: At | None = None
 
 
 class Roll(msgspec.Struct, frozen=True, kw_only=True):
-    """What was made again last, which was `version` and has `digest`, is published anew by the next
-    call of rollback(); or, by `reason`, it is not."""
+    """What was made again last, which was `version` and has `digest`, is published anew by this
+    call of rollback(), numbered from 1 on; or, by `reason`, it is not."""
 
+    call: int
     version: int
     digest: int = 0
     reason: str = ""
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """Fix the bytes of what leads to `version`, merged onto the kept patches of `unsafe` ones.
+    """Fix the bytes of what leads to a version, merged onto the kept patches of `unsafe` ones."""
 
-    Up to that version `failed` calls of publish() have failed on the first rank, and `rolled` ones
-    were of rollback(): where it was otherwise, a version of that number is another step's.
-    """
-
-    version: int
+    at: At
     unsafe: tuple[int, ...]
-    failed: int = 0
-    rolled: int = 0
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):

@@ -71,18 +71,10 @@ class Archive:
     async def store(self, versions: tuple[int, ...], epoch: int) -> ev.LogStored | ev.LogFailed:
         """Store these kept versions as one entry, and let go of them."""
         try:
-            # Before the entry is made: other ranks store their pieces of it from then on.
-            nbytes = self._outgoing.nbytes(versions)
-            if await self._has_room(nbytes, epoch):
+            if await self._fits(versions, epoch):
                 entry, patch = await self._ports.run(self._outgoing.entry, versions, epoch)
                 await self._put(entry, patch)
                 self._crowded = False
-            elif self._last_anchor < versions[-1]:  # else that has what there is no room for
-                raise LogFull(
-                    f"{nbytes} bytes more would leave no room for the next anchor in the run's "
-                    f"quota of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); an anchor "
-                    "is taken now"
-                )
         except (LogError, BusError) as exc:
             self._crowded = self._crowded or isinstance(exc, LogFull)
             return ev.LogFailed(versions[-1], str(exc))
@@ -152,6 +144,23 @@ class Archive:
             self._on_their_way -= 1
         self._failing.discard("mending")
         await self.anchor(epoch)
+
+    async def _fits(self, versions: tuple[int, ...], epoch: int) -> bool:
+        """Whether there is room for these versions as one entry, before there is one: other ranks
+        store their pieces of it from then on. False where an anchor has them; else LogFull."""
+        if self._most_nbytes is None:
+            return True
+        joined = await self._ports.run(self._outgoing.join, versions)
+        nbytes = joined * len(self._manifests)  # if all ranks have about as much
+        if await self._has_room(nbytes, epoch):
+            return True
+        if self._last_anchor < versions[-1]:
+            raise LogFull(
+                f"{nbytes} bytes more would leave no room for the next anchor in the run's quota "
+                f"of {self._policy.quota_nbytes} bytes (Policy.quota_nbytes); "
+                "an anchor is taken now"
+            )
+        return False
 
     async def _has_room(self, nbytes: int, epoch: int) -> bool:
         """Whether so many bytes leave room for the next anchor in the run's quota."""

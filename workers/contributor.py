@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from ..messages import codec
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import Closed, LocalProtocolError, LogError, SettingsError, WaitTimeout
 from ..messages.layout import Layout
-from ..messages.ranks import Begin, Fellow, Held, Order, Publish, Roll, Seal, Store
+from ..messages.ranks import At, Begin, Fellow, Held, Order, Publish, Roll, Seal, Store
 from ..messages.subjects import Subjects
 from ..pipeline.bus.journal import Journal
 from ..pipeline.core.policy import Policy
@@ -26,10 +25,10 @@ from .connect import connect
 from .driver import Changes, Outbox, Ports, Windows
 from .following import Following
 from .orders import decode_what
-from .outgoing import Outgoing, ShadowPlace
-from .parted import Parted, Share
+from .outgoing import Outgoing, Past, ShadowPlace
+from .parted import Parted
 from .rehearsal import rehearse_outgoing
-from .remaking import Remaking, Spoilt, State
+from .remaking import Remaking, Spoilt
 from .sending import Sending
 from .streams import device_for, in_order
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
@@ -95,16 +94,6 @@ class Contributor:
         self._linger_s = linger_s
         self._open_ports = ports
         self._outgoing: Outgoing | None = None
-        #: How the first rank was lost, once publish() has said so.
-        self._lost: str | None = None
-        #: The copy that the first rank has asked for, until it says what of it.
-        self._copy: Patch | None = None
-        #: The old state that it may go on from.
-        self._past: State | None = None
-        #: The digest of the state that was asked for last.
-        self._recalled = 0
-        #: What calls of rollback() are to publish, and the states of it.
-        self._rolls: deque[tuple[Roll, State]] = deque()
         self._life: contextlib.AsyncExitStack | None = None
 
     # ---- life
@@ -125,6 +114,7 @@ class Contributor:
         life, self._life = self._life, None
         if life is None:
             return
+        self._changes.notify()
         async with life:
             with contextlib.suppress(WaitTimeout):
                 await self._changes.until(
@@ -136,6 +126,17 @@ class Contributor:
 
     async def _start(self, life: contextlib.AsyncExitStack) -> None:
         self._changes = Changes()
+        life.callback(self._changes.notify)
+        #: How the first rank was lost, once publish() has said so.
+        self._lost: str | None = None
+        #: The copy that the first rank has asked for, until it says what of it.
+        self._copy: Patch | None = None
+        #: The old state that it may go on from, and how often one was asked for.
+        self._past: Past | None = None
+        self._recalls = 0
+        #: What calls of rollback() are to publish, and the last of these calls.
+        self._rolls: dict[int, tuple[Roll, Past | None]] = {}
+        self._rolling, self._called = asyncio.Lock(), 0
         self._loop = asyncio.get_running_loop()
         self._outgoing, self._met, self._begun, self._why = None, False, False, ""
         if self._open_ports is not None:
@@ -231,37 +232,42 @@ class Contributor:
         else as publish(). Nothing was published then. The weights are left alone.
         """
         self._require_led()
-        roll, state = await self._changes.until(
-            lambda: self._rolls.popleft() if self._rolls else self._require_led(),
-            self.policy.gather_s + self.policy.resume_s,
-            what=f"version {version} again",
-            why=lambda: "the first rank of the trainer has not made it again",
-        )
-        if roll.version != version:
-            raise LocalProtocolError(
-                f"rollback({version}), where the first rank of the trainer called "
-                f"rollback({roll.version}): start all of its ranks again"
+        async with self._rolling:
+            call = self._called + 1
+            roll, past = await self._changes.until(
+                lambda: self._rolled(call),
+                self.policy.gather_s + self.policy.resume_s,
+                what=f"version {version} again",
+                why=lambda: "the first rank of the trainer has not made it again",
             )
-        if roll.reason:
-            raise LogError(f"the first rank of the trainer did not roll back: {roll.reason}")
-        return await self._publish_aside(step, tags, state)
+            self._called = call
+            if roll.version != version:
+                raise LocalProtocolError(
+                    f"rollback({version}), where the first rank of the trainer called "
+                    f"rollback({roll.version}): start all of its ranks again"
+                )
+            if roll.reason:
+                raise LogError(f"the first rank of the trainer did not roll back: {roll.reason}")
+            return await self._publish_aside(step, tags, past)
 
     async def _publish_aside(
-        self, step: int | None, tags: Tags | None, tensors: State | None = None
+        self, step: int | None, tags: Tags | None, past: Past | None = None
     ) -> Made:
-        made = in_order(self._made_by().devices, lambda: self._publish(step, tags, tensors))
+        made = in_order(self._made_by().devices, lambda: self._publish(step, tags, past))
         return Made(await asyncio.to_thread(made))
 
-    def _publish(
-        self, step: int | None, tags: Tags | None, tensors: State | None = None
-    ) -> Published:
+    def _publish(self, step: int | None, tags: Tags | None, past: Past | None = None) -> Published:
         outgoing = self._made_by()
         self._require_led()
         try:
-            return outgoing.publish(step, tags, tensors=tensors)
+            return outgoing.publish(step, tags, past=past)
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._changes.notify)
+
+    def _rolled(self, call: int) -> tuple[Roll, Past | None] | None:
+        self._require_led()
+        return self._rolls.pop(call, None)
 
     def _require_led(self) -> None:
         """Closed unless this is open, and the first rank there."""
@@ -317,29 +323,25 @@ class Contributor:
             case "recall", _:
                 return await self._recall(outgoing, what)
             case "since", (start, digest):
-                return await run(outgoing.go_on, start, self._made_again(digest))
-            case "roll", Roll(digest=digest, reason=reason):
-                if reason:
-                    self._past = None  # it is not needed
-                self._rolls.append((what, {} if reason else self._made_again(digest)))
-                self._changes.notify()
-                return None
+                return await run(outgoing.go_on, start, self._made_again(digest).tensors)
+            case "roll", Roll():
+                return self._roll(what)
             case "hold", _:
-                self._past = None  # it was not needed
+                self._forget()
                 self._begun = True
                 self._changes.notify()
                 return None
-            case "begin", Begin(made=int(made)):
+            case "begin", Begin(made=At() as at):
                 try:
-                    await self._until(made, what)
+                    await self._until(at)
                 except WaitTimeout as exc:
                     raise LogError(str(exc)) from exc  # to be tried again
-                return await run(outgoing.begin_at, made)
-            case "seal", Seal(version=version, unsafe=unsafe):
-                await self._until(version, what)
-                sealed = await run(outgoing.take, unsafe, version)
+                return await run(outgoing.begin_at, at.version)
+            case "seal", Seal(at=at, unsafe=unsafe):
+                await self._until(at)
+                sealed = await run(outgoing.take, unsafe, at.version)
                 if sealed is None:
-                    raise LocalProtocolError(f"nothing leads to version {version} here")
+                    raise LocalProtocolError(f"nothing leads to version {at.version} here")
                 return sealed
             case "store", Store(version=version, epoch=epoch, digest=digest):
                 entry, patch = await run(outgoing.entry_until, version, epoch, digest)
@@ -356,17 +358,34 @@ class Contributor:
                 return await self._store(outgoing.anchored(patch, epoch, digest), patch)
         raise LocalProtocolError(f"a rank of a trainer does not {order.deed}")
 
-    def _made_again(self, digest: int) -> State:
+    def _made_again(self, digest: int) -> Past:
         """The old state that was asked for last, which is this one's to use."""
-        past, self._past = self._past, None
-        if past is None or digest != self._recalled:
+        past = self._past
+        self._forget()
+        if past is None or digest != past.digest:
             raise LocalProtocolError("that old state was not made again here")
         return past
+
+    def _forget(self) -> None:
+        """No old state is needed, nor what is being made of one."""
+        self._past = None
+        self._recalls += 1
+
+    def _roll(self, roll: Roll) -> None:
+        """Let the call of rollback() go on that is meant."""
+        past = None
+        if roll.reason:
+            self._forget()
+        else:
+            past = self._made_again(roll.digest)
+        if roll.call > self._called:
+            self._rolls[roll.call] = roll, past
+            self._changes.notify()
 
     def _make(self, what: Publish) -> Outgoing:
         roots = tuple(codec.unpack_layout(packed) for packed in what.roots)
         parted = self._parted
-        share = Share(self.rank, roots, what.manifest, parted.tensors, parted.weights)
+        share = parted.share(self.rank, roots, what.manifest)
         dtype = parted.dtype
         outgoing = Outgoing(
             parted.model,
@@ -379,44 +398,39 @@ class Contributor:
         rehearse_outgoing(outgoing, self._ports.device, dtype=dtype, shadow=self._shadow)
         return outgoing
 
-    async def _until(self, version: int, calls: Begin | Seal | None = None) -> int:
+    async def _until(self, at: At) -> int:
         """Wait until publish() has made a version here, which it has made by now (WaitTimeout).
 
-        LocalProtocolError if up to that it has failed, or was rollback(), more or less often than
-        on the first rank.
+        LocalProtocolError if it was made by other calls than on the first rank.
         """
         outgoing = self._made_by()
 
         def made() -> int | None:
-            there = outgoing.version >= version
-            if calls is None:
-                return outgoing.version if there else None
-            failed, rolled = outgoing.failed(version), outgoing.rolled(version)
+            there, here = outgoing.version >= at.version, outgoing.at(at.version)
             amiss = ""
-            if failed > calls.failed:
+            if here.failed > at.failed:
                 amiss = f"publish() has failed and not on the first rank ({outgoing.failure})"
-            elif there and failed < calls.failed:
+            elif there and here.failed < at.failed:
                 amiss = "publish() has failed on the first rank and not on this one"
-            elif there and rolled != calls.rolled:
-                amiss = f"rollback() was called {calls.rolled} times on the first rank and "
-                amiss += f"{rolled} times on this one"
+            elif there and here.of != at.of:
+                amiss = f"it is {_made_of(at)} on the first rank and {_made_of(here)} on this one"
             if amiss:
                 raise LocalProtocolError(
-                    f"{amiss} before version {version} was made: that would be of two steps, so "
-                    "start all ranks of the trainer again"
+                    f"version {at.version} would be of two steps: {amiss}; start all ranks of the "
+                    "trainer again"
                 )
             return outgoing.version if there else None
 
         return await self._changes.until(
             made,
             self.policy.store_s,
-            what=f"version {version}",
+            what=f"version {at.version}",
             why=lambda: f"publish() has made {outgoing.version} on this rank",
         )
 
-    async def _take_copy(self, outgoing: Outgoing, version: int) -> Held:
-        made = await self._until(version)
-        if made > version:
+    async def _take_copy(self, outgoing: Outgoing, at: At) -> Held:
+        made = await self._until(at)
+        if made > at.version:
             return Held(version=made, digest=None)
         patch, digest = await self._ports.run(outgoing.copy)
         self._copy = patch
@@ -424,19 +438,25 @@ class Contributor:
 
     async def _recall(self, outgoing: Outgoing, way: Sequence[LogEntry]) -> Held:
         """Make again what this rank held of an old state."""
+        self._forget()
+        recall = self._recalls
         claims = await Journal(self._ports.bus, self.run).claims(timeout_s=self.policy.bus_s)
         manifest, layout = outgoing.manifest, outgoing.layout
         remaking = Remaking(self._ports, self.policy, manifest, layout, claims)
-        self._past, self._recalled = None, way[-1].digest
+        version, digest = way[-1].version, way[-1].digest
         try:
-            past = await remaking.state(way)
+            state = await remaking.state(way)
         except Spoilt as exc:
-            return Held(version=way[-1].version, digest=None, spoilt=exc.entry.name)
-        share = await remaking.digest(past)
-        if self._recalled == way[-1].digest:  # else another way was asked for meanwhile
-            self._past = past
-        return Held(version=way[-1].version, digest=share)
+            return Held(version=version, digest=None, spoilt=exc.entry.name)
+        share = await remaking.digest(state)
+        if recall == self._recalls:  # else another way was asked for meanwhile, or none
+            self._past = Past(version, digest, state)
+        return Held(version=version, digest=share)
 
     async def _store(self, entry: LogEntry, patch: Patch) -> None:
         payload = await self._ports.run(self._made_by().wire, patch)
         await self._ports.log.store(entry, payload, timeout_s=self.policy.store_s)
+
+
+def _made_of(at: At) -> str:
+    return "of publish()" if at.of is None else f"of rollback({at.of})"

@@ -13,7 +13,7 @@ import msgspec
 
 from ..messages.control import Claim, LogEntry, Stamp
 from ..messages.errors import LogError, LogHole, PatchError, SparsecastError, brief
-from ..messages.ranks import Answer, Begin, Deed, Held, Order, Publish, Roll, Seal, Store
+from ..messages.ranks import Answer, At, Begin, Deed, Held, Order, Publish, Roll, Seal, Store
 from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 
@@ -40,7 +40,7 @@ DEEDS: dict[Deed, Any] = {
     "send": cmd.Send,
     "store": Store,
     "release": int,
-    "copy": int,
+    "copy": At,
     "keep": tuple[int, int, int],
 }
 #: Those that are nothing to a rank for which nobody waits.

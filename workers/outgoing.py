@@ -20,7 +20,7 @@ import torch
 from ..messages.control import LogEntry, Tags
 from ..messages.errors import LogError, WaitTimeout
 from ..messages.layout import Layout
-from ..messages.ranks import Held
+from ..messages.ranks import At, Held, Roll
 from ..pipeline.core.events import Sealed
 from ..pipeline.delta import Diffed, Lookup, Patch, Shadow
 from ..pipeline.delta.tensors import Model
@@ -99,7 +99,8 @@ class Outgoing:
         #: The CUDA devices of the weights, and of what a view makes of them.
         self.devices = _settled(devices_of(weights.values()))
         tensors = self.tensors()
-        self.devices = _settled(devices_of([*weights.values(), *tensors.values()]))
+        if tensors is not weights:
+            self.devices = _settled(devices_of([*weights.values(), *tensors.values()]))
         self._shadow = Shadow(
             tensors,
             dtype=dtype,
@@ -124,10 +125,10 @@ class Outgoing:
             self._origin = Origin(share.root, len(share.roots), *hashes)
         self._numel = self.local.numel
         self.version = 0
-        #: The versions that calls of publish() have failed to make, and those that were made of old
-        #: ones; of a rank among several.
+        #: Of a rank among several: the versions that calls of publish() have failed to make, and of
+        #: what old ones others were made.
         self._failed: list[int] = []
-        self._rolled: list[int] = []
+        self._of: dict[int, int] = {}
         #: Why the last of them has failed.
         self.failure = ""
 
@@ -182,8 +183,9 @@ class Outgoing:
         """Have other ranks make again what these entries lead to: the shares of the digest."""
         return []
 
-    def roll(self, version: int, digest: int = 0, reason: str = "") -> None:
-        """Have other ranks publish what they have made again, or, by `reason`, not."""
+    def roll(self, roll: Roll) -> list[Future[Any]]:
+        """Have other ranks publish what they have made again, or not."""
+        return []
 
     @property
     def digest(self) -> int:
@@ -208,9 +210,9 @@ class Outgoing:
         tags: Tags | None,
         begun: Callable[[], None] | None = None,
         *,
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        past: Past | None = None,
     ) -> Published:
-        """Find what changed since the last publish, in the model or in `tensors` as published.
+        """Find what changed since the last publish, in the model or, of that, in a `past` state.
 
         `begun` is called once take() will wait for the patch. The weights may change again on
         return, in the order of the caller's current stream. UnsupportedTensor, ManifestMismatch,
@@ -218,10 +220,9 @@ class Outgoing:
         """
         now = self._clock()
         with self._diffing:
-            base, rolled = self.version, tensors is not None
+            base = self.version
             try:
-                if tensors is None:
-                    tensors = self.tensors()
+                tensors = self.tensors() if past is None else past.tensors
                 # Of kernels all is queued when `begun` is called: it would hold up their launches.
                 found = self._shadow.diff(
                     tensors,
@@ -236,8 +237,8 @@ class Outgoing:
                 raise
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found
-            if self._share is not None and rolled:
-                self._rolled.append(base + 1)
+            if self._share is not None and past is not None:
+                self._of[base + 1] = past.version
             with self._lists:
                 self._pending.append(Kept(found.patch, now, step, tags, found))
                 self.version = base + 1
@@ -270,16 +271,10 @@ class Outgoing:
         except (RuntimeError, MemoryError) as exc:
             log.warning("%d patches wait unmerged: %s", len(self._pending), exc)
 
-    def failed(self, version: int) -> int:
-        """How many calls of publish() have failed before this version was made, or is to be.
-
-        Where ranks differ in that, a version of one number is not of one call.
-        """
-        return sum(one <= version for one in self._failed)
-
-    def rolled(self, version: int) -> int:
-        """How many of the versions up to this one were made of old ones."""
-        return sum(one <= version for one in self._rolled)
+    def at(self, version: int) -> At:
+        """Of which calls this version is, or is to be, of a rank among several."""
+        failed = sum(one <= version for one in self._failed)
+        return At(version=version, failed=failed, of=self._of.get(version))
 
     def wait_made(self, version: int, timeout_s: float) -> int:
         """Wait until publish() has made this version; which it has made by now (WaitTimeout)."""
@@ -388,20 +383,12 @@ class Outgoing:
         host = kept.on_host() if kept is not None and ours else to_host(patch.buffer)
         return host.numpy().tobytes()
 
-    def nbytes(self, versions: Sequence[int]) -> int:
-        """What entry() of these versions takes at most, if all ranks have about as much. On any
-        thread."""
-        found = [kept for kept in map(self._kept.get, versions) if kept is not None]
-        return sum(kept.patch.nbytes for kept in found) * max(1, len(self.roots))
+    def join(self, versions: Sequence[int]) -> int:
+        """Keep these versions as one patch; the bytes of it. LogError if the run has begun anew
+        meanwhile: its anchor covers them."""
+        return self._joined(versions).patch.nbytes
 
-    def entry(
-        self, versions: Sequence[int], epoch: int, digest: int | None = None
-    ) -> tuple[LogEntry, Patch]:
-        """These kept versions as one log entry; they stay kept, as one, until released.
-
-        `digest`: of the whole state, where this rank has but a share of it. LogError if the run has
-        begun anew meanwhile: its anchor covers them.
-        """
+    def _joined(self, versions: Sequence[int]) -> Kept:
         found = [self._kept[version] for version in versions if version in self._kept]
         if not found:
             raise LogError(f"versions {list(versions)} are not kept any more")
@@ -409,6 +396,16 @@ class Outgoing:
         for version in versions:
             self._kept.pop(version, None)
         self._kept[kept.patch.version] = kept
+        return kept
+
+    def entry(
+        self, versions: Sequence[int], epoch: int, digest: int | None = None
+    ) -> tuple[LogEntry, Patch]:
+        """These kept versions as one log entry; they stay kept, as one, until released.
+
+        `digest`: of the whole state, where this rank has but a share of it. LogError as join().
+        """
+        kept = self._joined(versions)
         entry = describe(
             kept.patch,
             epoch,

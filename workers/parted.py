@@ -12,9 +12,9 @@ import torch
 from ..messages.errors import UnsupportedTensor
 from ..messages.layout import Layout
 from ..messages.manifest import Manifest
-from ..pipeline.delta import manifest_of
+from ..pipeline.delta import Lookup, manifest_of
 from ..pipeline.delta.tensors import Model, choose, renamed
-from .layouts import layout_of, local_tensors
+from .layouts import here, layout_of, local_tensors
 from .streams import own
 from .views import View, called
 
@@ -36,13 +36,16 @@ class Share:
         """Of this rank."""
         return self.roots[self.root]
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, torch.Tensor]:
         """What this rank publishes, as it is now (UnsupportedTensor)."""
         found = self.local()
-        missing = [spec.name for spec in self.layout.tensors if spec.name not in found]
-        if missing:
-            raise UnsupportedTensor(missing[0], "is not there any more")
-        return {spec.name: found[spec.name] for spec in self.layout.tensors}
+        names = [spec.name for spec in self.layout.tensors]
+        if list(found) == names:
+            return found
+        for name in names:
+            if name not in found:
+                raise UnsupportedTensor(name, "is not there any more")
+        return {name: found[name] for name in names}
 
 
 class Parted:
@@ -71,6 +74,8 @@ class Parted:
         self._rename = rename
         self._view = view
         self._layout = layout
+        #: The local tensors when their layout was made.
+        self._before: Manifest | None = None
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's local tensors, as they are now (UnsupportedTensor)."""
@@ -78,12 +83,25 @@ class Parted:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is published of them, as it is now, not cast (UnsupportedTensor, and what the view
-        raises). What a view gives is to be read in the order of this thread's streams."""
+        raises; ManifestMismatch if that gives others than before). What a view gives is to be read
+        in the order of this thread's streams."""
         if self._view is None:
             return self.weights()
         found = local_tensors(self._viewed())
+        if self._before is not None and list(found) != [s.name for s in self._before.tensors]:
+            self._before.require_same(
+                manifest_of(found), here="in what the view gave first", there="in what it gives now"
+            )
         own(*found.values())
         return found
+
+    def share(self, root: int, roots: tuple[Layout, ...], manifest: Manifest) -> Share:
+        """What this rank publishes of a manifest, where each rank has the tensors of its root."""
+        if self._view is not None:
+            return Share(root, roots, manifest, self.tensors, self.weights)
+        names = {spec.name for spec in roots[root].tensors}
+        lookup = Lookup(self.model, **self._choice, dtype=self.dtype, local=here, only=names)
+        return Share(root, roots, manifest, lookup.tensors, lookup.tensors)
 
     def layout(self) -> Layout:
         """What these are of the published tensors, in the dtypes that are published.
@@ -96,11 +114,12 @@ class Parted:
 
     def _laid_out(self, source: Model, *, rename: Any = None, **choice: Any) -> Layout:
         held = local_tensors(source, **choice)
+        self._before = manifest_of(held)
         local = manifest_of(held, dtype=self.dtype)
         if self._layout is None:
             found = layout_of(source, rename=rename, **choice)
             return msgspec.structs.replace(found, tensors=local.tensors)
-        if self._layout.local == manifest_of(held):
+        if self._layout.local == self._before:
             return msgspec.structs.replace(self._layout, tensors=local.tensors)
         local.require_same(self._layout.local, here="in the model", there="in the layout")
         return self._layout
@@ -110,5 +129,5 @@ class Parted:
         assert self._view is not None
         chosen: dict[str, Any] = choose(self.model, **self._choice)
         with torch.no_grad():
-            given = {name: chosen[name].detach() for name in self.weights()}
+            given = {name: chosen[name].detach() for name in local_tensors(chosen)}
         return called(self._view, renamed(given, self._rename))

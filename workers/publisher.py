@@ -171,9 +171,10 @@ class Publisher:
         Workers get what differs, as with publish(). The trainer's own weights are left alone: they
         are the caller's to set back, and the next publish() brings what they differ in from what
         was published here. Takes as long as reading the log, and one full copy in host memory.
-        Of a trainer of several ranks each has to call it, as with publish(). LogHole if the log
-        does not lead to exactly that version (any more, or yet), LogError, BusError, Fenced,
-        Closed, PublisherBusy: nothing was changed.
+        Of a trainer of several ranks each has to call it, as with publish(); other ranks than the
+        first wait for that one, up to Policy.gather_s and resume_s (WaitTimeout), and hear why it
+        did not (LogError). LogHole if the log does not lead to exactly that version (any more, or
+        yet), LogError, BusError, Fenced, Closed, PublisherBusy: nothing was changed.
         """
         rolled = self._call(self._inner.rollback(version, step, tags))
         return Update(rolled._made, self)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
+from msgspec.structs import replace
 
 from ..messages import codec
 from ..messages.control import Prepare, Sender, Tags, WorkerMessage
@@ -16,11 +17,13 @@ from ..messages.errors import (
     CannotResume,
     Closed,
     LocalProtocolError,
+    LogError,
     PublisherBusy,
     SettingsError,
     brief,
 )
 from ..messages.layout import Layout
+from ..messages.ranks import Roll
 from ..messages.subjects import Subjects, sender
 from ..pipeline.bus.base import Message
 from ..pipeline.bus.journal import JournalState
@@ -34,7 +37,7 @@ from .archive import Archive
 from .awaiting import Awaiting
 from .connect import connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
-from .leading import Leading
+from .leading import Leading, RankSilent
 from .outgoing import Outgoing, Past, ShadowPlace
 from .parted import Parted
 from .recall import Recall
@@ -215,7 +218,8 @@ class AsyncPublisher:
         self._loop = asyncio.get_running_loop()
         self._error = None
         self._changes = Changes()
-        self._rolling = asyncio.Lock()
+        #: Calls of rollback() go one after the other, and are counted.
+        self._rolling, self._rolls = asyncio.Lock(), 0
         life.callback(self._changes.notify)
         self._ports = ports = await self._make_ports(life)
         life.push_async_callback(ports.close)
@@ -447,10 +451,10 @@ class AsyncPublisher:
         self,
         step: int | None,
         tags: Tags | None,
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        past: Past | None = None,
     ) -> Published:
         """publish() on another thread, in the order of the caller's streams."""
-        publish = in_order(self._devices, lambda: self._publish(step, tags, tensors))
+        publish = in_order(self._devices, lambda: self._publish(step, tags, past))
         return await asyncio.to_thread(publish)
 
     async def rollback(
@@ -461,20 +465,27 @@ class AsyncPublisher:
         Workers get what differs, as with publish(). The trainer's own weights are left alone: they
         are the caller's to set back, and the next publish() brings what they differ in from what
         was published here. Takes as long as reading the log, and one full copy in host memory.
-        Of a trainer of several ranks each has to call it, as with publish(). LogHole if the log
+        Of a trainer of several ranks each has to call it, as with publish(); it fails on all of
+        them, unless it is this rank's publish() that fails. LogHole if the log
         does not lead to exactly that version (any more, or yet), LogError, BusError, Fenced,
         Closed, PublisherBusy: nothing was changed.
         """
         core = self._live_core()
-        async with self._rolling:
-            try:
+        self._rolls += 1
+        roll = Roll(call=self._rolls, version=version)
+        try:
+            async with self._rolling:
                 past = await self._recall.version(version, core.head)
-            except BaseException as exc:
-                reason = brief(exc) if isinstance(exc, Exception) else "it was broken off"
-                self._outgoing.roll(version, reason=reason)
-                raise
-            self._outgoing.roll(version, past.digest)
-            made = await self._publish_aside(step, tags, past.tensors)
+                order = self._outgoing.roll(replace(roll, digest=past.digest))
+                try:
+                    await asyncio.gather(*map(asyncio.wrap_future, order))
+                except RankSilent as exc:
+                    raise LogError(str(exc)) from exc
+                made = await self._publish_aside(step, tags, past)
+        except BaseException as exc:
+            reason = brief(exc) if isinstance(exc, Exception) else "it was broken off"
+            self._outgoing.roll(replace(roll, reason=reason))
+            raise
         reason = f"version {made.version} has the contents of version {version}"
         self._telling.event("rollback", "trainer", reason)
         return AsyncUpdate(made, self)
@@ -483,7 +494,7 @@ class AsyncPublisher:
         self,
         step: int | None,
         tags: Tags | None,
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        past: Past | None = None,
     ) -> Published:
         self._check()
         if self._on_busy == "error" and not self._outgoing.wait_taken(0.0):
@@ -495,7 +506,7 @@ class AsyncPublisher:
             self._outgoing.wait_taken(self.policy.send_s * self.policy.attempts)
             self._check()
         made = self._outgoing.publish(
-            step, tags, begun=lambda: self._post(ev.Publishing()), tensors=tensors
+            step, tags, begun=lambda: self._post(ev.Publishing()), past=past
         )
         if not self._outgoing.awaited:  # else Sealed will say so, and soon: spare the loop a turn
             self._post(ev.Published(made.version))

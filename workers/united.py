@@ -21,7 +21,7 @@ from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch
 from .leading import Leading
 from .outgoing import Outgoing, Past, ShadowPlace
-from .parted import Parted, Share
+from .parted import Parted
 
 #: How often the ranks are asked for one version, while some go on publishing.
 TRIES = 8
@@ -56,10 +56,7 @@ class United(Outgoing):
             return start, past.digest
 
         def begin(made: int) -> list[Held]:
-            begin = Begin(
-                version=made, made=made, failed=self.failed(made), rolled=self.rolled(made)
-            )
-            order = self._order("begin", begin)
+            order = self._order("begin", Begin(version=made, made=self.at(made)))
             return [self.begin_at(made), *_results(order)]
 
         return self._level(begin)
@@ -137,7 +134,7 @@ class United(Outgoing):
         copies: dict[int, Patch] = {}
 
         def copy(version: int) -> list[Held]:
-            order = self._order("copy", version)
+            order = self._order("copy", self.at(version))
             copies.clear()  # of the try before
             patch, digest = self.copy()
             copies[patch.version] = patch
@@ -152,21 +149,15 @@ class United(Outgoing):
         """Have the other ranks make again what these entries lead to, each of what it holds."""
         return self._leading.order("recall", tuple(way), self._policy.resume_s)
 
-    def roll(self, version: int, digest: int = 0, reason: str = "") -> None:
-        """Have the other ranks publish what they have made again, or, by `reason`, not."""
-        self._order("roll", Roll(version=version, digest=digest, reason=reason))
+    def roll(self, roll: Roll) -> list[Future[Any]]:
+        """Have the other ranks publish what they have made again, or not."""
+        return self._order("roll", roll)
 
     # ---- the others
 
     def _sealed(self, mine: Sealed, unsafe: Sequence[int]) -> list[Sealed]:
         """What every rank has sealed up to where the first one has, that one's first."""
-        version = mine.version
-        seal = Seal(
-            version=version,
-            unsafe=tuple(unsafe),
-            failed=self.failed(version),
-            rolled=self.rolled(version),
-        )
+        seal = Seal(at=self.at(mine.version), unsafe=tuple(unsafe))
         return [mine, *self._all("seal", seal)]
 
     def _level(self, at: Callable[[int], list[Held]]) -> tuple[int, int]:
@@ -215,7 +206,7 @@ def unite(
         clock=clock,
         writer=writer,
         shadow=shadow,
-        share=Share(0, tuple(roots), manifest, parted.tensors, parted.weights),
+        share=parted.share(0, tuple(roots), manifest),
     )
     _results(told)
     return united

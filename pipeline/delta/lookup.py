@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain, compress
 from operator import attrgetter, is_
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ...messages.manifest import Manifest
-from .tensors import Dtypes, Named, Rename, choose, distinct, manifest_of, renamed
+from .tensors import Dtypes, Model, Named, Rename, choose, distinct, manifest_of, renamed, state_of
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _dtype = attrgetter("dtype")
@@ -129,10 +129,25 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[dict[str,
             yield from _walk(child, prefix + key + ".")
 
 
+class _StatePath:
+    """The way to the chosen tensors of a module whose state_dict() does more than to walk."""
+
+    def __init__(self, root: nn.Module, chosen: Mapping[str, object]) -> None:
+        self._root = root
+        self._names = list(state_of(root))
+        self._chosen = list(chosen)
+        self._peft = hasattr(root, "peft_config")
+
+    def follow(self) -> list[Any] | None:
+        """The tensors that are there now, or None if the names have changed."""
+        state = state_of(self._root)
+        if list(state) != self._names or hasattr(self._root, "peft_config") != self._peft:
+            return None
+        return [state[name] for name in self._chosen]
+
+
 class _MappingPath:
     """The way to the chosen tensors of a mapping."""
-
-    usable = True
 
     def __init__(self, source: Mapping[str, Tensor], chosen: Mapping[str, object]) -> None:
         self._source = source
@@ -146,13 +161,16 @@ class _MappingPath:
         return list(compress(self._source.values(), self._chosen))
 
 
+_Path = _ModulePath | _StatePath | _MappingPath
+
+
 class _Found:
     """What one thorough look-up found."""
 
     __slots__ = ("facts", "ids", "kept", "manifests", "names", "path", "token")
 
     def __init__(
-        self, path: _ModulePath | _MappingPath | None, facts: _Facts, kept: Sequence[bool],
+        self, path: _Path | None, facts: _Facts, kept: Sequence[bool],
         names: Sequence[str],
     ) -> None:  # fmt: skip
         self.path = path
@@ -167,6 +185,9 @@ class _Found:
 class Lookup:
     """named_tensors() of one source, again and again; for any thread.
 
+    `local` makes plain tensors of what it is given, say of DTensors what this rank has: the same
+    one for as long as nothing moves. `only`: of the tensors found, under their own names, these.
+
     The tensors themselves come, not detached ones, so that what is remembered keeps no storage
     alive that the model lets go of (offloading); modules, where they are replaced, are let go of
     at the next call or by forget().
@@ -175,8 +196,8 @@ class Lookup:
     untied, or set to None; submodules likewise; buffers made persistent or not; `.data`, set_(),
     resize_(), to(), storages resized or moved: whatever changes a chosen tensor's pointer, shape,
     strides, dtype or, without memory, device; state-dict hooks; a state_dict of the model's own.
-    With those last, as with classes that override state_dict or have extra state, and tensors that
-    are no plain Tensor or Parameter, every call costs what named_tensors() costs.
+    With those last, as with classes that override state_dict or have extra state, every call costs
+    a state_dict(); with tensors that are no plain Tensor or Parameter what named_tensors() costs.
 
     Not noticed, until something else is or forget() is called: state_dict patched into a class or
     into an instance below the root; an empty dict of parameters, buffers or submodules exchanged
@@ -186,17 +207,22 @@ class Lookup:
 
     def __init__(
         self,
-        source: nn.Module | Mapping[str, Tensor],
+        source: Model,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         rename: Rename | None = None,
         dtype: Dtypes = None,
+        *,
+        local: Callable[[Sequence[Any]], list[Any]] = list,
+        only: Collection[str] | None = None,
     ) -> None:
         self._source = source
         self._include = include
         self._exclude = exclude
         self._rename = rename
         self._dtype = dtype
+        self._local = local
+        self._only = only
         self._lock = threading.Lock()
         self._found: _Found | None = None
         self._given: weakref.ref[Named] | None = None
@@ -222,7 +248,7 @@ class Lookup:
             found = self._found
             if found is not None and found.path is not None:
                 now = found.path.follow()
-                if now is not None and (same := self._again(found, now)) is not None:
+                if now is not None and (same := self._again(found, self._local(now))) is not None:
                     return same
             return self._afresh()
 
@@ -251,17 +277,20 @@ class Lookup:
 
     def _afresh(self) -> Named:
         chosen = choose(self._source, include=self._include, exclude=self._exclude)
-        plain = distinct(chosen)
+        held = dict(zip(chosen, self._local(list(chosen.values())), strict=True))
+        plain = distinct(held)
+        if self._only is not None:
+            plain = {name: tensor for name, tensor in plain.items() if name in self._only}
         names = list(renamed(plain, self._rename))
-        own = _PLAIN.issuperset(map(type, chosen.values()))
-        values = cast("list[Tensor]", list(chosen.values())) if own else list(plain.values())
-        path: _ModulePath | _MappingPath | None = None
+        own = _PLAIN.issuperset(map(type, held.values()))
+        values = list(held.values()) if own else list(plain.values())
+        path: _Path | None = None
         if own and isinstance(self._source, nn.Module):
             path = _ModulePath(self._source, chosen)
+            if not path.usable:
+                path = _StatePath(self._source, chosen)
         elif own:
             path = _MappingPath(cast("Mapping[str, Tensor]", self._source), chosen)
-        if path is not None and not path.usable:
-            path = None
         kept = [name in plain for name in chosen] if own else [True] * len(plain)
         before = self._found
         if before is not None and (before.names, before.kept) == (names, kept):

@@ -142,11 +142,7 @@ def choose(
 ) -> dict[str, object]:
     """What the patterns pick, before anything else is asked of it."""
     if isinstance(source, nn.Module):
-        given: Mapping[str, object] = {
-            name.replace("_orig_mod.", ""): value
-            for name, value in source.state_dict(keep_vars=True).items()
-            if isinstance(value, Tensor) or not name.endswith("_extra_state")
-        }
+        given: Mapping[str, object] = state_of(source)
     else:
         given = {name.replace("_orig_mod.", ""): value for name, value in source.items()}
         if len(given) != len(source):
@@ -162,6 +158,16 @@ def choose(
     }
     _refuse_peft(source, given, chosen)
     return chosen
+
+
+def state_of(module: nn.Module) -> dict[str, object]:
+    """What the state_dict of a module has: parameters and persistent buffers."""
+    return {
+        name.replace("_orig_mod.", ""): value
+        for name, value in module.state_dict(keep_vars=True).items()
+        # In this order: to ask a DTensor what it is takes microseconds.
+        if not name.endswith("_extra_state") or isinstance(value, Tensor)
+    }
 
 
 def distinct(chosen: Mapping[str, object]) -> dict[str, Tensor]:

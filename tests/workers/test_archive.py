@@ -3,11 +3,13 @@
 import asyncio
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from archives import Stand
 from runs import step
+from sparsecast import LogError
 from sparsecast.messages.control import LogEntry
 from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.log.directory import DirectoryLog
@@ -291,3 +293,28 @@ async def test_a_log_that_cannot_be_read_is_not_mended() -> None:
     await stand.archive.mend(lambda: stand.epoch)
     assert stand.names == ["1-anchor-0"]
     assert stand.told == ["mending: cannot be read"]
+
+
+@pytest.mark.parametrize("fault", ["store", "entries", "full"])
+async def test_versions_that_could_not_be_stored_are_kept_as_one(fault: str) -> None:
+    """Three versions wait, and the log refuses them: it fails, or cannot say whether there is room,
+    or there is none. They are one patch then, under the last of them, and stored as that: there is
+    no hole behind the anchor."""
+    stand = Stand(quota_nbytes=250_000)
+    await stand.anchor()
+    for _ in range(3):
+        step(stand.trained, stand.outgoing.version)
+        stand.outgoing.publish(None, None)
+        stand.outgoing.take(())
+    refused = mock.AsyncMock(side_effect=LogError("it is away"))
+    patched = {
+        "store": mock.patch.object(stand.log, "store", refused),
+        "entries": mock.patch.object(stand.log, "entries", refused),
+        "full": mock.patch.object(stand.archive, "_has_room", mock.AsyncMock(return_value=False)),
+    }
+    with patched[fault]:
+        failed = await stand.archive.store((1, 2, 3), 1)
+    assert isinstance(failed, ev.LogFailed)
+    assert ("an anchor is taken now" in failed.reason) == (fault == "full")
+    assert isinstance(await stand.archive.store((3,), 1), ev.LogStored)
+    assert stand.names == ["1-anchor-0", "1-patch-0-3"]

@@ -178,7 +178,7 @@ def test_a_bus_that_is_not_there_exits_with_3_within_its_deadline(tmp_path: Path
     assert result.returncode == 3
     assert f"bus {DEAD} is not available" in result.stderr
     assert "Traceback" not in result.stderr
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
 
 
 def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:

@@ -23,7 +23,14 @@ from runs import (
     until_stored,
     weights,
 )
-from sparsecast import AsyncPublisher, MemoryLog, Replica, SettingsError, SparsecastError
+from sparsecast import (
+    AsyncPublisher,
+    ManifestMismatch,
+    MemoryLog,
+    Replica,
+    SettingsError,
+    SparsecastError,
+)
 from sparsecast.messages.metrics import Event, WorkerMetrics
 from sparsecast.pipeline.log import pieces
 from teams import Team
@@ -372,6 +379,26 @@ async def test_a_view_that_fails_on_one_rank(site: Site) -> None:
     update = await publisher.publish()
     with pytest.raises(SparsecastError, match=r"rank 1: .*no scale"):
         await update.wait_applied(timeout_s=10)
+
+
+async def test_a_view_that_gives_other_tensors_than_before(site: Site) -> None:
+    """A tensor more, or one less, on a rank: it says so, and nothing was published there."""
+    whole, extra = weights(), {"scale": torch.ones(3)}
+    changed = dict[str, Any]()
+
+    def view(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {name: t for name, t in {**tensors, **changed}.items() if t is not None}
+
+    trainers = Trainers(site, whole, split(whole, 2))
+    await trainers.start(view=view)
+    changed |= extra
+    with pytest.raises(ManifestMismatch, match="'scale' is only in what it gives now"):
+        await trainers.others[0].publish()
+    changed.clear()
+    changed["mine.steps"] = None
+    with pytest.raises(ManifestMismatch, match=r"'mine\.steps' is missing in what it gives now"):
+        await trainers.publisher.publish()
+    assert {rank.version for rank in trainers.ranks} == {0}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -138,6 +139,76 @@ async def test_a_rank_that_does_something_else(site: Site, instead: Any) -> None
     publisher: AsyncPublisher = trainers.publisher
     update = await publisher.rollback(1)
     await instead(trainers.others[0])
-    with pytest.raises(SparsecastError, match=r"rollback\(\) was called 1 times on the first rank"):
+    said = r"version 3 would be of two steps: it is of rollback\(1\) on the first .* of publish\(\)"
+    with pytest.raises(SparsecastError, match=said):
         await update.wait_applied(timeout_s=10)
     assert same_bits(checkpoint(2), mine)
+
+
+async def test_ranks_that_swap_two_calls(site: Site) -> None:
+    """The first rank goes back and then publishes, the other one publishes and then goes back, all
+    before the first of these versions is taken. Each has made as many calls of both kinds, and yet
+    their last versions are not one: no worker gets it."""
+    trainers, mine, _ = await _trained(site, 2)
+    first, other = trainers.ranks
+    taken, real = asyncio.Event(), first._take
+
+    async def late(unsafe: tuple[int, ...]) -> Any:
+        await taken.wait()
+        return await real(unsafe)
+
+    with mock.patch.object(first, "_take", late):
+        await first.rollback(1)
+        update = await first.publish()
+        await other.publish()
+        await other.rollback(1)
+        taken.set()
+        with pytest.raises(SparsecastError, match="version 4 would be of two steps"):
+            await update.wait_applied(timeout_s=10)
+    assert same_bits(checkpoint(2), mine)
+
+
+async def test_a_rank_that_waited_in_vain_may_ask_again(site: Site) -> None:
+    """A rank's rollback() was over before the first one's began: called again it finds that."""
+    trainers, mine, _ = await _trained(site, 2)
+    other = trainers.others[0]
+    other.policy = replace(QUICK, gather_s=0.1, resume_s=0.1)
+    with pytest.raises(WaitTimeout):
+        await other.rollback(1)
+    other.policy = QUICK
+    update = await trainers.rollback(1)
+    assert (await update.wait_applied(timeout_s=10)).complete
+    assert same_bits(checkpoint(1), mine)
+
+
+async def test_who_waits_for_the_first_rank_hears_of_its_own_close(site: Site) -> None:
+    """A rank is closed while its rollback() waits: that ends at once, and not at the deadline."""
+    trainers, _, _ = await _trained(site, 1)
+    other = trainers.others[0]
+    waiting = asyncio.ensure_future(other.rollback(1))
+    await asyncio.sleep(0.05)
+    closing = asyncio.ensure_future(other.close())
+    with pytest.raises(Closed):
+        await asyncio.wait_for(waiting, 2)
+    await trainers.publisher.close()
+    await closing
+
+
+async def test_an_old_state_that_another_rank_has_no_more(site: Site) -> None:
+    """Another rank has lost what it was to publish again: none publishes it, and all hear why."""
+    trainers, mine, _ = await _trained(site, 2)
+    first, other = trainers.ranks
+    real = other._roll
+
+    def forgetful(roll: Any) -> None:
+        if not roll.reason:
+            other._forget()
+        real(roll)
+
+    with mock.patch.object(other, "_roll", forgetful):
+        found = await asyncio.gather(first.rollback(1), other.rollback(1), return_exceptions=True)
+    assert all("that old state was not made again here" in str(one) for one in found)
+    assert {rank.version for rank in trainers.ranks} == {2}
+    step(trainers.whole, 3)
+    assert (await (await trainers.publish()).wait_applied(timeout_s=10)).complete
+    assert same_bits(checkpoint(3), mine)

@@ -8,6 +8,7 @@ import torch
 from runs import Tensors, same_bits, step, weights
 from sparsecast import LogError, ManifestMismatch, Patch, UnsupportedTensor, apply, digest
 from sparsecast.pipeline.core.events import Sealed
+from sparsecast.workers import kept as kept_module
 from sparsecast.workers import outgoing as module
 from sparsecast.workers.outgoing import PENDING, Outgoing
 
@@ -115,7 +116,7 @@ def test_a_merge_that_fails_loses_no_version(monkeypatch: pytest.MonkeyPatch) ->
     """No memory to merge what waits: publish() goes on, and the next merge brings everything."""
     trained, mine = weights(), weights()
     outgoing = _outgoing(trained)
-    merge, failures = module.merge, []
+    merge, failures = kept_module.merge, []
 
     def failing(patches: list[Patch]) -> Patch:
         if not failures:
@@ -123,7 +124,7 @@ def test_a_merge_that_fails_loses_no_version(monkeypatch: pytest.MonkeyPatch) ->
             raise MemoryError("no room")
         return merge(patches)
 
-    monkeypatch.setattr(module, "merge", failing)
+    monkeypatch.setattr(kept_module, "merge", failing)
     _publish(outgoing, trained, PENDING + 2)
     assert failures
     sealed = outgoing.take(())

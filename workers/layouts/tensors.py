@@ -41,7 +41,12 @@ def layout_of(
     whose mesh is not part of `mesh` or has not this rank.
     """
     chosen = choose(source, include=include, exclude=exclude)
-    sharded = _sharded(chosen)
+    dtensor = _dtensor()
+    sharded = {
+        name: value
+        for name, value in chosen.items()
+        if dtensor is not None and isinstance(value, dtensor)
+    }
     local = _local(chosen)
     specs = manifest_of(local).tensors
     published = dict(zip(local, renamed(local, rename), strict=True))
@@ -69,20 +74,26 @@ def local_tensors(
 
 
 def _local(chosen: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return distinct(dict(zip(chosen, here(list(chosen.values())), strict=True)))
+
+
+def here(values: Sequence[Any]) -> list[Any]:
+    """Of DTensors what this rank has; anything else as it is."""
+    dtensor = _dtensor()
+    if dtensor is None:
+        return list(values)
     with torch.no_grad():
-        return distinct(
-            {**chosen, **{name: value.to_local() for name, value in _sharded(chosen).items()}}
-        )
+        return [value.to_local() if isinstance(value, dtensor) else value for value in values]
 
 
-def _sharded(chosen: Mapping[str, Any]) -> dict[str, DTensor]:
-    """The DTensors among them."""
-    # Where their module was not imported there are none; importing it takes nearly a second.
+def _dtensor() -> type[DTensor] | None:
+    """The class, unless there can be none of it."""
+    # It takes nearly a second to import; where nobody has, no tensor is one.
     if "torch.distributed.tensor" not in sys.modules:
-        return {}
+        return None
     from torch.distributed.tensor import DTensor
 
-    return {name: value for name, value in chosen.items() if isinstance(value, DTensor)}
+    return DTensor
 
 
 def _parts(name: str, tensor: str, value: DTensor, whole: DeviceMesh | None) -> Iterator[Part]:

@@ -2,9 +2,10 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Thread
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsecast.messages.errors import ManifestMismatch, UnsupportedTensor
 from sparsecast.pipeline.delta import Lookup, Shadow, apply, diff, manifest_of, named_tensors
+from sparsecast.pipeline.delta import lookup as lookup_module
 from sparsecast.pipeline.delta.tensors import require_manifest
 
 
@@ -304,6 +306,71 @@ def test_what_cannot_be_followed_is_looked_up_thoroughly() -> None:
     state["w"] = torch.ones(3).as_subclass(Marked)
     require_same(lookup, state)
     assert lookup.generation == 2
+
+
+def _as_float(module: nn.Module, state: dict[str, Any], *_: object) -> None:
+    state["norm.bias"] = state["norm.bias"].double()
+
+
+@pytest.mark.parametrize("change", ["nothing", "moved", "renamed", "another"])
+def test_a_state_dict_with_hooks_is_called_and_no_more(change: str) -> None:
+    """A model's hooks, as FSDP has them: each look-up calls state_dict() and sees whether anything
+    has moved; only then it looks thoroughly. A hook that makes new tensors costs that each time."""
+    model, called, thorough = Tiny(), [], []
+    model.norm.register_state_dict_pre_hook(lambda *_: called.append(1))
+    if change == "another":
+        model.norm.register_state_dict_post_hook(_as_float)
+    lookup = Lookup(model)
+    lookup.tensors()
+    before = len(called)
+    if change == "moved":
+        model.norm.bias.data = torch.ones(4)
+    if change == "renamed":
+        model.extra = nn.Parameter(torch.ones(2))
+    real = lookup_module.distinct
+    with mock.patch.object(
+        lookup_module, "distinct", lambda chosen: thorough.append(1) or real(chosen)
+    ):
+        found = lookup.tensors()
+        assert bool(thorough) == (change != "nothing")
+    assert len(called) > before
+    assert list(found) == list(named_tensors(model))
+    if change != "another":
+        require_same(lookup, model)
+
+
+class Sharded:
+    """A tensor that is spread over ranks, of which this one has some."""
+
+    def __init__(self, part: Tensor) -> None:
+        self.part = part
+
+
+def _here(values: Sequence[Any]) -> list[Any]:
+    return [value.part if isinstance(value, Sharded) else value for value in values]
+
+
+def test_what_is_here_of_tensors_that_are_spread() -> None:
+    """The parts are followed as plain tensors are; a part that is exchanged is noticed."""
+    state = {"a": Sharded(torch.zeros(3)), "b": torch.zeros(2), "c": Sharded(torch.zeros(0, 4))}
+    lookup = Lookup(state, local=_here)  # type: ignore[arg-type]
+    first = lookup.tensors()
+    assert facts(first) == facts({"a": state["a"].part, "b": state["b"], "c": state["c"].part})  # type: ignore[attr-defined]
+    assert lookup.tensors() is first
+    state["a"].part = torch.ones(3)  # type: ignore[attr-defined]
+    assert lookup.tensors()["a"].sum() == 3
+    assert lookup.generation == 2
+
+
+def test_only_some_of_what_is_found() -> None:
+    """What another rank publishes is left out, and may move; the rest is followed."""
+    model = Tiny()
+    lookup = Lookup(model, only={"norm.bias", "steps", "unheard of"})
+    assert list(lookup.tensors()) == ["steps", "norm.bias"]
+    model.norm.weight.data = torch.zeros(4)
+    assert list(lookup.tensors()) == ["steps", "norm.bias"]
+    model.norm.bias.data = torch.ones(4)
+    assert lookup.tensors()["norm.bias"].sum() == 4
 
 
 def test_choosing_renaming_and_what_is_not_chosen() -> None:
