@@ -18,8 +18,8 @@ from .manifest import Manifest
 Deed = Literal[
     "open", "abort", "close", "alert",
     "receive", "take", "drop", "prove", "hold", "quarantine", "apply", "digest",
-    "publish", "recall", "begin", "since", "roll", "seal", "send", "store", "release", "copy",
-    "keep",
+    "publish", "recall", "begin", "since", "roll", "seal", "send", "join", "store", "release",
+    "copy", "keep",
 ]  # fmt: skip
 
 
@@ -109,14 +109,14 @@ class Publish(msgspec.Struct, frozen=True, kw_only=True):
 
 class At(msgspec.Struct, frozen=True, kw_only=True):
     """A version as the first rank has made it: up to then `failed` calls of publish() had failed
-    there, and it has the contents of version `of` (None: the weights as they were).
+    there, and `old` are the versions that rollback() had made, each with the one it is of.
 
     Where that is otherwise on another rank, a version of this number is another step's.
     """
 
     version: int
     failed: int = 0
-    of: int | None = None
+    old: tuple[tuple[int, int], ...] = ()
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,20 +128,22 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Roll(msgspec.Struct, frozen=True, kw_only=True):
-    """What was made again last, which was `version` and has `digest`, is published anew by this
-    call of rollback(), numbered from 1 on; or, by `reason`, it is not."""
+    """What was made again last, which was `version` and has `digest`, is for this call of
+    rollback(), numbered from 1 on. `go`: all ranks have it, and the call is to publish it; or, by
+    `reason`, it is not."""
 
     call: int
     version: int
     digest: int = 0
+    go: bool = False
     reason: str = ""
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """Fix the bytes of what leads to a version, merged onto the kept patches of `unsafe` ones."""
+    """Fix the bytes of what leads to a version from version `base` on, with what is kept of it."""
 
     at: At
-    unsafe: tuple[int, ...]
+    base: int
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):

@@ -136,7 +136,10 @@ class Contributor:
         self._recalls = 0
         #: What calls of rollback() are to publish, and the last of these calls.
         self._rolls: dict[int, tuple[Roll, Past | None]] = {}
-        self._rolling, self._called = asyncio.Lock(), 0
+        self._rolling, self._called, self._given_up = asyncio.Lock(), 0, 0
+        #: The next one's, until all ranks have it.
+        self._aside: tuple[int, Past] | None = None
+        life.callback(self._let_go_of_states)
         self._loop = asyncio.get_running_loop()
         self._outgoing, self._met, self._begun, self._why = None, False, False, ""
         if self._open_ports is not None:
@@ -233,14 +236,19 @@ class Contributor:
         """
         self._require_led()
         async with self._rolling:
-            call = self._called + 1
-            roll, past = await self._changes.until(
-                lambda: self._rolled(call),
-                self.policy.gather_s + self.policy.resume_s,
-                what=f"version {version} again",
-                why=lambda: "the first rank of the trainer has not made it again",
-            )
-            self._called = call
+            try:
+                roll, past = await self._changes.until(
+                    self._next_roll,
+                    self.policy.gather_s + self.policy.resume_s,
+                    what=f"version {version} again",
+                    why=lambda: "the first rank of the trainer has not made it again",
+                )
+            except BaseException:
+                # Asked again it may still find it; but that it was not to be had is no answer then.
+                self._given_up = self._called + 1
+                self._pass_over()
+                raise
+            self._called = roll.call
             if roll.version != version:
                 raise LocalProtocolError(
                     f"rollback({version}), where the first rank of the trainer called "
@@ -265,9 +273,16 @@ class Contributor:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._changes.notify)
 
-    def _rolled(self, call: int) -> tuple[Roll, Past | None] | None:
+    def _next_roll(self) -> tuple[Roll, Past | None] | None:
         self._require_led()
-        return self._rolls.pop(call, None)
+        return self._rolls.pop(self._called + 1, None)
+
+    def _pass_over(self) -> None:
+        """The call that was given up is over if the first rank's has failed."""
+        roll, _ = self._rolls.get(self._given_up, (None, None))
+        if roll is not None and roll.reason and roll.call == self._called + 1:
+            del self._rolls[roll.call]
+            self._called = roll.call
 
     def _require_led(self) -> None:
         """Closed unless this is open, and the first rank there."""
@@ -337,12 +352,16 @@ class Contributor:
                 except WaitTimeout as exc:
                     raise LogError(str(exc)) from exc  # to be tried again
                 return await run(outgoing.begin_at, at.version)
-            case "seal", Seal(at=at, unsafe=unsafe):
+            case "seal", Seal(at=at, base=base):
                 await self._until(at)
-                sealed = await run(outgoing.take, unsafe, at.version)
+                kept = await run(outgoing.kept, base, at.version)
+                sealed = await run(outgoing.take, kept, at.version)
                 if sealed is None:
                     raise LocalProtocolError(f"nothing leads to version {at.version} here")
                 return sealed
+            case "join", version:
+                await run(lambda: outgoing.join(outgoing.kept(0, version)))
+                return None
             case "store", Store(version=version, epoch=epoch, digest=digest):
                 entry, patch = await run(outgoing.entry_until, version, epoch, digest)
                 entry = msgspec.structs.replace(entry, step=what.step, tags=what.tags)
@@ -366,20 +385,33 @@ class Contributor:
             raise LocalProtocolError("that old state was not made again here")
         return past
 
+    def _let_go_of_states(self) -> None:
+        self._copy = self._aside = None
+        self._rolls.clear()
+        self._forget()
+
     def _forget(self) -> None:
         """No old state is needed, nor what is being made of one."""
         self._past = None
         self._recalls += 1
 
     def _roll(self, roll: Roll) -> None:
-        """Let the call of rollback() go on that is meant."""
-        past = None
+        """Keep what a call of rollback() is to publish, or let that go on."""
+        if not (roll.go or roll.reason):
+            self._aside = roll.call, self._made_again(roll.digest)
+            return
+        call, past = self._aside or (0, None)
+        if call == roll.call:
+            self._aside = None
         if roll.reason:
-            self._forget()
-        else:
-            past = self._made_again(roll.digest)
+            past = None
+            if roll.call == self._called + 1:  # else another one's is being made
+                self._forget()
+        elif call != roll.call:
+            raise LocalProtocolError("what is to be published again was not made here")
         if roll.call > self._called:
             self._rolls[roll.call] = roll, past
+            self._pass_over()
             self._changes.notify()
 
     def _make(self, what: Publish) -> Outgoing:
@@ -412,8 +444,10 @@ class Contributor:
                 amiss = f"publish() has failed and not on the first rank ({outgoing.failure})"
             elif there and here.failed < at.failed:
                 amiss = "publish() has failed on the first rank and not on this one"
-            elif there and here.of != at.of:
-                amiss = f"it is {_made_of(at)} on the first rank and {_made_of(here)} on this one"
+            elif there and here.old != at.old:
+                made, of = min({*here.old} ^ {*at.old})
+                alone = "on this rank" if (made, of) in here.old else "on the first rank"
+                amiss = f"version {made} is of rollback({of}) {alone} alone"
             if amiss:
                 raise LocalProtocolError(
                     f"version {at.version} would be of two steps: {amiss}; start all ranks of the "
@@ -456,7 +490,3 @@ class Contributor:
     async def _store(self, entry: LogEntry, patch: Patch) -> None:
         payload = await self._ports.run(self._made_by().wire, patch)
         await self._ports.log.store(entry, payload, timeout_s=self.policy.store_s)
-
-
-def _made_of(at: At) -> str:
-    return "of publish()" if at.of is None else f"of rollback({at.of})"

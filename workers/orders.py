@@ -38,6 +38,7 @@ DEEDS: dict[Deed, Any] = {
     "roll": Roll,
     "seal": Seal,
     "send": cmd.Send,
+    "join": int,
     "store": Store,
     "release": int,
     "copy": At,

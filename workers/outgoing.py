@@ -125,10 +125,10 @@ class Outgoing:
             self._origin = Origin(share.root, len(share.roots), *hashes)
         self._numel = self.local.numel
         self.version = 0
-        #: Of a rank among several: the versions that calls of publish() have failed to make, and of
-        #: what old ones others were made.
+        #: Of a rank among several: the versions that calls of publish() have failed to make, and
+        #: those that were made of old ones, with these.
         self._failed: list[int] = []
-        self._of: dict[int, int] = {}
+        self._old: list[tuple[int, int]] = []
         #: Why the last of them has failed.
         self.failure = ""
 
@@ -238,7 +238,7 @@ class Outgoing:
             # The shadow has moved: this version is made, whatever becomes of what follows.
             self._last = found
             if self._share is not None and past is not None:
-                self._of[base + 1] = past.version
+                self._old.append((base + 1, past.version))
             with self._lists:
                 self._pending.append(Kept(found.patch, now, step, tags, found))
                 self.version = base + 1
@@ -274,7 +274,8 @@ class Outgoing:
     def at(self, version: int) -> At:
         """Of which calls this version is, or is to be, of a rank among several."""
         failed = sum(one <= version for one in self._failed)
-        return At(version=version, failed=failed, of=self._of.get(version))
+        old = tuple((made, of) for made, of in self._old if made <= version)
+        return At(version=version, failed=failed, old=old)
 
     def wait_made(self, version: int, timeout_s: float) -> int:
         """Wait until publish() has made this version; which it has made by now (WaitTimeout)."""
@@ -383,6 +384,11 @@ class Outgoing:
         host = kept.on_host() if kept is not None and ours else to_host(patch.buffer)
         return host.numpy().tobytes()
 
+    def kept(self, base: int, version: int) -> list[int]:
+        """The versions of the patches that are kept between these two."""
+        between = [k for k, kept in self._kept.items() if (kept.patch.base_version or 0) >= base]
+        return sorted(known for known in between if known <= version)
+
     def join(self, versions: Sequence[int]) -> int:
         """Keep these versions as one patch; the bytes of it. LogError if the run has begun anew
         meanwhile: its anchor covers them."""
@@ -421,8 +427,7 @@ class Outgoing:
     def entry_until(self, version: int, epoch: int, digest: int) -> tuple[LogEntry, Patch]:
         """entry() of all that is kept up to a version: what the first rank has merged may have been
         left unmerged here, for want of memory."""
-        versions = sorted(kept for kept in self._kept if kept <= version)
-        return self.entry(versions, epoch, digest)
+        return self.entry(self.kept(0, version), epoch, digest)
 
     def release(self, version: int) -> None:
         """Kept patches up to this version are safe elsewhere."""

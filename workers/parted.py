@@ -88,10 +88,7 @@ class Parted:
         if self._view is None:
             return self.weights()
         found = local_tensors(self._viewed())
-        if self._before is not None and list(found) != [s.name for s in self._before.tensors]:
-            self._before.require_same(
-                manifest_of(found), here="in what the view gave first", there="in what it gives now"
-            )
+        self._require_as_before(found)
         own(*found.values())
         return found
 
@@ -100,7 +97,12 @@ class Parted:
         if self._view is not None:
             return Share(root, roots, manifest, self.tensors, self.weights)
         names = {spec.name for spec in roots[root].tensors}
-        lookup = Lookup(self.model, **self._choice, dtype=self.dtype, local=here, only=names)
+
+        def keep(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            self._require_as_before(found)
+            return {name: tensor for name, tensor in found.items() if name in names}
+
+        lookup = Lookup(self.model, **self._choice, dtype=self.dtype, local=here, keep=keep)
         return Share(root, roots, manifest, lookup.tensors, lookup.tensors)
 
     def layout(self) -> Layout:
@@ -123,6 +125,13 @@ class Parted:
             return msgspec.structs.replace(self._layout, tensors=local.tensors)
         local.require_same(self._layout.local, here="in the model", there="in the layout")
         return self._layout
+
+    def _require_as_before(self, found: Mapping[str, torch.Tensor]) -> None:
+        """ManifestMismatch if these are others than when the layout was made: what comes, or is
+        tied no more, would be published by no rank."""
+        if self._before is not None and list(found) != [s.name for s in self._before.tensors]:
+            before, now = "at the start", "now"
+            self._before.require_same(manifest_of(found), here=before, there=now)
 
     def _viewed(self) -> Mapping[str, torch.Tensor]:
         """What the view makes of the model's tensors, tied ones once, as it gives it."""

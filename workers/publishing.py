@@ -20,6 +20,7 @@ from ..messages.errors import (
     LogError,
     PublisherBusy,
     SettingsError,
+    SparsecastError,
     brief,
 )
 from ..messages.layout import Layout
@@ -37,7 +38,7 @@ from .archive import Archive
 from .awaiting import Awaiting
 from .connect import connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
-from .leading import Leading, RankSilent
+from .leading import Leading
 from .outgoing import Outgoing, Past, ShadowPlace
 from .parted import Parted
 from .recall import Recall
@@ -465,26 +466,28 @@ class AsyncPublisher:
         Workers get what differs, as with publish(). The trainer's own weights are left alone: they
         are the caller's to set back, and the next publish() brings what they differ in from what
         was published here. Takes as long as reading the log, and one full copy in host memory.
-        Of a trainer of several ranks each has to call it, as with publish(); it fails on all of
-        them, unless it is this rank's publish() that fails. LogHole if the log
+        Of a trainer of several ranks each has to call it, as with publish(). LogHole if the log
         does not lead to exactly that version (any more, or yet), LogError, BusError, Fenced,
-        Closed, PublisherBusy: nothing was changed.
+        Closed, PublisherBusy: nothing was changed, on no rank.
         """
         core = self._live_core()
         self._rolls += 1
-        roll = Roll(call=self._rolls, version=version)
+        roll, gone = Roll(call=self._rolls, version=version), False
         try:
             async with self._rolling:
                 past = await self._recall.version(version, core.head)
-                order = self._outgoing.roll(replace(roll, digest=past.digest))
+                roll = replace(roll, digest=past.digest)
                 try:
-                    await asyncio.gather(*map(asyncio.wrap_future, order))
-                except RankSilent as exc:
-                    raise LogError(str(exc)) from exc
+                    await asyncio.gather(*map(asyncio.wrap_future, self._outgoing.roll(roll)))
+                except SparsecastError as exc:
+                    raise LogError(brief(exc)) from exc
+                gone = True  # from here on the other ranks publish it
+                self._outgoing.roll(replace(roll, go=True))
                 made = await self._publish_aside(step, tags, past)
         except BaseException as exc:
-            reason = brief(exc) if isinstance(exc, Exception) else "it was broken off"
-            self._outgoing.roll(replace(roll, reason=reason))
+            if not gone:
+                reason = brief(exc) if isinstance(exc, Exception) else "it was broken off"
+                self._outgoing.roll(replace(roll, reason=reason))
             raise
         reason = f"version {made.version} has the contents of version {version}"
         self._telling.event("rollback", "trainer", reason)

@@ -67,7 +67,7 @@ class United(Outgoing):
         mine = super().take(unsafe, until)
         if mine is None:
             return None
-        sealed = self._sealed(mine, unsafe)
+        sealed = self._sealed(mine)
         furthest = max(one.version for one in sealed)
         while furthest > mine.version:
             self.wait_made(furthest, self._policy.store_s)
@@ -75,7 +75,7 @@ class United(Outgoing):
             found = super().take(unsafe, furthest)
             assert found is not None  # what was taken is kept, and is among the unsafe
             mine = found
-            sealed = self._sealed(mine, unsafe)
+            sealed = self._sealed(mine)
             furthest = max(one.version for one in sealed)
         for rank, other in enumerate(sealed):
             if (other.base_version, other.version) != (mine.base_version, mine.version):
@@ -105,6 +105,12 @@ class United(Outgoing):
             routes=tuple(one.routes[0] for one in sealed) if parted else (),
             routed=mine.routed if parted else 0,
         )
+
+    def join(self, versions: Sequence[int]) -> int:
+        """Keep these versions as one patch here, and as one on every other rank."""
+        nbytes = super().join(versions)
+        self._order("join", versions[-1])
+        return nbytes
 
     def entry(
         self, versions: Sequence[int], epoch: int, digest: int | None = None
@@ -155,9 +161,9 @@ class United(Outgoing):
 
     # ---- the others
 
-    def _sealed(self, mine: Sealed, unsafe: Sequence[int]) -> list[Sealed]:
-        """What every rank has sealed up to where the first one has, that one's first."""
-        seal = Seal(at=self.at(mine.version), unsafe=tuple(unsafe))
+    def _sealed(self, mine: Sealed) -> list[Sealed]:
+        """What every rank has sealed of what the first one has, that one's first."""
+        seal = Seal(at=self.at(mine.version), base=mine.base_version)
         return [mine, *self._all("seal", seal)]
 
     def _level(self, at: Callable[[int], list[Held]]) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, compress
 from operator import attrgetter, is_
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ...messages.manifest import Manifest
-from .tensors import Dtypes, Model, Named, Rename, choose, distinct, manifest_of, renamed, state_of
+from .tensors import Dtypes, Model, Named, Rename, distinct, given_by, manifest_of, pick, renamed
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _dtype = attrgetter("dtype")
@@ -132,18 +132,19 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[dict[str,
 class _StatePath:
     """The way to the chosen tensors of a module whose state_dict() does more than to walk."""
 
-    def __init__(self, root: nn.Module, chosen: Mapping[str, object]) -> None:
-        self._root = root
-        self._names = list(state_of(root))
+    def __init__(
+        self, root: nn.Module, given: Mapping[str, object], chosen: Mapping[str, object]
+    ) -> None:
+        self._names = list(given)
         self._chosen = list(chosen)
+        self._root = root
         self._peft = hasattr(root, "peft_config")
 
-    def follow(self) -> list[Any] | None:
-        """The tensors that are there now, or None if the names have changed."""
-        state = state_of(self._root)
-        if list(state) != self._names or hasattr(self._root, "peft_config") != self._peft:
+    def follow(self, given: Mapping[str, Any]) -> list[Any] | None:
+        """Of what its state_dict has now the tensors, or None if the names have changed."""
+        if list(given) != self._names or hasattr(self._root, "peft_config") != self._peft:
             return None
-        return [state[name] for name in self._chosen]
+        return [given[name] for name in self._chosen]
 
 
 class _MappingPath:
@@ -185,8 +186,9 @@ class _Found:
 class Lookup:
     """named_tensors() of one source, again and again; for any thread.
 
-    `local` makes plain tensors of what it is given, say of DTensors what this rank has: the same
-    one for as long as nothing moves. `only`: of the tensors found, under their own names, these.
+    `local` makes plain tensors of what it is given, say of DTensors what this rank has. `keep` is
+    asked, whenever anything has moved, which of the tensors found are meant, in their order;
+    what it raises is raised.
 
     The tensors themselves come, not detached ones, so that what is remembered keeps no storage
     alive that the model lets go of (offloading); modules, where they are replaced, are let go of
@@ -214,7 +216,7 @@ class Lookup:
         dtype: Dtypes = None,
         *,
         local: Callable[[Sequence[Any]], list[Any]] = list,
-        only: Collection[str] | None = None,
+        keep: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> None:
         self._source = source
         self._include = include
@@ -222,7 +224,7 @@ class Lookup:
         self._rename = rename
         self._dtype = dtype
         self._local = local
-        self._only = only
+        self._keep = keep
         self._lock = threading.Lock()
         self._found: _Found | None = None
         self._given: weakref.ref[Named] | None = None
@@ -245,12 +247,18 @@ class Lookup:
         object. UnsupportedTensor as from named_tensors().
         """
         with self._lock:
-            found = self._found
+            found, given = self._found, None
             if found is not None and found.path is not None:
-                now = found.path.follow()
+                if isinstance(found.path, _StatePath):
+                    # Called once, whatever comes of it: it may be one that all ranks call together.
+                    given = given_by(self._source)
+                    now = found.path.follow(given)
+                else:
+                    now = found.path.follow()
                 if now is not None and (same := self._again(found, self._local(now))) is not None:
                     return same
-            return self._afresh()
+                del now
+            return self._afresh(given_by(self._source) if given is None else given)
 
     def forget(self) -> None:
         """Let go of all that is remembered: the next call looks thoroughly."""
@@ -275,12 +283,10 @@ class Lookup:
         found.ids = ids
         return self._give(found, compress(now, found.kept))
 
-    def _afresh(self) -> Named:
-        chosen = choose(self._source, include=self._include, exclude=self._exclude)
+    def _afresh(self, given: Mapping[str, object]) -> Named:
+        chosen = pick(self._source, given, include=self._include, exclude=self._exclude)
         held = dict(zip(chosen, self._local(list(chosen.values())), strict=True))
-        plain = distinct(held)
-        if self._only is not None:
-            plain = {name: tensor for name, tensor in plain.items() if name in self._only}
+        plain = self._keep(distinct(held))
         names = list(renamed(plain, self._rename))
         own = _PLAIN.issuperset(map(type, held.values()))
         values = list(held.values()) if own else list(plain.values())
@@ -288,7 +294,7 @@ class Lookup:
         if own and isinstance(self._source, nn.Module):
             path = _ModulePath(self._source, chosen)
             if not path.usable:
-                path = _StatePath(self._source, chosen)
+                path = _StatePath(self._source, given, chosen)
         elif own:
             path = _MappingPath(cast("Mapping[str, Tensor]", self._source), chosen)
         kept = [name in plain for name in chosen] if own else [True] * len(plain)

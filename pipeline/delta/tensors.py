@@ -141,15 +141,37 @@ def choose(
     exclude: Sequence[str] | None,
 ) -> dict[str, object]:
     """What the patterns pick, before anything else is asked of it."""
+    return pick(source, given_by(source), include=include, exclude=exclude)
+
+
+def given_by(source: Model) -> dict[str, object]:
+    """All that there is to pick from; of a Module what its state_dict has."""
     if isinstance(source, nn.Module):
-        given: Mapping[str, object] = state_of(source)
-    else:
-        given = {name.replace("_orig_mod.", ""): value for name, value in source.items()}
-        if len(given) != len(source):
-            raise UnsupportedTensor(
-                _first_repeated(name.replace("_orig_mod.", "") for name in source),
-                'stands for two tensors once "_orig_mod." is stripped',
-            )
+        return {
+            name.replace("_orig_mod.", ""): value
+            for name, value in source.state_dict(keep_vars=True).items()
+            # In this order: to ask a DTensor what it is takes microseconds.
+            if not name.endswith("_extra_state") or isinstance(value, Tensor)
+        }
+    given: dict[str, object] = {
+        name.replace("_orig_mod.", ""): value for name, value in source.items()
+    }
+    if len(given) != len(source):
+        raise UnsupportedTensor(
+            _first_repeated(name.replace("_orig_mod.", "") for name in source),
+            'stands for two tensors once "_orig_mod." is stripped',
+        )
+    return given
+
+
+def pick(
+    source: Model,
+    given: Mapping[str, object],
+    *,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> dict[str, object]:
+    """What the patterns pick of what a source has given."""
     chosen = {
         name: value
         for name, value in given.items()
@@ -158,16 +180,6 @@ def choose(
     }
     _refuse_peft(source, given, chosen)
     return chosen
-
-
-def state_of(module: nn.Module) -> dict[str, object]:
-    """What the state_dict of a module has: parameters and persistent buffers."""
-    return {
-        name.replace("_orig_mod.", ""): value
-        for name, value in module.state_dict(keep_vars=True).items()
-        # In this order: to ask a DTensor what it is takes microseconds.
-        if not name.endswith("_extra_state") or isinstance(value, Tensor)
-    }
 
 
 def distinct(chosen: Mapping[str, object]) -> dict[str, Tensor]:

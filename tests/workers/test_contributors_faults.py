@@ -23,6 +23,7 @@ from sparsecast import (
     Closed,
     Contributor,
     Layout,
+    LogError,
     ManifestMismatch,
     MemoryLog,
     RunBusy,
@@ -434,3 +435,28 @@ async def test_a_layout_that_takes_long_to_compose(site: Site) -> None:
     step(whole, 1)
     assert (await (await trainers.publish()).wait_applied(timeout_s=10)).complete
     assert team.same(whole)
+
+
+async def test_what_waits_for_room_is_kept_as_one_on_every_rank(site: Site) -> None:
+    """The log cannot say for a while whether it has room, and there is nobody to send to: what
+    waits is one patch, on the other rank as well, and is one entry once the log is back."""
+    whole, log = weights(), MemoryLog()
+    trainers = Trainers(site, whole, split(whole, 2))
+    policy = replace(QUICK, quota_nbytes=1_000_000, anchor_every=100_000, merge_every=1)
+    publisher = await trainers.start(log=log, policy=policy)
+    await until_stored(publisher, 0, anchor=True)
+    replica = await site.replica(weights(), log=log)
+    await publisher.wait_members(1, timeout_s=10)
+    await eventually(lambda: publisher.window == "gloo")
+    away = mock.AsyncMock(side_effect=LogError("it is away"))
+    kept = [rank._outgoing._kept for rank in trainers.ranks]
+    with mock.patch.object(log, "entries", away):
+        for version in range(1, 7):
+            step(whole, version)
+            assert (await (await trainers.publish()).wait_applied(timeout_s=10)).complete
+            await asyncio.sleep(0.3)
+        assert max(map(len, kept)) <= 3
+    await until_stored(publisher, 6)
+    late = await site.replica(weights(9), "w1", log=log)
+    assert await late.wait_version(6, timeout_s=10) == 6
+    await eventually(lambda: replica.verified == late.verified == 6)

@@ -139,16 +139,27 @@ async def test_a_rank_that_does_something_else(site: Site, instead: Any) -> None
     publisher: AsyncPublisher = trainers.publisher
     update = await publisher.rollback(1)
     await instead(trainers.others[0])
-    said = r"version 3 would be of two steps: it is of rollback\(1\) on the first .* of publish\(\)"
+    said = r"version 3 would be of two steps: version 3 is of rollback\(1\) on the first rank alone"
     with pytest.raises(SparsecastError, match=said):
         await update.wait_applied(timeout_s=10)
     assert same_bits(checkpoint(2), mine)
 
 
-async def test_ranks_that_swap_two_calls(site: Site) -> None:
-    """The first rank goes back and then publishes, the other one publishes and then goes back, all
-    before the first of these versions is taken. Each has made as many calls of both kinds, and yet
-    their last versions are not one: no worker gets it."""
+async def _swaps(rank: Any) -> None:
+    await rank.publish()
+    await rank.rollback(1)
+
+
+async def _publishes_twice(rank: Any) -> None:
+    await rank.publish()
+    await rank.publish()
+
+
+@pytest.mark.parametrize("instead", [_swaps, _publishes_twice])
+async def test_what_is_taken_together_is_of_the_same_calls(site: Site, instead: Any) -> None:
+    """The first rank goes back and then publishes, the other one does so the other way round, or
+    does not go back at all, before the first of these versions is taken. They have made as many
+    versions, and yet the last ones are not one: no worker gets it."""
     trainers, mine, _ = await _trained(site, 2)
     first, other = trainers.ranks
     taken, real = asyncio.Event(), first._take
@@ -160,23 +171,30 @@ async def test_ranks_that_swap_two_calls(site: Site) -> None:
     with mock.patch.object(first, "_take", late):
         await first.rollback(1)
         update = await first.publish()
-        await other.publish()
-        await other.rollback(1)
+        await instead(other)
         taken.set()
-        with pytest.raises(SparsecastError, match="version 4 would be of two steps"):
+        with pytest.raises(SparsecastError, match="version 4 would be of two steps: version 3 is"):
             await update.wait_applied(timeout_s=10)
     assert same_bits(checkpoint(2), mine)
 
 
-async def test_a_rank_that_waited_in_vain_may_ask_again(site: Site) -> None:
-    """A rank's rollback() was over before the first one's began: called again it finds that."""
+@pytest.mark.parametrize("first_call", ["none", "fails", "fails meanwhile"])
+async def test_a_rank_that_waited_in_vain_may_ask_again(site: Site, first_call: str) -> None:
+    """A rank's rollback() was over before the first one's began, or had failed: called again it
+    finds what comes then, and not how the call before has ended."""
     trainers, mine, _ = await _trained(site, 2)
-    other = trainers.others[0]
+    first, other = trainers.ranks
     other.policy = replace(QUICK, gather_s=0.1, resume_s=0.1)
     with pytest.raises(WaitTimeout):
         await other.rollback(1)
     other.policy = QUICK
-    update = await trainers.rollback(1)
+    again = asyncio.ensure_future(other.rollback(1)) if "meanwhile" in first_call else None
+    await asyncio.sleep(0.05)
+    if first_call != "none":
+        with pytest.raises(LogHole):
+            await first.rollback(7)
+    update = await first.rollback(1)
+    await (again or other.rollback(1))
     assert (await update.wait_applied(timeout_s=10)).complete
     assert same_bits(checkpoint(1), mine)
 
@@ -195,20 +213,42 @@ async def test_who_waits_for_the_first_rank_hears_of_its_own_close(site: Site) -
 
 
 async def test_an_old_state_that_another_rank_has_no_more(site: Site) -> None:
-    """Another rank has lost what it was to publish again: none publishes it, and all hear why."""
-    trainers, mine, _ = await _trained(site, 2)
-    first, other = trainers.ranks
-    real = other._roll
+    """One of three ranks has lost what it was to publish again: none publishes it, not those either
+    that have it, all hear why, and all goes on."""
+    trainers, mine, _ = await _trained(site, 2, ranks=3)
+    real = trainers.others[1]._roll
 
     def forgetful(roll: Any) -> None:
-        if not roll.reason:
-            other._forget()
+        trainers.others[1]._forget()
         real(roll)
 
-    with mock.patch.object(other, "_roll", forgetful):
-        found = await asyncio.gather(first.rollback(1), other.rollback(1), return_exceptions=True)
+    with mock.patch.object(trainers.others[1], "_roll", forgetful):
+        found = await asyncio.gather(
+            *(rank.rollback(1) for rank in trainers.ranks), return_exceptions=True
+        )
+    assert all(isinstance(one, LogError) for one in found)
     assert all("that old state was not made again here" in str(one) for one in found)
     assert {rank.version for rank in trainers.ranks} == {2}
     step(trainers.whole, 3)
     assert (await (await trainers.publish()).wait_applied(timeout_s=10)).complete
     assert same_bits(checkpoint(3), mine)
+    assert (await (await trainers.rollback(1)).wait_applied(timeout_s=10)).complete
+    assert same_bits(checkpoint(1), mine)
+
+
+async def test_a_call_that_waits_its_turn_is_broken_off(site: Site) -> None:
+    """Two calls on the first rank: the second is cancelled while the first one reads the log. That
+    goes on, on all ranks."""
+    trainers, mine, _ = await _trained(site, 2)
+    first, other = trainers.ranks
+    one = asyncio.ensure_future(first.rollback(1))
+    two = asyncio.ensure_future(first.rollback(2))
+    theirs = asyncio.ensure_future(other.rollback(1))
+    await asyncio.sleep(0)
+    two.cancel()
+    update = await one
+    await theirs
+    assert (await update.wait_applied(timeout_s=10)).complete
+    assert same_bits(checkpoint(1), mine)
+    with pytest.raises(LogError, match="broken off"):
+        await other.rollback(2)

@@ -333,7 +333,7 @@ def test_a_state_dict_with_hooks_is_called_and_no_more(change: str) -> None:
     ):
         found = lookup.tensors()
         assert bool(thorough) == (change != "nothing")
-    assert len(called) > before
+    assert len(called) == before + 1
     assert list(found) == list(named_tensors(model))
     if change != "another":
         require_same(lookup, model)
@@ -363,14 +363,25 @@ def test_what_is_here_of_tensors_that_are_spread() -> None:
 
 
 def test_only_some_of_what_is_found() -> None:
-    """What another rank publishes is left out, and may move; the rest is followed."""
-    model = Tiny()
-    lookup = Lookup(model, only={"norm.bias", "steps", "unheard of"})
+    """What another rank publishes is left out, and may move; the rest is followed. Who keeps them
+    is asked again when anything has moved, and may refuse."""
+    model, names = Tiny(), []
+
+    def keep(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        names.append(list(found))
+        if len(found) > len(names[0]):
+            raise UnsupportedTensor("head.weight", "has come")
+        return {name: found[name] for name in found if name in ("norm.bias", "steps")}
+
+    lookup = Lookup(model, keep=keep)
     assert list(lookup.tensors()) == ["steps", "norm.bias"]
-    model.norm.weight.data = torch.zeros(4)
     assert list(lookup.tensors()) == ["steps", "norm.bias"]
+    assert len(names) == 1
     model.norm.bias.data = torch.ones(4)
     assert lookup.tensors()["norm.bias"].sum() == 4
+    model.head.weight = nn.Parameter(torch.ones(6, 4))  # tied no more
+    with pytest.raises(UnsupportedTensor, match="has come"):
+        lookup.tensors()
 
 
 def test_choosing_renaming_and_what_is_not_chosen() -> None:
