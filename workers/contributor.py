@@ -29,6 +29,7 @@ from .outgoing import Outgoing, Past, ShadowPlace
 from .parted import Parted
 from .rehearsal import rehearse_outgoing
 from .remaking import Remaking, Spoilt
+from .rolls import Rolls
 from .sending import Sending
 from .streams import device_for, in_order
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
@@ -131,15 +132,8 @@ class Contributor:
         self._lost: str | None = None
         #: The copy that the first rank has asked for, until it says what of it.
         self._copy: Patch | None = None
-        #: The old state that it may go on from, and how often one was asked for.
-        self._past: Past | None = None
-        self._recalls = 0
-        #: What calls of rollback() are to publish, and the last of these calls.
-        self._rolls: dict[int, tuple[Roll, Past | None]] = {}
-        self._rolling, self._called, self._given_up = asyncio.Lock(), 0, 0
-        #: The next one's, until all ranks have it.
-        self._aside: tuple[int, Past] | None = None
-        life.callback(self._let_go_of_states)
+        self._rolls, self._rolling = Rolls(), asyncio.Lock()
+        life.callback(self._let_go_of_copies)
         self._loop = asyncio.get_running_loop()
         self._outgoing, self._met, self._begun, self._why = None, False, False, ""
         if self._open_ports is not None:
@@ -234,21 +228,23 @@ class Contributor:
         Waits until that has found it: WaitTimeout. LogError: the first rank has not, and says why;
         else as publish(). Nothing was published then. The weights are left alone.
         """
+
+        def found() -> tuple[Roll, Past | None] | None:
+            self._require_led()
+            return self._rolls.next()
+
         self._require_led()
         async with self._rolling:
             try:
                 roll, past = await self._changes.until(
-                    self._next_roll,
+                    found,
                     self.policy.gather_s + self.policy.resume_s,
                     what=f"version {version} again",
                     why=lambda: "the first rank of the trainer has not made it again",
                 )
             except BaseException:
-                # Asked again it may still find it; but that it was not to be had is no answer then.
-                self._given_up = self._called + 1
-                self._pass_over()
+                self._rolls.give_up()
                 raise
-            self._called = roll.call
             if roll.version != version:
                 raise LocalProtocolError(
                     f"rollback({version}), where the first rank of the trainer called "
@@ -272,17 +268,6 @@ class Contributor:
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._changes.notify)
-
-    def _next_roll(self) -> tuple[Roll, Past | None] | None:
-        self._require_led()
-        return self._rolls.pop(self._called + 1, None)
-
-    def _pass_over(self) -> None:
-        """The call that was given up is over if the first rank's has failed."""
-        roll, _ = self._rolls.get(self._given_up, (None, None))
-        if roll is not None and roll.reason and roll.call == self._called + 1:
-            del self._rolls[roll.call]
-            self._called = roll.call
 
     def _require_led(self) -> None:
         """Closed unless this is open, and the first rank there."""
@@ -338,11 +323,13 @@ class Contributor:
             case "recall", _:
                 return await self._recall(outgoing, what)
             case "since", (start, digest):
-                return await run(outgoing.go_on, start, self._made_again(digest).tensors)
+                return await run(outgoing.go_on, start, self._rolls.take(digest).tensors)
             case "roll", Roll():
-                return self._roll(what)
+                self._rolls.hear(what)
+                self._changes.notify()
+                return None
             case "hold", _:
-                self._forget()
+                self._rolls.forget()
                 self._begun = True
                 self._changes.notify()
                 return None
@@ -354,8 +341,9 @@ class Contributor:
                 return await run(outgoing.begin_at, at.version)
             case "seal", Seal(at=at, base=base):
                 await self._until(at)
-                kept = await run(outgoing.kept, base, at.version)
-                sealed = await run(outgoing.take, kept, at.version)
+                sealed = await run(
+                    lambda: outgoing.take(outgoing.kept(base, at.version), at.version)
+                )
                 if sealed is None:
                     raise LocalProtocolError(f"nothing leads to version {at.version} here")
                 return sealed
@@ -377,42 +365,8 @@ class Contributor:
                 return await self._store(outgoing.anchored(patch, epoch, digest), patch)
         raise LocalProtocolError(f"a rank of a trainer does not {order.deed}")
 
-    def _made_again(self, digest: int) -> Past:
-        """The old state that was asked for last, which is this one's to use."""
-        past = self._past
-        self._forget()
-        if past is None or digest != past.digest:
-            raise LocalProtocolError("that old state was not made again here")
-        return past
-
-    def _let_go_of_states(self) -> None:
-        self._copy = self._aside = None
-        self._rolls.clear()
-        self._forget()
-
-    def _forget(self) -> None:
-        """No old state is needed, nor what is being made of one."""
-        self._past = None
-        self._recalls += 1
-
-    def _roll(self, roll: Roll) -> None:
-        """Keep what a call of rollback() is to publish, or let that go on."""
-        if not (roll.go or roll.reason):
-            self._aside = roll.call, self._made_again(roll.digest)
-            return
-        call, past = self._aside or (0, None)
-        if call == roll.call:
-            self._aside = None
-        if roll.reason:
-            past = None
-            if roll.call == self._called + 1:  # else another one's is being made
-                self._forget()
-        elif call != roll.call:
-            raise LocalProtocolError("what is to be published again was not made here")
-        if roll.call > self._called:
-            self._rolls[roll.call] = roll, past
-            self._pass_over()
-            self._changes.notify()
+    def _let_go_of_copies(self) -> None:
+        self._copy, self._rolls = None, Rolls()
 
     def _make(self, what: Publish) -> Outgoing:
         roots = tuple(codec.unpack_layout(packed) for packed in what.roots)
@@ -472,8 +426,7 @@ class Contributor:
 
     async def _recall(self, outgoing: Outgoing, way: Sequence[LogEntry]) -> Held:
         """Make again what this rank held of an old state."""
-        self._forget()
-        recall = self._recalls
+        number = self._rolls.ask()
         claims = await Journal(self._ports.bus, self.run).claims(timeout_s=self.policy.bus_s)
         manifest, layout = outgoing.manifest, outgoing.layout
         remaking = Remaking(self._ports, self.policy, manifest, layout, claims)
@@ -483,8 +436,7 @@ class Contributor:
         except Spoilt as exc:
             return Held(version=version, digest=None, spoilt=exc.entry.name)
         share = await remaking.digest(state)
-        if recall == self._recalls:  # else another way was asked for meanwhile, or none
-            self._past = Past(version, digest, state)
+        self._rolls.made(number, Past(version, digest, state))
         return Held(version=version, digest=share)
 
     async def _store(self, entry: LogEntry, patch: Patch) -> None:
