@@ -216,13 +216,14 @@ async def test_an_old_state_that_another_rank_has_no_more(site: Site) -> None:
     """One of three ranks has lost what it was to publish again: none publishes it, not those either
     that have it, all hear why, and all goes on."""
     trainers, mine, _ = await _trained(site, 2, ranks=3)
-    real = trainers.others[1]._roll
+    rolls = trainers.others[1]._rolls
+    real = rolls.hear
 
     def forgetful(roll: Any) -> None:
-        trainers.others[1]._forget()
+        rolls.forget()
         real(roll)
 
-    with mock.patch.object(trainers.others[1], "_roll", forgetful):
+    with mock.patch.object(rolls, "hear", forgetful):
         found = await asyncio.gather(
             *(rank.rollback(1) for rank in trainers.ranks), return_exceptions=True
         )
