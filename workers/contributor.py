@@ -229,13 +229,16 @@ class Contributor:
         else as publish(). Nothing was published then. The weights are left alone.
         """
 
+        self._require_led()
+        call = self._rolls.enter()
+
         def found() -> tuple[Roll, Past | None] | None:
             self._require_led()
-            return self._rolls.next()
+            return self._rolls.next(call)
 
-        self._require_led()
-        async with self._rolling:
+        async with contextlib.AsyncExitStack() as turn:
             try:
+                await turn.enter_async_context(self._rolling)
                 roll, past = await self._changes.until(
                     found,
                     self.policy.gather_s + self.policy.resume_s,
@@ -243,7 +246,7 @@ class Contributor:
                     why=lambda: "the first rank of the trainer has not made it again",
                 )
             except BaseException:
-                self._rolls.give_up()
+                self._rolls.give_up(call)
                 raise
             if roll.version != version:
                 raise LocalProtocolError(

@@ -99,7 +99,9 @@ class Parted:
         names = {spec.name for spec in roots[root].tensors}
 
         def keep(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            self._require_as_before(found)
+            before = () if self._before is None else self._before.tensors
+            if found.keys() - {spec.name for spec in before}:
+                self._require_as_before(found)
             return {name: tensor for name, tensor in found.items() if name in names}
 
         lookup = Lookup(self.model, **self._choice, dtype=self.dtype, local=here, keep=keep)

@@ -481,6 +481,7 @@ class AsyncPublisher:
                     await asyncio.gather(*map(asyncio.wrap_future, self._outgoing.roll(roll)))
                 except SparsecastError as exc:
                     raise LogError(brief(exc)) from exc
+                self._check()
                 gone = True  # from here on the other ranks publish it
                 self._outgoing.roll(replace(roll, go=True))
                 made = await self._publish_aside(step, tags, past)

@@ -11,10 +11,11 @@ from .outgoing import Past
 
 
 class Rolls:
-    """What the first rank asks for and says, and the call of rollback() that this rank is at.
+    """What the first rank asks for and says, and the calls of rollback() on this rank.
 
     Calls are numbered on each rank by itself, from 1 on. A state is made again at an order, set
-    aside for a call, and given to it once every rank has it.
+    aside for a call, and given to it once every rank has it. What the first rank has published
+    after a call was given up here goes to the next one that asks; that it has failed, to nobody.
     """
 
     def __init__(self) -> None:
@@ -23,11 +24,15 @@ class Rolls:
         self._asked = 0
         #: What is set aside, and for which call.
         self._aside: tuple[int, Past] | None = None
-        #: What the calls may go on with, by their numbers; the last that did, and the one that was
-        #: given up here.
+        #: The first call of which the first rank has not said how it ended, and later ones of which
+        #: it has.
+        self._open = 1
+        self._ended: set[int] = set()
+        #: What is known of calls that have not gone on yet, by their numbers.
         self._ready: dict[int, tuple[Roll, Past | None]] = {}
-        self._called = 0
-        self._given_up = 0
+        #: The last call here, and those that wait no more, though nothing has come of them.
+        self._entered = 0
+        self._given_up: set[int] = set()
 
     # ---- states
 
@@ -66,28 +71,36 @@ class Rolls:
             self._aside = None
         elif roll.go:
             raise LocalProtocolError("what is to be published again was not made here")
-        if roll.reason and roll.call == self._called + 1:  # else another one's is being made
+        if roll.reason and roll.call == self._open:  # a later one's turn had not come
             self.forget()
-        if roll.call > self._called:
+        self._ended.add(roll.call)
+        while self._open in self._ended:
+            self._ended.remove(self._open)
+            self._open += 1
+        if roll.reason and roll.call in self._given_up:
+            self._given_up.remove(roll.call)
+        else:
             self._ready[roll.call] = roll, None if roll.reason else past
-            self._pass_over()
 
-    def next(self) -> tuple[Roll, Past | None] | None:
-        """What the call that waits is to do, and what it is to publish; None: it is not known."""
-        found = self._ready.pop(self._called + 1, None)
-        if found is not None:
-            self._called += 1
-        return found
+    def enter(self) -> int:
+        """A call begins to wait; its number."""
+        self._entered += 1
+        return self._entered
 
-    def give_up(self) -> None:
-        """The call that waits does so no more. Another one may still find what it waited for; but
-        that it was not to be had is no answer to that."""
-        self._given_up = self._called + 1
-        self._pass_over()
+    def next(self, call: int) -> tuple[Roll, Past | None] | None:
+        """What a call that waits is to do, and what it is to publish; None: it is not known."""
+        late = [one for one in self._ready if one in self._given_up]
+        known = min([*late, *({call} & self._ready.keys())], default=None)
+        if known is None:
+            return None
+        if known != call:
+            self._given_up ^= {known, call}
+        return self._ready.pop(known)
 
-    def _pass_over(self) -> None:
-        """The call that was given up is over if it has failed on the first rank."""
-        roll, _ = self._ready.get(self._given_up, (None, None))
-        if roll is not None and roll.reason and roll.call == self._called + 1:
-            del self._ready[roll.call]
-            self._called = roll.call
+    def give_up(self, call: int) -> None:
+        """A call waits no more."""
+        roll, _ = self._ready.get(call, (None, None))
+        if roll is not None and roll.reason:
+            del self._ready[call]
+        else:
+            self._given_up.add(call)
