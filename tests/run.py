@@ -99,21 +99,18 @@ async def run_all(areas: Sequence[Area], gpus: int, require_gpu: bool, lanes: in
             results[area.name] = await run(area, gpus, require_gpu)
         return [results[area.name] for area in areas]
 
-    # Of the others each takes about half a core; all that is left over is for the quiet ones.
+    # Of the others each takes about half a core, now none and now all of it; what is left over is
+    # for the quiet ones.
     loud_at_once = asyncio.Semaphore(2)
-    quiet_at_once = asyncio.Semaphore(max(1, lanes - 1) if loud else lanes)
-    loud_left = {area.name for area in loud}
+    quiet_at_once = asyncio.Semaphore(lanes)
 
     async def run_beside(area: Area) -> None:
         async with quiet_at_once if area.quiet else loud_at_once:
             with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-                give_way = area.quiet and bool(loud_left)
+                give_way = area.quiet and bool(loud)
                 results[area.name] = await run(area, gpus, require_gpu, output, give_way=give_way)
                 output.seek(0)
                 print(f"{header(area)}\n{output.read()}", end="", flush=True)
-        if loud_left == {area.name}:
-            quiet_at_once.release()  # from now on they have all cores
-        loud_left.discard(area.name)
 
     print("\n── several at a time, each shown when it has ended", flush=True)
     async with asyncio.TaskGroup() as beside:

@@ -225,7 +225,7 @@ def test_a_demo_ended_while_it_sets_up_leaves_nothing(
     home: Path, run: str, number: signal.Signals
 ) -> None:
     """SIGTERM or a closed terminal while the workers start: exit code 130, nothing left behind."""
-    demo = Running(run, home)
+    demo = Running(run, home, "--workers", "1")
     demo.read_until(r"starting the workers: ")
     demo.process.send_signal(number)
     code, said = demo.end(30)
