@@ -218,7 +218,8 @@ async def test_a_trainer_reads_all_claims(bus: NatsBus, writer: Writer, run: str
     """Three trainers had the run, and somebody wrote nonsense between: each claim, in order. The
     head is what was claimed or announced last, whatever an older epoch announced."""
     await writer.announce(1)
-    await bus.publish(Subjects(run).announce_claim, b"nonsense")
+    subjects = Subjects(run)
+    await bus.append(subjects.journal_stream, subjects.announce_claim, b"nonsense", timeout_s=S)
     for epoch, who in ((2, "two"), (3, "three")):
         other = Writer(bus, run, who)
         await other.open()
