@@ -27,11 +27,11 @@ LATELY = {
     "journal not awaited": 7,
     "old epoch kept": 1,
     "log given up": 18,
-    "lower window kept": 51,
-    "unsafe forgotten": 4,
+    "lower window kept": 25,
+    "unsafe forgotten": 8,
     "fence down": 6,
     "evaluators awaited": 2,
-    "resumed as is": 1,
+    "resumed as is": 5,
 }
 
 
