@@ -1,7 +1,7 @@
 """A trainer and its workers on one event loop, through a real broker and real windows."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,19 @@ def step(tensors: Tensors, seed: int, share: float = 0.02) -> None:
             tensor[changed] += 1.5
         else:
             tensor += 1
+
+
+def codes(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Matrices as int8 with a scale a row; all else is the very tensor that was given."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or not tensor.numel():
+            found[name] = tensor
+            continue
+        whole = tensor.float()
+        scale = whole.abs().amax(1, keepdim=True).clamp(min=1e-6) / 127
+        found[name], found[f"{name}.scale"] = (whole / scale).round().to(torch.int8), scale
+    return found
 
 
 def same_bits(ours: Tensors, theirs: Tensors) -> bool:

@@ -228,7 +228,6 @@ class Contributor:
         Waits until that has found it: WaitTimeout. LogError: the first rank has not, and says why;
         else as publish(). Nothing was published then. The weights are left alone.
         """
-
         self._require_led()
         call = self._rolls.enter()
 

@@ -15,8 +15,8 @@ from runs import (
     QUICK,
     Ear,
     Site,
-    Tensors,
     checkpoint,
+    codes,
     eventually,
     same_bits,
     step,
@@ -316,45 +316,32 @@ async def test_a_rank_that_has_nothing_to_publish(site: Site) -> None:
         assert same_bits(whole, mine)
 
 
-def _codes(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Matrices as int8 with a scale a row; all else as it is."""
-    found: Tensors = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2 or not tensor.numel():
-            found[name] = tensor
-            continue
-        whole = tensor.float()
-        scale = whole.abs().amax(1, keepdim=True).clamp(min=1e-6) / 127
-        found[name], found[f"{name}.scale"] = (whole / scale).round().to(torch.int8), scale
-    return found
-
-
 async def test_a_view_of_what_each_rank_holds(site: Site) -> None:
     """Three ranks that hold rows publish codes and scales of them: the layouts are of those, and
     workers have what the view makes of the whole model; so they do after a rank that trains on
     goes on from the log, and after going back."""
     whole = weights()
-    mine = {name: torch.zeros_like(tensor) for name, tensor in _codes(whole).items()}
+    mine = {name: torch.zeros_like(tensor) for name, tensor in codes(whole).items()}
     ways = {"masters": fully_sharded(whole, 3)}
-    trainers = Trainers(site, whole, fully_sharded(_codes(whole), 3), **ways)
-    publisher = await trainers.start(view=_codes)
+    trainers = Trainers(site, whole, fully_sharded(codes(whole), 3), **ways)
+    publisher = await trainers.start(view=codes)
     replica = await site.replica(mine)
     await publisher.wait_members(1, timeout_s=10)
     for version in range(1, 4):
         step(whole, version)
         update = await trainers.publish()
         assert (await update.wait_applied(timeout_s=10)).complete
-        assert same_bits(_codes(whole), mine)
+        assert same_bits(codes(whole), mine)
         await until_stored(publisher, version)
     assert (await (await trainers.rollback(2)).wait_applied(timeout_s=10)).complete
-    assert same_bits(_codes(checkpoint(2)), mine)
+    assert same_bits(codes(checkpoint(2)), mine)
     await until_stored(publisher, 4)
     for rank in (publisher, *trainers.others):
         await rank.close()
-    again = Trainers(site, checkpoint(5), fully_sharded(_codes(whole), 3), **ways)
-    publisher = await again.start(view=_codes, resume="must")
+    again = Trainers(site, checkpoint(5), fully_sharded(codes(whole), 3), **ways)
+    publisher = await again.start(view=codes, resume="must")
     await eventually(lambda: replica.verified == publisher.version)
-    assert same_bits(_codes(checkpoint(5)), mine)
+    assert same_bits(codes(checkpoint(5)), mine)
     assert replica.mismatches == 0
 
 

@@ -18,6 +18,7 @@ from runs import (
     Site,
     Tensors,
     checkpoint,
+    codes,
     eventually,
     published,
     same_bits,
@@ -41,19 +42,6 @@ from sparsecast import (
 from sparsecast.messages.metrics import Event
 from sparsecast.workers.outgoing import Outgoing
 from sparsecast.workers.views import View
-
-
-def codes(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Matrices as int8 with a scale a row; all else is the very tensor that was given."""
-    found: Tensors = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2 or not tensor.numel():
-            found[name] = tensor
-            continue
-        whole = tensor.float()
-        scale = whole.abs().amax(1, keepdim=True).clamp(min=1e-6) / 127
-        found[name], found[f"{name}.scale"] = (whole / scale).round().to(torch.int8), scale
-    return found
 
 
 def copied(tensors: Mapping[str, Tensor]) -> Tensors:
