@@ -7,6 +7,7 @@ messages are delivered at most once, streams answer or do not. `bus.SimBus` is o
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from sparsecast.messages.errors import SequenceConflict, StreamFull, StreamMissing
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .bus import SimBus
 
 
+@cache
 def matches(pattern: str, subject: str) -> bool:
     """Whether a subject is one of a pattern's: `*` is one token, a last `>` one or more."""
     wanted, found = pattern.split("."), subject.split(".")

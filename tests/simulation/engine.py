@@ -29,7 +29,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
         found.update(name.encode())
-        found.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -134,12 +134,6 @@ class _Handle(asyncio.Handle):
 
 
 class _TimerHandle(asyncio.TimerHandle):
-    #: Timers of the same time run in the order in which they were set.
-    _number = 0
-
-    def __lt__(self, other: Any) -> bool:
-        return (self._when, self._number) < (other._when, other._number)  # type: ignore[attr-defined]
-
     def _run(self) -> None:
         process = self._context.get(CURRENT)  # type: ignore[attr-defined]
         if not self._cancelled and (process is None or process.admit(self)):  # type: ignore[attr-defined]
@@ -166,32 +160,6 @@ class _Task(asyncio.Task[Any]):
         return self.number
 
 
-class _Clock:
-    """Stands where a selector would: waiting is jumping."""
-
-    def __init__(self, loop: "VirtualLoop") -> None:
-        self._loop = loop
-        #: Since when callbacks are counted, and how many there had been.
-        self._since = (loop.time(), loop.steps)
-
-    def select(self, timeout: float | None) -> list[Any]:
-        loop = self._loop
-        if timeout is None:
-            raise Stuck("nothing is ready and no timer is set")
-        if timeout > 0:
-            loop.jump()
-        since, steps = self._since
-        passed_s, ran = loop.time() - since, loop.steps - steps
-        if passed_s >= 1.0:
-            self._since = (loop.time(), loop.steps)
-        elif ran > SPIN:
-            # The end of the simulation still has to run on this loop.
-            self._since = (loop.time(), loop.steps)
-            raise Stuck(f"{ran} callbacks ran and {passed_s:g} s passed: something spins")
-        loop.check_bounds()
-        return []
-
-
 class VirtualLoop(asyncio.BaseEventLoop):
     """The loop. `run_until_complete` it; `time()` is virtual, in seconds.
 
@@ -208,7 +176,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._limit_steps = limit_steps
         self.steps = 0
         self._numbers = itertools.count(1)
-        self._selector = _Clock(self)
+        #: By their time; of the same time those run first that were set first.
+        self._timers: list[tuple[float, int, _TimerHandle]] = []
+        #: Since when callbacks are counted, and how many there had been.
+        self._since = (start, 0)
         #: A context that is no process's.
         self.bare_context = contextvars.Context()
         self.processes: list[Process] = []
@@ -220,13 +191,32 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now
 
-    def jump(self) -> None:
-        """To the next timer."""
-        when = self._scheduled[0]._when  # type: ignore[attr-defined]
-        self._now = max(self._now, when)
+    def _run_once(self) -> None:
+        # In place of the one that asks a selector, and orders timers by calls of Python.
+        timers, ready = self._timers, self._ready  # type: ignore[attr-defined]
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+        if not ready and not self._stopping:  # type: ignore[attr-defined]
+            if not timers:
+                raise Stuck("nothing is ready and no timer is set")
+            self._now = max(self._now, timers[0][0])
+        self._require_progress()
+        due = self._now + self._clock_resolution  # type: ignore[attr-defined]
+        while timers and timers[0][0] < due:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):  # what these make ready waits for the next turn
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()
 
-    def check_bounds(self) -> None:
-        """Stuck if this has gone on for too long."""
+    def _require_progress(self) -> None:
+        since, steps = self._since
+        passed_s, ran = self._now - since, self.steps - steps
+        if passed_s >= 1.0 or ran > SPIN:
+            # Stuck or not: the end of the simulation still has to run on this loop.
+            self._since = (self._now, self.steps)
+        if passed_s < 1.0 and ran > SPIN:
+            raise Stuck(f"{ran} callbacks ran and {passed_s:g} s passed: something spins")
         if self.time() - self._began > self._limit_s:
             raise Stuck(f"no end after {self._limit_s:g} s of virtual time")
         if self.steps > self._limit_steps:
@@ -250,9 +240,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def call_at(self, when, callback, *args, context=None):  # type: ignore[no-untyped-def]
         timer = _TimerHandle(when, callback, args, self, context)
-        timer._number = self.number()
-        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-        timer._scheduled = True
+        heapq.heappush(self._timers, (when, self.number(), timer))
         return timer
 
     def run_in_executor(self, executor, func, *args):  # type: ignore[no-untyped-def]
