@@ -98,9 +98,7 @@ class Work:
         device = plan.device
         self._manifest = manifest
         self._hash, self._numel, self.dense_nbytes = manifest.hash, manifest.numel, manifest.nbytes
-        self._scratch = [
-            _Scratch(group, each, device) for group, each in zip(plan.groups, slots, strict=True)
-        ]
+        self._scratch: list[_Scratch] = []
         empty = partial(torch.empty, device=device)
         self._counts = empty(plan.tiles, dtype=torch.int32)
         self._block_counts = empty(plan.blocks, dtype=torch.int32)
@@ -119,16 +117,26 @@ class Work:
         self._finding = Repeated(device, self._find)
         self._writing = Repeated(device, self._write)
 
+    def prepare(self) -> None:
+        """Have scratch, if it was let go."""
+        if not self._scratch:
+            self._scratch = [
+                _Scratch(group, each, self.plan.device)
+                for group, each in zip(self.plan.groups, self.slots, strict=True)
+            ]
+
     def direct(self, buffer: Tensor, base_version: int, version: int) -> None:
         """Say where the patch goes, and what it is; the device is through with the last one."""
         self._place.numpy()[:] = buffer.data_ptr(), buffer.numel(), base_version, version
 
     def find(self, *, again: bool) -> None:
         """Queue all up to what the host waits for. `again`: as it was, or will be, once more."""
+        self.spot.copy_(self._place, non_blocking=True)
         if again:
             self._finding.queue()
         else:
             self._find()
+        self._told.copy_(self._numbers, non_blocking=True)
 
     def write(self, *, again: bool) -> None:
         """Queue what follows: the patch, if it fits, and its checksum."""
@@ -136,10 +144,10 @@ class Work:
             self._writing.queue()
         else:
             self._write()
+        self._tell_sums()
 
     def _find(self) -> None:
         plan = self.plan
-        self.spot.copy_(self._place, non_blocking=True)
         self._numbers.zero_()
         self._sums[1].zero_()
         for group, room in zip(plan.groups, self._scratch, strict=True):
@@ -151,9 +159,8 @@ class Work:
                 plan, group, self._counts, self._block_counts, self._totals, self._changed,
                 self._over, slots=room.slots,
             )  # fmt: skip
-        ends_of(self._block_counts, self._ends)
+        ends_of(plan, self._block_counts, self._ends)
         self._frame()
-        self._told.copy_(self._numbers, non_blocking=True)
 
     def _frame(self) -> None:
         frame(
@@ -175,6 +182,8 @@ class Work:
     def _sum_up(self) -> None:
         written = self._facts[fact.WRITTEN :]
         checksum(self.spot, written, self._sums[1], largest=self.dense_nbytes)
+
+    def _tell_sums(self) -> None:
         self._host_sums.copy_(self._sums.view(-1), non_blocking=True)
 
     def let_go(self) -> None:
@@ -233,6 +242,7 @@ class Work:
                 )  # fmt: skip
         self._sums[1].zero_()
         self._sum_up()
+        self._tell_sums()
 
     def _digest_anew(self, held: int) -> None:
         """Put the digest's change since the beginning right by reading all that is held."""

@@ -34,8 +34,7 @@ def _emit(
     if tl.max(tl.load(counts + tl.arange(0, TILES)), axis=0) > slots:
         block = first + tl.program_id(0)
         tensor = tl.load(block_tensor + block)
-        first_here = tl.load(first_block + tensor)
-        index = block - first_here
+        index = block - tl.load(first_block + tensor)
         start = index.to(tl.int64) * 65536
         limit = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
         old = tl.load(olds + tensor).to(tl.pointer_type(BITS)) + start
@@ -50,7 +49,6 @@ def _emit(
         masks = places.to(tl.pointer_type(tl.uint32)) + start // 32
         out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
         at = tl.load(ends + block) - tl.load(block_counts + block)
-        at -= tl.load(ends + first_here) - tl.load(block_counts + first_here)
         base = tl.arange(0, W) * 32
         lane = tl.arange(0, 32)
         below = (tl.full((32,), 1, tl.uint32) << lane.to(tl.uint32)) - 1

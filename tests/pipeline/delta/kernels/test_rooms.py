@@ -18,6 +18,7 @@ from sparsecast.pipeline.delta import (
     ready,
 )
 from sparsecast.pipeline.delta.timing import Mark
+from spawn import Context, spawn
 from states import bits
 from twins import DEVICE, by_kernels, by_torch, copied, model, require_same
 
@@ -171,3 +172,46 @@ def test_a_room_is_read_before_it_is_used_again() -> None:
     torch.cuda.synchronize()
     for tensors, new in zip(mine, news, strict=True):
         assert digest(tensors) == digest(new)
+
+
+def _let_go_while_capturing(context: Context) -> None:
+    """A process's part: of two rooms that it has used another thread lets one go while it captures
+    a graph, and one is garbage by then."""
+    from sparsecast.pipeline.delta.graphs import Repeated
+
+    device = torch.device("cuda:0")
+    manifest = manifest_of(model(torch.bfloat16, w=(70_000,)))
+    ready([manifest, manifest], device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def work() -> None:
+        count.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            garbage: list[Any] = [rooms()[manifest.hash, device].pop()]
+            garbage.append(garbage)
+            del garbage
+            thread = threading.Thread(target=rooms().clear)
+            thread.start()
+            thread.join()
+            for _ in range(100):
+                _ = [[] for _ in range(100)]  # a collection is due
+            count.add_(1)
+
+    repeated = Repeated(device, work)
+    gc.set_threshold(1, 1, 1)
+    for _ in range(3):
+        repeated.queue()
+    assert gc.isenabled()
+    # Torch now asks if the device is through with the memory that came back.
+    for power in range(20):
+        torch.empty(1 << power, dtype=torch.uint8, pin_memory=True)
+    assert repeated._graph is not None
+    assert count.item() == 1 + 2 * 2
+    ready([manifest], device)
+
+
+@pytest.mark.gpu(1)
+def test_rooms_go_while_a_graph_is_captured() -> None:
+    """Torch lets go of pinned memory by an event on every stream that was told to have used it;
+    were one of them the stream of captures, the process would end here. Hence one of its own."""
+    spawn(1, _let_go_while_capturing, timeout_s=60)
