@@ -23,14 +23,11 @@ from .kernels.find import SUMS, find
 from .kernels.frame import frame
 from .kernels.place import place
 from .kernels.places import ROWS
-from .kernels.plan import Group, Plan
+from .kernels.plan import KINDS, Group, Plan
 from .kernels.tally import tally
 from .layout import Encoding, full_nbytes
 from .patch import Patch, full_table
 from .timing import host_numbers
-
-#: More kinds of tensors than a plan can have: sizes, casts, alignments.
-KINDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class Told:
     @property
     def whole(self) -> bool:
         """Whether place() has written all of it."""
-        return self.written and not self.dense and not any(self.over)
+        return bool(self.facts[fact.WHOLE])
 
     def nbytes(self, dense_nbytes: int) -> int:
         """Bytes of the patch, of a model of so many."""
@@ -164,13 +161,14 @@ class Work:
 
     def _frame(self) -> None:
         frame(
-            self.plan, self._totals, self.table, self._facts, self.spot, manifest_hash=self._hash,
-            numel=self._numel, dense_nbytes=self.dense_nbytes,
+            self.plan, self._totals, self._over, self.table, self._facts, self.spot,
+            manifest_hash=self._hash, numel=self._numel, dense_nbytes=self.dense_nbytes,
         )  # fmt: skip
 
     def _write(self) -> None:
         self._put()
-        self._sum_up()
+        # Of none that complete() is to complete: it will be summed up then.
+        self._sum_up(self._facts[fact.WHOLE :])
 
     def _put(self) -> None:
         for group, room in zip(self.plan.groups, self._scratch, strict=True):
@@ -179,9 +177,8 @@ class Work:
                 room.records, room.values, self.spot, slots=room.slots,
             )  # fmt: skip
 
-    def _sum_up(self) -> None:
-        written = self._facts[fact.WRITTEN :]
-        checksum(self.spot, written, self._sums[1], largest=self.dense_nbytes)
+    def _sum_up(self, nbytes: Tensor) -> None:
+        checksum(self.spot, nbytes, self._sums[1], largest=self.dense_nbytes)
 
     def _tell_sums(self) -> None:
         self._host_sums.copy_(self._sums.view(-1), non_blocking=True)
@@ -213,7 +210,6 @@ class Work:
             head = torch.frombuffer(bytearray(patch.start()), dtype=torch.uint8)
             buffer[: len(head)].copy_(head)
             buffer[len(head) + self.dense_nbytes :].zero_()
-            self._facts[fact.WRITTEN].fill_(buffer.numel())
             # For emit(): what it looks at moves to the old copy, and nowhere else.
             self.table[: plan.tensors].fill_(Encoding.DENSE)
         elif not told.written:
@@ -241,7 +237,7 @@ class Work:
                     self.table, self.spot, into=False,
                 )  # fmt: skip
         self._sums[1].zero_()
-        self._sum_up()
+        self._sum_up(self.spot[1:])
         self._tell_sums()
 
     def _digest_anew(self, held: int) -> None:
