@@ -32,8 +32,8 @@ _streams: dict[int, torch.cuda.Stream] = {}
 
 
 class Repeated:
-    """Queues `work` on the current stream of a device: as it is the first time, as a CUDA graph
-    from then on. Where there are no graphs, or none can be made, always as it is.
+    """Queues one piece of work on the current stream of a device: as it is the first time, as a
+    CUDA graph from then on. Where there are no graphs, or none can be made, always as it is.
 
     The work finds all that changes from time to time in device memory; it neither waits nor
     allocates, nor does it copy from or to the host: torch would record an event on the stream of
@@ -41,27 +41,30 @@ class Repeated:
     is the thread's current one.
     """
 
-    def __init__(self, device: torch.device, work: Callable[[], None]) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._work = work
         self._graph: _Graph | None = None
         self._asis = device.type != "cuda"
         self._loaded = False
 
-    def queue(self) -> None:
-        """Queue it once more."""
+    def queue(self, work: Callable[[], None]) -> None:
+        """Queue it once more; it is the same every time.
+
+        Not kept here: it belongs to whoever this belongs to, and the two would wait for the garbage
+        collector, which may come while somebody captures a graph and must not let go of one then.
+        """
         if self._loaded and not self._asis and self._graph is None:
-            self._capture()
+            self._capture(work)
         if self._graph is not None:
             self._graph.launch(torch.cuda.current_stream(self._device))
             return
         # Called as it is, it loads whatever must be there before it can be captured.
-        self._work()
+        work()
         self._loaded = True
 
-    def _capture(self) -> None:
+    def _capture(self, work: Callable[[], None]) -> None:
         try:
-            self._graph = _Graph(self._device, self._work)
+            self._graph = _Graph(self._device, work)
         except (OSError, AttributeError, RuntimeError) as exc:
             log.warning("no CUDA graph on %s, launches go one by one: %s", self._device, exc)
             self._asis = True

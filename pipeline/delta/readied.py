@@ -60,7 +60,7 @@ class _Room:
         self.told = host_numbers(SUMS + fact.FACTS, device)
         size = HEADER.size + ENTRY.itemsize * plan.tensors
         self.start = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        self._checking = Repeated(device, self._check)
+        self._checking = Repeated(device)
         #: When what was checked last has been read, for its way into the weights.
         self.read: Mark | None = None
         if pinned:
@@ -78,7 +78,7 @@ class _Room:
         self.start[:size].copy_(buffer[:size], non_blocking=True)
         self._place.numpy()[:] = buffer.data_ptr(), buffer.numel()
         self.spot.copy_(self._place, non_blocking=True)
-        self._checking.queue()
+        self._checking.queue(self._check)
         self.told.copy_(self._numbers, non_blocking=True)
 
     def _check(self) -> None:

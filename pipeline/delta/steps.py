@@ -111,8 +111,8 @@ class Work:
         self._facts, self._changed, self._over, self._totals = torch.split(self._numbers, sizes)
         self._told = host_numbers(sum(sizes), device)
         self._host_sums = host_numbers(2 * SUMS, device)
-        self._finding = Repeated(device, self._find)
-        self._writing = Repeated(device, self._write)
+        self._finding = Repeated(device)
+        self._writing = Repeated(device)
 
     def prepare(self) -> None:
         """Have scratch, if it was let go."""
@@ -130,7 +130,7 @@ class Work:
         """Queue all up to what the host waits for. `again`: as it was, or will be, once more."""
         self.spot.copy_(self._place, non_blocking=True)
         if again:
-            self._finding.queue()
+            self._finding.queue(self._find)
         else:
             self._find()
         self._told.copy_(self._numbers, non_blocking=True)
@@ -138,7 +138,7 @@ class Work:
     def write(self, *, again: bool) -> None:
         """Queue what follows: the patch, if it fits, and its checksum."""
         if again:
-            self._writing.queue()
+            self._writing.queue(self._write)
         else:
             self._write()
         self._tell_sums()

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from sparsecast.pipeline.delta import (
     Patch,
     Payload,
+    Shadow,
     apply_checked,
     check,
     diff,
@@ -118,6 +120,29 @@ class _Slow(Mark):
         assert self.let_go.wait(10)
 
 
+def test_graphs_go_with_what_they_are_of() -> None:
+    """A shadow and a check that nobody needs any more, with the garbage collector off: that might
+    come while a thread captures a graph of its own, and to let go of one then breaks it off."""
+    old = model(torch.bfloat16, w=(2_100,))
+    new = copied(old)
+    bits(new["w"])[::7] ^= 3
+    gc.disable()
+    try:
+        with by_kernels():
+            shadow = Shadow(old)
+            patch = shadow.diff(new, base_version=0, version=1).patch
+            checked = check(Patch.from_buffer(patch.buffer), shadow.manifest)
+            assert shadow._fused is not None
+            assert checked.readied is not None
+            held = weakref.ref(shadow._fused._work), weakref.ref(checked.readied.checking.room)
+            assert all(each() is not None for each in held)
+            del shadow, checked
+            rooms().clear()
+        assert all(each() is None for each in held)
+    finally:
+        gc.enable()
+
+
 class _Work:
     """Sums that are another diff's once they were taken."""
 
@@ -197,10 +222,10 @@ def _let_go_while_capturing(context: Context) -> None:
                 _ = [[] for _ in range(100)]  # a collection is due
             count.add_(1)
 
-    repeated = Repeated(device, work)
+    repeated = Repeated(device)
     gc.set_threshold(1, 1, 1)
     for _ in range(3):
-        repeated.queue()
+        repeated.queue(work)
     assert gc.isenabled()
     # Torch now asks if the device is through with the memory that came back.
     for power in range(20):
