@@ -65,11 +65,15 @@ def of_kernels(document: dict[str, Any]) -> list[Target]:
                 continue
             if abs(section["density"] - 0.01) < 1e-6:
                 most(f"{share}: diff + encode to a copy", p50(works["diff"]) / copy, 1.25)
+                behind = p50(works["diff_behind"]) / copy
+                most(f"{share}: the same behind queued work", behind, 1.25)
                 most(f"{share}: bytes a changed element", section["bytes_per_changed"], 4.1)
                 put = p50(works["index_put"])
                 most(f"{share}: check + apply to index_put", p50(works["check_apply"]) / put, 1.1)
             if abs(section["density"] - 0.00005) < 1e-8:
                 most(f"{share}: diff + encode to a copy", p50(works["diff"]) / copy, 1.05)
+                behind = p50(works["diff_behind"]) / copy
+                most(f"{share}: the same behind queued work", behind, 1.05)
     return found
 
 

@@ -13,6 +13,7 @@ from sparsecast.pipeline.core import events as ev
 from sparsecast.pipeline.log.base import oldest_first
 from sparsecast.pipeline.log.memory import MemoryLog
 from sparsecast.workers.archive import Archive
+from sparsecast.workers.choice import Choice
 from sparsecast.workers.outgoing import Outgoing
 
 POLICY = replace(QUICK, retry_s=0.01, anchor_every=2, keep_versions=1)
@@ -70,9 +71,7 @@ class Stand:
     def __init__(self, **policy: Any) -> None:
         self.log = FailingLog()
         self.trained = weights()
-        self.outgoing = Outgoing(
-            self.trained, dtype=None, include=None, exclude=None, rename=None, clock=lambda: 1.0
-        )
+        self.outgoing = Outgoing(Choice(self.trained), clock=lambda: 1.0)
         self.told: list[str] = []
         self.epoch = 1
         self.ports: Any = SimpleNamespace(log=self.log, run=self._run, aside=self._aside)

@@ -10,6 +10,7 @@ from sparsecast.messages.control import Claim, LogEntry, Sender
 from sparsecast.messages.layout import Layout, Part
 from sparsecast.messages.manifest import TensorSpec
 from sparsecast.pipeline.delta import Patch, manifest_of
+from sparsecast.workers.choice import Choice
 from sparsecast.workers.entries import Origin, describe
 from sparsecast.workers.outgoing import Outgoing
 
@@ -53,12 +54,8 @@ class Roots:
         self.layouts = layouts_of(self.published, roots)
         self.locals = [contents(layout, self.published) for layout in self.layouts]
         self.outgoing = [
-            Outgoing(
-                held, dtype=None, include=None, exclude=None, rename=None, clock=lambda: 1.0,
-                writer=WRITER,
-            )
-            for held in self.locals
-        ]  # fmt: skip
+            Outgoing(Choice(held), clock=lambda: 1.0, writer=WRITER) for held in self.locals
+        ]
         self.outgoing[0].roots = self.layouts
         #: The weights of each version.
         self.states = [{name: tensor.clone() for name, tensor in self.published.items()}]

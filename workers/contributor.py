@@ -21,6 +21,7 @@ from ..pipeline.bus.journal import Journal
 from ..pipeline.core.policy import Policy
 from ..pipeline.delta import Patch
 from ..pipeline.delta.tensors import Model
+from .choice import Choice
 from .connect import connect
 from .driver import Changes, Outbox, Ports, Windows
 from .following import Following
@@ -34,7 +35,7 @@ from .sending import Sending
 from .streams import device_for, in_order
 from .tiers import DEFAULT_LOG, LogSetting, parse_log
 from .updates import Made, Published
-from .views import View, require_dtypes_once
+from .views import View
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -79,16 +80,16 @@ class Contributor:
         self.bus = bus
         self.rank = rank
         self.policy = policy or Policy()
-        require_dtypes_once(view, dtype)
-        self._parted = Parted(
+        choice = Choice(
             model,
-            dtype=dtype,
             include=include,
             exclude=exclude,
             rename=rename,
+            dtype=dtype,
             view=view,
             layout=layout,
         )
+        self._parted = Parted(choice)
         self._device = device
         self._shadow: ShadowPlace = shadow
         self._tiers = parse_log(log)
@@ -372,18 +373,16 @@ class Contributor:
 
     def _make(self, what: Publish) -> Outgoing:
         roots = tuple(codec.unpack_layout(packed) for packed in what.roots)
-        parted = self._parted
-        share = parted.share(self.rank, roots, what.manifest)
-        dtype = parted.dtype
+        choice = self._parted.choice
+        share = self._parted.share(self.rank, roots, what.manifest)
         outgoing = Outgoing(
-            parted.model,
-            dtype=dtype,
+            choice,
             clock=self._ports.clock,
             writer=what.writer,
             shadow=self._shadow,
             share=share,
         )
-        rehearse_outgoing(outgoing, self._ports.device, dtype=dtype, shadow=self._shadow)
+        rehearse_outgoing(outgoing, self._ports.device, dtype=choice.dtype, shadow=self._shadow)
         return outgoing
 
     async def _until(self, at: At) -> int:

@@ -23,13 +23,13 @@ from ..messages.layout import Layout
 from ..messages.ranks import At, Held, Roll
 from ..pipeline.core.events import Sealed
 from ..pipeline.delta import Diffed, Lookup, Patch, Shadow
-from ..pipeline.delta.tensors import Model
+from .choice import Choice
 from .entries import Origin, describe
 from .kept import Facts, Kept, merged
 from .parted import Share
 from .streams import devices_of, finish, own, settle, to_host
 from .updates import Published
-from .views import View, viewed
+from .views import viewed
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -58,28 +58,23 @@ class Past:
 class Outgoing:
     """The weights as published (the shadow), and the patches that lead there.
 
-    With a `view` what that gives is published, in place of the model's own tensors; with a `share`
-    what this rank has of the tensors that several ranks publish together, and digests are shares
-    then. Made on the torch thread, to which it gives streams of its own.
+    With a `share` these are what this rank has of the tensors that several ranks publish together,
+    and digests are shares then. Made on the torch thread, to which it gives streams of its own.
     """
 
     def __init__(
         self,
-        model: Model,
+        choice: Choice,
         *,
-        dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        rename: Callable[[str], str] | Mapping[str, str] | None = None,
         clock: Callable[[], float],
         writer: str = "",
         shadow: ShadowPlace = "device",
-        view: View | None = None,
         share: Share | None = None,
     ) -> None:
         self._share = share
-        self._lookup: Lookup | Share = share or Lookup(model, include, exclude, rename, dtype)
-        self._view = view
+        self._lookup: Lookup | Share = share or choice.lookup()
+        #: A share gives what the view makes already.
+        self._view = choice.view if share is None else None
         self._clock = clock
         #: The trainer's incarnation, by which its log entries are told from another's.
         self.writer = writer
@@ -103,7 +98,7 @@ class Outgoing:
             self.devices = _settled(devices_of([*weights.values(), *tensors.values()]))
         self._shadow = Shadow(
             tensors,
-            dtype=dtype,
+            dtype=choice.dtype,
             host=shadow == "host",
             layout=share.layout if share is not None else None,
             published=share.manifest if share is not None else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from ..messages.layout import Layout
 from ..messages.manifest import Manifest
 from ..pipeline.delta import Lookup, manifest_of
 from ..pipeline.delta.tensors import Model, choose, renamed
+from .choice import Choice
 from .layouts import here, layout_of, local_tensors
 from .streams import own
-from .views import View, called
+from .views import called
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,41 +52,26 @@ class Share:
 class Parted:
     """The local tensors of a model, and which parts of the published ones they are.
 
-    `layout` says it, of the tensors as they are or as they are published; None: DTensors say it by
-    their placements, and what is plain is whole on every rank. `dtype` casts what is published, as
-    in a Publisher. With a `view` what that makes of them is meant instead: it is given DTensors as
-    they are, and may return such.
+    The choice's `layout` says it, of the tensors as they are or as they are published; None:
+    DTensors say it by their placements, and what is plain is whole on every rank. With a `view`
+    what that makes of them is meant instead: it is given DTensors as they are, and may return such.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        dtype: torch.dtype | Mapping[str, torch.dtype] | None,
-        include: Sequence[str] | None,
-        exclude: Sequence[str] | None,
-        rename: Callable[[str], str] | Mapping[str, str] | None,
-        view: View | None,
-        layout: Layout | None,
-    ) -> None:
-        self.model = model
-        self.dtype = dtype
-        self._choice: dict[str, Any] = {"include": include, "exclude": exclude}
-        self._rename = rename
-        self._view = view
-        self._layout = layout
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self._chosen: dict[str, Any] = {"include": choice.include, "exclude": choice.exclude}
         #: The local tensors when their layout was made.
         self._before: Manifest | None = None
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's local tensors, as they are now (UnsupportedTensor)."""
-        return local_tensors(self.model, **self._choice)
+        return local_tensors(self.choice.model, **self._chosen)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is published of them, as it is now, not cast (UnsupportedTensor, and what the view
         raises; ManifestMismatch if that gives others than before). What a view gives is to be read
         in the order of this thread's streams."""
-        if self._view is None:
+        if self.choice.view is None:
             return self.weights()
         found = local_tensors(self._viewed())
         self._require_as_before(found)
@@ -94,7 +80,7 @@ class Parted:
 
     def share(self, root: int, roots: tuple[Layout, ...], manifest: Manifest) -> Share:
         """What this rank publishes of a manifest, where each rank has the tensors of its root."""
-        if self._view is not None:
+        if self.choice.view is not None:
             return Share(root, roots, manifest, self.tensors, self.weights)
         names = {spec.name for spec in roots[root].tensors}
 
@@ -104,7 +90,8 @@ class Parted:
                 self._require_as_before(found)
             return {name: tensor for name, tensor in found.items() if name in names}
 
-        lookup = Lookup(self.model, **self._choice, dtype=self.dtype, local=here, keep=keep)
+        choice = self.choice
+        lookup = Lookup(choice.model, **self._chosen, dtype=choice.dtype, local=here, keep=keep)
         return Share(root, roots, manifest, lookup.tensors, lookup.tensors)
 
     def layout(self) -> Layout:
@@ -112,21 +99,23 @@ class Parted:
 
         UnsupportedTensor, ManifestMismatch: the layout is not of these tensors.
         """
-        if self._view is None:
-            return self._laid_out(self.model, rename=self._rename, **self._choice)
+        choice = self.choice
+        if choice.view is None:
+            return self._laid_out(choice.model, rename=choice.rename, **self._chosen)
         return self._laid_out(self._viewed())
 
-    def _laid_out(self, source: Model, *, rename: Any = None, **choice: Any) -> Layout:
-        held = local_tensors(source, **choice)
+    def _laid_out(self, source: Model, *, rename: Any = None, **chosen: Any) -> Layout:
+        held = local_tensors(source, **chosen)
         self._before = manifest_of(held)
-        local = manifest_of(held, dtype=self.dtype)
-        if self._layout is None:
-            found = layout_of(source, rename=rename, **choice)
+        local = manifest_of(held, dtype=self.choice.dtype)
+        given = self.choice.layout
+        if given is None:
+            found = layout_of(source, rename=rename, **chosen)
             return msgspec.structs.replace(found, tensors=local.tensors)
-        if self._layout.local == self._before:
-            return msgspec.structs.replace(self._layout, tensors=local.tensors)
-        local.require_same(self._layout.local, here="in the model", there="in the layout")
-        return self._layout
+        if given.local == self._before:
+            return msgspec.structs.replace(given, tensors=local.tensors)
+        local.require_same(given.local, here="in the model", there="in the layout")
+        return given
 
     def _require_as_before(self, found: Mapping[str, torch.Tensor]) -> None:
         """ManifestMismatch if these are others than when the layout was made: what comes, or is
@@ -137,8 +126,9 @@ class Parted:
 
     def _viewed(self) -> Mapping[str, torch.Tensor]:
         """What the view makes of the model's tensors, tied ones once, as it gives it."""
-        assert self._view is not None
-        chosen: dict[str, Any] = choose(self.model, **self._choice)
+        choice = self.choice
+        assert choice.view is not None
+        chosen: dict[str, Any] = choose(choice.model, **self._chosen)
         with torch.no_grad():
             given = {name: chosen[name].detach() for name in local_tensors(chosen)}
-        return called(self._view, renamed(given, self._rename))
+        return called(choice.view, renamed(given, choice.rename))

@@ -32,10 +32,10 @@ from ..pipeline.core import commands as cmd
 from ..pipeline.core import events as ev
 from ..pipeline.core.policy import Policy
 from ..pipeline.core.trainer import TrainerCore
-from ..pipeline.delta import named_tensors
 from ..pipeline.delta.tensors import Model
 from .archive import Archive
 from .awaiting import Awaiting
+from .choice import Choice
 from .connect import connect
 from .driver import Changes, Driver, Outbox, Ports, Windows, decoded
 from .leading import Leading
@@ -51,7 +51,7 @@ from .tiers import DEFAULT_LOG, LogSetting, parse_log
 from .together import Together
 from .united import unite
 from .updates import AtLeast, Made, Published, Report
-from .views import View, require_dtypes_once
+from .views import View
 
 log = logging.getLogger("sparsecast.publisher")
 
@@ -152,7 +152,15 @@ class AsyncPublisher:
         _require_one_of("on_busy", on_busy, get_args(OnBusy))
         _require_one_of("shadow", shadow, get_args(ShadowPlace))
         _require_one_of("resume", resume, get_args(Resume))
-        require_dtypes_once(view, dtype)
+        self._choice = Choice(
+            model,
+            include=include,
+            exclude=exclude,
+            rename=rename,
+            dtype=dtype,
+            view=view,
+            layout=layout,
+        )
         if ranks < 1:
             raise SettingsError(f"a trainer of {ranks} ranks")
         self._ranks = ranks
@@ -167,30 +175,14 @@ class AsyncPublisher:
                 raise SettingsError(
                     f"a trainer of {ranks} ranks needs bus=, a broker that all of them reach"
                 )
-            self._parted = Parted(
-                model,
-                dtype=dtype,
-                include=include,
-                exclude=exclude,
-                rename=rename,
-                view=view,
-                layout=layout,
-            )
+            self._parted = Parted(self._choice)
         elif layout is not None:
             raise SettingsError("layout= says what one of several ranks holds: give ranks= as well")
         self.run = run
         self.policy = policy or Policy()
         self._subjects = Subjects(run)
         self._bus_url = bus
-        self._model = model
-        self._choice: dict[str, Any] = {
-            "dtype": dtype,
-            "include": include,
-            "exclude": exclude,
-            "rename": rename,
-            "view": view,
-            "shadow": shadow,
-        }
+        self._shadow: ShadowPlace = shadow
         self._tiers = parse_log(log)
         self._device = device
         self._on_busy = on_busy
@@ -365,15 +357,12 @@ class AsyncPublisher:
     def _tensors(self) -> dict[str, torch.Tensor]:
         if self._parted is not None:
             return self._parted.weights()
-        include, exclude = self._choice["include"], self._choice["exclude"]
-        return named_tensors(
-            self._model, include=include, exclude=exclude, rename=self._choice["rename"]
-        )
+        return self._choice.tensors()
 
     def _make_outgoing(self, writer: str, leading: Leading | None) -> Outgoing:
         ports = self._ports
         if leading is None:
-            outgoing = Outgoing(self._model, clock=ports.clock, writer=writer, **self._choice)
+            outgoing = Outgoing(self._choice, clock=ports.clock, writer=writer, shadow=self._shadow)
         else:
             assert self._parted is not None
             outgoing = unite(
@@ -382,11 +371,9 @@ class AsyncPublisher:
                 writer=writer,
                 policy=self.policy,
                 clock=ports.clock,
-                shadow=self._choice["shadow"],
+                shadow=self._shadow,
             )
-        rehearse_outgoing(
-            outgoing, ports.device, dtype=self._choice["dtype"], shadow=self._choice["shadow"]
-        )
+        rehearse_outgoing(outgoing, ports.device, dtype=self._choice.dtype, shadow=self._shadow)
         return outgoing
 
     async def close(self) -> None:

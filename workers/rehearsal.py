@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,8 +14,6 @@ from ..pipeline.delta.tensors import Dtypes, cast_to, manifest_of
 from .outgoing import Outgoing, ShadowPlace
 from .streams import finish, host_empty
 
-#: One at a time in a process: while one captures a graph, another one's pinned memory was refused.
-_rehearsing = threading.Lock()
 #: Blocks of pinned memory made beforehand, by the power of two: torch keeps them.
 _PINNED = range(12, 24)
 
@@ -52,14 +49,13 @@ def rehearse(
         manifest_of(tensors, dtype=dtype)
     except UnsupportedTensor:
         return
-    with _rehearsing:
-        for kind in kinds_of(tensors, dtype=dtype, layout=layout):
-            if kind.device.type == "cuda":
-                rehearse_whole(kind.device, kind.held, kind.published, host=host)
-                if kind.dims:
-                    rehearse_parts(kind.device, kind.held, kind.dims)
-        if device.type == "cuda":
-            _fill_pool(device)
+    for kind in kinds_of(tensors, dtype=dtype, layout=layout):
+        if kind.device.type == "cuda":
+            rehearse_whole(kind.device, kind.held, kind.published, host=host)
+            if kind.dims:
+                rehearse_parts(kind.device, kind.held, kind.dims)
+    if device.type == "cuda":
+        _fill_pool(device)
 
 
 def rehearse_outgoing(
@@ -81,10 +77,9 @@ def rehearse_layouts(tensors: Mapping[str, torch.Tensor], layouts: Sequence[Layo
     Loads and leaves alone what that does, and fails alike.
     """
     kinds = {kind for layout in layouts for kind in kinds_of(tensors, layout=layout)}
-    with _rehearsing:
-        for kind in sorted(kinds, key=str):
-            if kind.dims and kind.device.type == "cuda":
-                rehearse_parts(kind.device, kind.held, kind.dims)
+    for kind in sorted(kinds, key=str):
+        if kind.dims and kind.device.type == "cuda":
+            rehearse_parts(kind.device, kind.held, kind.dims)
 
 
 def kinds_of(

@@ -205,10 +205,9 @@ def unite(
     publish = Publish(manifest=manifest, roots=tuple(map(codec.pack_layout, roots)), writer=writer)
     told = leading.order("publish", publish, policy.store_s)
     united = United(
-        parted.model,
+        parted.choice,
         leading=leading,
         policy=policy,
-        dtype=parted.dtype,
         clock=clock,
         writer=writer,
         shadow=shadow,

@@ -16,15 +16,6 @@ from .streams import own
 View = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
-def require_dtypes_once(view: View | None, dtype: object) -> None:
-    """SettingsError where both of them say in which dtypes tensors are published."""
-    if view is not None and dtype is not None:
-        raise SettingsError(
-            "view and dtype were both given: a view's tensors are published in the dtypes that "
-            "they have, so leave dtype out and cast within the view"
-        )
-
-
 def viewed(view: View, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a view makes of a trainer's tensors, as named_tensors() gives it.
 

@@ -258,8 +258,9 @@ class Shadow:
     `host` in pinned host memory. Within diff() the patch is made beside it, and scratch: with
     kernels, where all tensors are on one CUDA device, slots for what the last diff lets expect: 1
     to 12 % of the model, 6 % in the first, which a model of up to a milliard elements keeps for the
-    next one; with torch up to about 12 bytes a changed 8-byte word. The patch's memory may be twice
-    as large as the patch, and a MiB. Not for several threads at once.
+    next one, a larger one but a thousandth of itself; with torch up to about 12 bytes a changed
+    8-byte word. The patch's memory may be twice as large as the patch, and a MiB. Not for several
+    threads at once.
 
     With a `layout` the tensors are its local ones, in whose coordinates patches are, while digests
     are their share of those of the `published` tensors, which it fits (ManifestMismatch). Kernels

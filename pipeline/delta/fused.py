@@ -122,7 +122,7 @@ class Differ:
         #: Sums of the digest's changes since the beginning, and of one checksum: int64 [2, SUMS].
         self._sums = torch.zeros((2, SUMS), dtype=torch.int64, device=device)
         self._no_room = torch.zeros(_NO_ROOM, dtype=torch.uint8, device=device)
-        #: Of a small model, for the next diff.
+        #: For the next diff; of a large model without its scratch.
         self._work: Work | None = None
         self._last: Found | None = None
 
@@ -177,7 +177,10 @@ class Differ:
         if not update:
             old = [_contiguous(tensor) for tensor in old]
         plan, *pointers = self._tables(old, sources, token)
-        work, again = self._work_on(plan, (pointers[0], pointers[1]), update=update)
+        work = self._work_on(plan, (pointers[0], pointers[1]), update=update)
+        # Of a small model it is queued as a graph, for it is over sooner than the host could queue
+        # it; the scratch that it keeps for that is small, too.
+        again = plan.blocks <= _SMALL
         buffer = self._expected()
         work.direct(buffer, base_version, version)
         if begin is not None:
@@ -214,15 +217,10 @@ class Differ:
         except torch.cuda.OutOfMemoryError:
             return self._no_room
 
-    def _work_on(
-        self, plan: Plan, pointers: tuple[Tensor, Tensor], *, update: bool
-    ) -> tuple[Work, bool]:
-        """The last diff's work, if this one's is the same, else a new one; and whether it is kept.
-
-        It is for small models, whose diff is over sooner than the host could queue it.
-        """
+    def _work_on(self, plan: Plan, pointers: tuple[Tensor, Tensor], *, update: bool) -> Work:
+        """The last diff's work, if this one's is the same, else a new one; with its scratch."""
         slots = [self._slots(group) for group in plan.groups]
-        work, small = self._work, plan.blocks <= _SMALL
+        work = self._work
         if (
             work is None
             or work.plan is not plan
@@ -231,9 +229,12 @@ class Differ:
             or work.slots != slots
             or work.update != update
         ):
+            # The last one's memory goes first.
+            self._work = work = None
             work = Work(self._manifest, plan, pointers, slots, self._sums, update=update)
-        self._work = work if small else None
-        return work, small
+        work.prepare()
+        self._work = work
+        return work
 
     def _patch(self, told: Told, buffer: Tensor, base_version: int, version: int) -> Patch:
         header = Header(

@@ -9,11 +9,13 @@ of the whole process fail while anything is captured.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,34 +32,39 @@ _streams: dict[int, torch.cuda.Stream] = {}
 
 
 class Repeated:
-    """Queues `work` on the current stream of a device: as it is the first time, as a CUDA graph
-    from then on. Where there are no graphs, or none can be made, always as it is.
+    """Queues one piece of work on the current stream of a device: as it is the first time, as a
+    CUDA graph from then on. Where there are no graphs, or none can be made, always as it is.
 
-    The work finds all that changes from time to time in device memory, or in pinned memory that it
-    copies from; it neither waits nor allocates. The device is the thread's current one.
+    The work finds all that changes from time to time in device memory; it neither waits nor
+    allocates, nor does it copy from or to the host: torch would record an event on the stream of
+    captures as that memory goes, and if anything is captured then, it ends the process. The device
+    is the thread's current one.
     """
 
-    def __init__(self, device: torch.device, work: Callable[[], None]) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._work = work
         self._graph: _Graph | None = None
         self._asis = device.type != "cuda"
         self._loaded = False
 
-    def queue(self) -> None:
-        """Queue it once more."""
+    def queue(self, work: Callable[[], None]) -> None:
+        """Queue it once more; it is the same every time.
+
+        Not kept here: it belongs to whoever this belongs to, and the two would wait for the garbage
+        collector, which may come while somebody captures a graph and must not let go of one then.
+        """
         if self._loaded and not self._asis and self._graph is None:
-            self._capture()
+            self._capture(work)
         if self._graph is not None:
             self._graph.launch(torch.cuda.current_stream(self._device))
             return
         # Called as it is, it loads whatever must be there before it can be captured.
-        self._work()
+        work()
         self._loaded = True
 
-    def _capture(self) -> None:
+    def _capture(self, work: Callable[[], None]) -> None:
         try:
-            self._graph = _Graph(self._device, self._work)
+            self._graph = _Graph(self._device, work)
         except (OSError, AttributeError, RuntimeError) as exc:
             log.warning("no CUDA graph on %s, launches go one by one: %s", self._device, exc)
             self._asis = True
@@ -69,7 +76,7 @@ class _Graph:
     def __init__(self, device: torch.device, work: Callable[[], None]) -> None:
         driver = _driver()
         graph, self._ready = ctypes.c_void_p(), ctypes.c_void_p()
-        with _capturing:
+        with _capturing, _uncollected():
             stream = _stream(device)
             handle = ctypes.c_void_p(stream.cuda_stream)
             with torch.cuda.stream(stream):
@@ -106,6 +113,19 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
         made: Any = torch.cuda.ExternalStream(handle.value, device=device)  # type: ignore[no-untyped-call]
         stream = _streams[device.index] = made
     return stream
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let nothing be collected: the destructors of garbage would run on this thread, and one that
+    lets go of a graph breaks the capture off."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @functools.cache

@@ -39,8 +39,9 @@ class _Room:
 
     On the device: `spot`, where the patch is and how many bytes it has; `table` (see
     kernels/places.py); `counts`, the changed elements of every block of the manifest, and `ends`,
-    their running sum: int64 [blocks]. On the host, pinned: `start`, header and section table of the
-    patch, and `told`, the sums of its checksum and the facts of its table.
+    the same up to the end of each within its tensor: int64 [blocks]. On the host, pinned: `start`,
+    header and section table of the patch, and `told`, the sums of its checksum and the facts of its
+    table.
     """
 
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
@@ -59,7 +60,7 @@ class _Room:
         self.told = host_numbers(SUMS + fact.FACTS, device)
         size = HEADER.size + ENTRY.itemsize * plan.tensors
         self.start = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        self._checking = Repeated(device, self._check)
+        self._checking = Repeated(device)
         #: When what was checked last has been read, for its way into the weights.
         self.read: Mark | None = None
         if pinned:
@@ -76,18 +77,18 @@ class _Room:
         size = min(self.start.numel(), buffer.numel())
         self.start[:size].copy_(buffer[:size], non_blocking=True)
         self._place.numpy()[:] = buffer.data_ptr(), buffer.numel()
-        self._checking.queue()
+        self.spot.copy_(self._place, non_blocking=True)
+        self._checking.queue(self._check)
+        self.told.copy_(self._numbers, non_blocking=True)
 
     def _check(self) -> None:
         plan, spot = self.plan, self.spot
-        spot.copy_(self._place, non_blocking=True)
         self._sums.zero_()
         checksum(spot, spot[1:], self._sums, largest=self._largest)
         sections(plan, self.table, self._facts, spot)
         counts_of(plan, self.table, spot, self.counts)
-        ends_of(self.counts, self.ends)
+        ends_of(plan, self.counts, self.ends)
         check(plan, self.table, spot, self.counts, self.ends, self._facts)
-        self.told.copy_(self._numbers, non_blocking=True)
 
 
 class Checking:

@@ -23,14 +23,11 @@ from .kernels.find import SUMS, find
 from .kernels.frame import frame
 from .kernels.place import place
 from .kernels.places import ROWS
-from .kernels.plan import Group, Plan
+from .kernels.plan import KINDS, Group, Plan
 from .kernels.tally import tally
 from .layout import Encoding, full_nbytes
 from .patch import Patch, full_table
 from .timing import host_numbers
-
-#: More kinds of tensors than a plan can have: sizes, casts, alignments.
-KINDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class Told:
     @property
     def whole(self) -> bool:
         """Whether place() has written all of it."""
-        return self.written and not self.dense and not any(self.over)
+        return bool(self.facts[fact.WHOLE])
 
     def nbytes(self, dense_nbytes: int) -> int:
         """Bytes of the patch, of a model of so many."""
@@ -98,9 +95,7 @@ class Work:
         device = plan.device
         self._manifest = manifest
         self._hash, self._numel, self.dense_nbytes = manifest.hash, manifest.numel, manifest.nbytes
-        self._scratch = [
-            _Scratch(group, each, device) for group, each in zip(plan.groups, slots, strict=True)
-        ]
+        self._scratch: list[_Scratch] = []
         empty = partial(torch.empty, device=device)
         self._counts = empty(plan.tiles, dtype=torch.int32)
         self._block_counts = empty(plan.blocks, dtype=torch.int32)
@@ -116,8 +111,16 @@ class Work:
         self._facts, self._changed, self._over, self._totals = torch.split(self._numbers, sizes)
         self._told = host_numbers(sum(sizes), device)
         self._host_sums = host_numbers(2 * SUMS, device)
-        self._finding = Repeated(device, self._find)
-        self._writing = Repeated(device, self._write)
+        self._finding = Repeated(device)
+        self._writing = Repeated(device)
+
+    def prepare(self) -> None:
+        """Have scratch, if it was let go."""
+        if not self._scratch:
+            self._scratch = [
+                _Scratch(group, each, self.plan.device)
+                for group, each in zip(self.plan.groups, self.slots, strict=True)
+            ]
 
     def direct(self, buffer: Tensor, base_version: int, version: int) -> None:
         """Say where the patch goes, and what it is; the device is through with the last one."""
@@ -125,21 +128,23 @@ class Work:
 
     def find(self, *, again: bool) -> None:
         """Queue all up to what the host waits for. `again`: as it was, or will be, once more."""
+        self.spot.copy_(self._place, non_blocking=True)
         if again:
-            self._finding.queue()
+            self._finding.queue(self._find)
         else:
             self._find()
+        self._told.copy_(self._numbers, non_blocking=True)
 
     def write(self, *, again: bool) -> None:
         """Queue what follows: the patch, if it fits, and its checksum."""
         if again:
-            self._writing.queue()
+            self._writing.queue(self._write)
         else:
             self._write()
+        self._tell_sums()
 
     def _find(self) -> None:
         plan = self.plan
-        self.spot.copy_(self._place, non_blocking=True)
         self._numbers.zero_()
         self._sums[1].zero_()
         for group, room in zip(plan.groups, self._scratch, strict=True):
@@ -151,19 +156,19 @@ class Work:
                 plan, group, self._counts, self._block_counts, self._totals, self._changed,
                 self._over, slots=room.slots,
             )  # fmt: skip
-        ends_of(self._block_counts, self._ends)
+        ends_of(plan, self._block_counts, self._ends)
         self._frame()
-        self._told.copy_(self._numbers, non_blocking=True)
 
     def _frame(self) -> None:
         frame(
-            self.plan, self._totals, self.table, self._facts, self.spot, manifest_hash=self._hash,
-            numel=self._numel, dense_nbytes=self.dense_nbytes,
+            self.plan, self._totals, self._over, self.table, self._facts, self.spot,
+            manifest_hash=self._hash, numel=self._numel, dense_nbytes=self.dense_nbytes,
         )  # fmt: skip
 
     def _write(self) -> None:
         self._put()
-        self._sum_up()
+        # Of none that complete() is to complete: it will be summed up then.
+        self._sum_up(self._facts[fact.WHOLE :])
 
     def _put(self) -> None:
         for group, room in zip(self.plan.groups, self._scratch, strict=True):
@@ -172,9 +177,10 @@ class Work:
                 room.records, room.values, self.spot, slots=room.slots,
             )  # fmt: skip
 
-    def _sum_up(self) -> None:
-        written = self._facts[fact.WRITTEN :]
-        checksum(self.spot, written, self._sums[1], largest=self.dense_nbytes)
+    def _sum_up(self, nbytes: Tensor) -> None:
+        checksum(self.spot, nbytes, self._sums[1], largest=self.dense_nbytes)
+
+    def _tell_sums(self) -> None:
         self._host_sums.copy_(self._sums.view(-1), non_blocking=True)
 
     def let_go(self) -> None:
@@ -204,7 +210,6 @@ class Work:
             head = torch.frombuffer(bytearray(patch.start()), dtype=torch.uint8)
             buffer[: len(head)].copy_(head)
             buffer[len(head) + self.dense_nbytes :].zero_()
-            self._facts[fact.WRITTEN].fill_(buffer.numel())
             # For emit(): what it looks at moves to the old copy, and nowhere else.
             self.table[: plan.tensors].fill_(Encoding.DENSE)
         elif not told.written:
@@ -232,7 +237,8 @@ class Work:
                     self.table, self.spot, into=False,
                 )  # fmt: skip
         self._sums[1].zero_()
-        self._sum_up()
+        self._sum_up(self.spot[1:])
+        self._tell_sums()
 
     def _digest_anew(self, held: int) -> None:
         """Put the digest's change since the beginning right by reading all that is held."""

@@ -43,7 +43,7 @@ def test_a_small_run_is_whole(tmp_path: Path) -> None:
     assert [section["encoding"] for section in found] == ["sparse", "sparse", "bitmap", "dense"]
     assert 25 <= found[0]["changed"] <= 27
     assert found[3]["changed"] == model["nbytes"] // 2
-    ours = {"diff", "diff_ready", "checksum", "check", "apply", "check_apply"}
+    ours = {"diff", "diff_behind", "diff_ready", "checksum", "check", "apply", "check_apply"}
     for section in found:
         assert section["exact"]
         indexed = {"index_put", "index_put_fused"} if section["density"] <= 0.01 else set()

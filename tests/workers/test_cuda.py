@@ -19,6 +19,7 @@ from sparsecast import Policy, Publisher, Replica, Shard, digest
 from sparsecast.messages.metrics import WorkerMetrics
 from sparsecast.pipeline.bus.broker import Broker
 from sparsecast.pipeline.bus.nats import NatsBus
+from sparsecast.workers.choice import Choice
 from sparsecast.workers.engine import ModuleEngine
 from sparsecast.workers.guard import Guard
 from sparsecast.workers.incoming import Incoming
@@ -450,9 +451,7 @@ def test_an_anchor_takes_no_second_copy_on_the_device() -> None:
 
     def make() -> None:
         weights = {f"w{i}": torch.ones(64 << 20, dtype=torch.uint8, device=CUDA) for i in range(8)}
-        outgoing = Outgoing(
-            weights, dtype=None, include=None, exclude=None, rename=None, clock=time.monotonic
-        )
+        outgoing = Outgoing(Choice(weights), clock=time.monotonic)
         outgoing.anchor(1)
         torch.cuda.reset_peak_memory_stats(CUDA)
         before = torch.cuda.memory_allocated(CUDA)

@@ -16,6 +16,7 @@ from sparsecast.messages.manifest import ITEMSIZE
 from sparsecast.pipeline.delta import Patch, Shadow, check
 from sparsecast.pipeline.log.container import DTYPES
 from sparsecast.pipeline.log.directory import DirectoryLog
+from sparsecast.workers.choice import Choice
 from sparsecast.workers.entries import PatchPayloads, describe
 from sparsecast.workers.outgoing import Outgoing
 
@@ -24,9 +25,7 @@ S = 10.0
 
 def outgoing(tensors: dict[str, torch.Tensor]) -> Outgoing:
     """What a trainer has published of these tensors."""
-    return Outgoing(
-        tensors, dtype=None, include=None, exclude=None, rename=None, clock=lambda: 1.0, writer="me"
-    )
+    return Outgoing(Choice(tensors), clock=lambda: 1.0, writer="me")
 
 
 async def stored(

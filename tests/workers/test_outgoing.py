@@ -10,11 +10,12 @@ from sparsecast import LogError, ManifestMismatch, Patch, UnsupportedTensor, app
 from sparsecast.pipeline.core.events import Sealed
 from sparsecast.workers import kept as kept_module
 from sparsecast.workers import outgoing as module
+from sparsecast.workers.choice import Choice
 from sparsecast.workers.outgoing import PENDING, Outgoing
 
 
 def _outgoing(tensors: Tensors) -> Outgoing:
-    return Outgoing(tensors, dtype=None, include=None, exclude=None, rename=None, clock=lambda: 1.0)
+    return Outgoing(Choice(tensors), clock=lambda: 1.0)
 
 
 def _publish(outgoing: Outgoing, trained: Tensors, times: int) -> None:

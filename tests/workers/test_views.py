@@ -40,6 +40,7 @@ from sparsecast import (
     digest,
 )
 from sparsecast.messages.metrics import Event
+from sparsecast.workers.choice import Choice
 from sparsecast.workers.outgoing import Outgoing
 from sparsecast.workers.views import View
 
@@ -56,8 +57,7 @@ def zeroed(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def outgoing(tensors: Tensors, view: View, **choice: Any) -> Outgoing:
     """What a trainer has published, without a bus."""
-    choice = {"dtype": None, "include": None, "exclude": None, "rename": None} | choice
-    return Outgoing(tensors, view=view, clock=lambda: 1.0, **choice)
+    return Outgoing(Choice(tensors, view=view, **choice), clock=lambda: 1.0)
 
 
 # ---- what workers hold

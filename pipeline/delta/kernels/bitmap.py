@@ -29,10 +29,8 @@ def _bitmap(
         count = tl.load(counts + block)
         address = tl.load(weights + tensor)
         if (count > 0) & (address != 0):
-            first_here = tl.load(first_block + tensor)
             before = tl.load(ends + block) - count
-            before -= tl.load(ends + first_here) - tl.load(counts + first_here)
-            index = (block - first_here).to(tl.int64)
+            index = (block - tl.load(first_block + tensor)).to(tl.int64)
             limit = tl.minimum(tl.load(numels + tensor) - index * 65536, 65536).to(tl.int32)
             patch = tl.load(spot)
             masks = patch + tl.load(table + PLACES * tensors + tensor)
@@ -90,10 +88,8 @@ def _bitmap_parts(
         region = regions + tl.load(task_region + task).to(tl.int64) * COLUMNS
         address = tl.load(weights + tl.load(region + LOCAL))
         if (count > 0) & (address != 0):
-            first_here = tl.load(first_block + tensor)
             before = tl.load(ends + block) - count
-            before -= tl.load(ends + first_here) - tl.load(counts + first_here)
-            index = (block - first_here).to(tl.int64)
+            index = (block - tl.load(first_block + tensor)).to(tl.int64)
             limit = tl.minimum(tl.load(numels + tensor) - index * 65536, 65536).to(tl.int32)
             patch = tl.load(spot)
             masks = patch + tl.load(table + PLACES * tensors + tensor)

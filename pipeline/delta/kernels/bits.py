@@ -79,15 +79,20 @@ def changed_words(old_T, new_T, T: tl.constexpr):
 
 
 @triton.jit
+def changed_halves(differ):
+    """1 for each half of a word of 32 bits that is not zero: its lowest bit, or 1 << 16."""
+    # The top bit of each half says that the half is not zero: no carry crosses the halves.
+    return (((differ & 0x7FFF7FFF) + 0x7FFF7FFF) | differ) >> 15 & 0x00010001
+
+
+@triton.jit
 def changed_words_of_pairs(old_P, new_P, T: tl.constexpr):
     """The same for elements of 2 bytes that were read as T / 2 words of 32 bits.
 
     Half the loads and a third of the instructions of changed_words(): at 1 % changed the diff is
     bound by integer instructions as much as by memory.
     """
-    differ = old_P ^ new_P
-    # The top bit of each half says that the half is not zero: no carry crosses the halves.
-    differ = (((differ & 0x7FFF7FFF) + 0x7FFF7FFF) | differ) >> 15 & 0x00010001
+    differ = changed_halves(old_P ^ new_P)
     lane = (tl.arange(0, T // 2) & 15).to(tl.uint32)
     word = tl.sum(tl.reshape(differ << lane, (T // 32, 16)), axis=1).to(tl.uint32)
     # Even elements lie in the low half, odd ones in the high half: shuffle them perfectly.

@@ -45,14 +45,12 @@ def _check(
     encoding = tl.load(table + ENCODING * tensors + tensor)
     if (encoding == 1) | (encoding == 2):
         patch = tl.load(spot)
-        first = tl.load(first_block + tensor)
-        index = (block - first).to(tl.int64)
+        index = (block - tl.load(first_block + tensor)).to(tl.int64)
         left = tl.load(numels + tensor) - index * 65536
         limit = tl.minimum(left, 65536).to(tl.int32)
         changed = tl.load(table + CHANGED * tensors + tensor)
         count = tl.load(counts + block)
         before = tl.load(ends + block) - count
-        before -= tl.load(ends + first) - tl.load(counts + first)
         faults = (count > limit).to(tl.int32)
         if left <= 65536:
             faults += (before + count != changed).to(tl.int32)
@@ -105,8 +103,8 @@ def check(
 ) -> None:
     """Add to `wrong` (int64, the first element) if any block is not as it must be.
 
-    `table`: sections()'; `counts`, `ends`: int64 [blocks], from
-    counts_of() and their running sum. `spot`: int64, the first is the address of the patch.
+    `table`: sections()'; `counts`: counts_of()'s, `ends`: ends_of()'s, int64 [blocks]; `spot`:
+    int64, the first is the address of the patch.
     """
     _check[(plan.blocks,)](
         plan.block_tensor, plan.first_block, plan.numels, table, plan.tensors, spot, counts, ends,

@@ -24,12 +24,12 @@ from .places import (
     choice,
     extent,
 )
-from .plan import Plan
+from .plan import KINDS, Plan
 
 #: What is to know of a patch: int64 [FACTS]. Bytes; bytes that were written, 0 where they did not
-#: fit; changed elements; sections; whether the full form is smaller; and sections and bytes of each
-#: encoding from SPARSE on.
-NBYTES, WRITTEN, CHANGES, SECTIONS, FULL, MEMBERS, SHARES = 0, 1, 2, 3, 4, 5, 8
+#: fit; changed elements; sections; whether the full form is smaller; sections and bytes of each
+#: encoding from SPARSE on; and bytes again, 0 where place() does not write all of them.
+NBYTES, WRITTEN, CHANGES, SECTIONS, FULL, MEMBERS, SHARES, WHOLE = 0, 1, 2, 3, 4, 5, 8, 11
 FACTS = 16
 #: Tensors that it takes at a time.
 _LANES = 256
@@ -52,13 +52,14 @@ def _columns(totals, numels, itemsizes, tensor, live):
     ]
 )  # fmt: skip
 def _frame(
-    totals, numels, itemsizes, table, facts, tensors, spot, largest,
+    totals, numels, itemsizes, over, table, facts, tensors, spot, largest,
     manifest_low, manifest_high, numel, dense_nbytes,
     START: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr,
     ENCODING: tl.constexpr, COUNTS: tl.constexpr, PLACES: tl.constexpr, VALUES: tl.constexpr,
     CHANGED: tl.constexpr,
     NBYTES: tl.constexpr, WRITTEN: tl.constexpr, CHANGES: tl.constexpr, SECTIONS: tl.constexpr,
-    FULL: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr,
+    FULL: tl.constexpr, MEMBERS: tl.constexpr, SHARES: tl.constexpr, WHOLE: tl.constexpr,
+    KINDS: tl.constexpr,
 ):  # fmt: skip
     patch, capacity = tl.load(spot), tl.load(spot + 1)
     lane = tl.arange(0, LANES)
@@ -84,6 +85,9 @@ def _frame(
     fits = (total <= capacity) & (capacity <= 2 * total + SLACK) & (full == 0)
     tl.store(facts + NBYTES, total)
     tl.store(facts + WRITTEN, tl.where(fits, total, 0))
+    beyond = tl.sum(tl.where(kind == 3, members, 0), axis=0)
+    beyond += tl.sum(tl.load(over + tl.arange(0, KINDS)), axis=0)
+    tl.store(facts + WHOLE, tl.where(fits & (beyond == 0), total, 0))
     tl.store(facts + CHANGES, tl.sum(changed, axis=0))
     tl.store(facts + SECTIONS, sections)
     tl.store(facts + FULL, full.to(tl.int64))
@@ -147,6 +151,7 @@ def _frame(
 def frame(
     plan: Plan,
     totals: Tensor,
+    over: Tensor,
     table: Tensor,
     facts: Tensor,
     spot: Tensor,
@@ -160,9 +165,9 @@ def frame(
     `spot`: int64 [4], the address of its buffer, the bytes that are there, the version that it
     applies to and the one that it makes.
 
-    `totals`: int64 [tensors], changed elements of each. Written are `facts` (int64 [FACTS]) and
-    `table` (int64 [ROWS · tensors], see places.py). Where the patch does not fit, or takes the full
-    form, nothing of it is written, and `table` says that no tensor has a section.
+    `totals`, `over`: tally()'s. Written are `facts` (int64 [FACTS]) and `table` (int64 [ROWS ·
+    tensors], see places.py). Where the patch does not fit, or takes the full form, nothing of it is
+    written, and `table` says that no tensor has a section.
     """
     low, high = (
         int.from_bytes(bytes.fromhex(half), "little", signed=True)
@@ -170,10 +175,10 @@ def frame(
     )
     most = dense_nbytes + dense_nbytes // 100 + ALLOWANCE_NBYTES
     _frame[(1,)](
-        totals, plan.numels, plan.itemsizes, table, facts, plan.tensors, spot,
+        totals, plan.numels, plan.itemsizes, over, table, facts, plan.tensors, spot,
         max(most, full_nbytes(dense_nbytes)), low, high, numel, dense_nbytes,
         START=_START, SLACK=_SLACK, LANES=_LANES,
         ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES, CHANGED=CHANGED,
         NBYTES=NBYTES, WRITTEN=WRITTEN, CHANGES=CHANGES, SECTIONS=SECTIONS, FULL=FULL,
-        MEMBERS=MEMBERS, SHARES=SHARES, num_warps=8,
+        MEMBERS=MEMBERS, SHARES=SHARES, WHOLE=WHOLE, KINDS=KINDS, num_warps=8,
     )  # fmt: skip

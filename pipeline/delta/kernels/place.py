@@ -13,7 +13,7 @@ from .places import COUNTS, ENCODING, PLACES, VALUES
 from .plan import Group, Plan, word
 
 #: Records that a program moves at a time.
-_LANES = 512
+_LANES = 256
 
 
 @kernel(numbers=["tensors", "first", "slots"])
@@ -30,18 +30,17 @@ def _place(
     encoding = tl.load(table + ENCODING * tensors + tensor)
     if (encoding == 1) | (encoding == 2):
         patch = tl.load(spot)
-        first_here = tl.load(first_block + tensor)
+        index = block - tl.load(first_block + tensor)
         total = tl.load(block_counts + block)
         counts_at = tl.load(table + COUNTS * tensors + tensor)
-        tl.store((patch + counts_at).to(tl.pointer_type(tl.int32)) + (block - first_here), total)
+        tl.store((patch + counts_at).to(tl.pointer_type(tl.int32)) + index, total)
         before = tl.load(ends + block) - total
-        before -= tl.load(ends + first_here) - tl.load(block_counts + first_here)
         places = patch + tl.load(table + PLACES * tensors + tensor)
         positions = places.to(tl.pointer_type(tl.uint16))
-        masks = places.to(tl.pointer_type(tl.uint32)) + (block - first_here).to(tl.int64) * 2048
+        masks = places.to(tl.pointer_type(tl.uint32)) + index.to(tl.int64) * 2048
         out = (patch + tl.load(table + VALUES * tensors + tensor)).to(tl.pointer_type(BITS))
         if encoding == 2:
-            left = tl.load(numels + tensor) - (block - first_here).to(tl.int64) * 65536
+            left = tl.load(numels + tensor) - index.to(tl.int64) * 65536
             word = tl.arange(0, 2048)
             aligned = tl.multiple_of(masks, 16)
             tl.store(aligned + word, tl.zeros((2048,), tl.uint32), mask=word * 32 < left)
@@ -97,8 +96,7 @@ def place(
 ) -> None:
     """Write counts, positions and values of a group's sparse and bitmap sections.
 
-    `ends`: int64 [blocks], changed elements up to the end of each block. `table`: frame()'s.
-    `spot`: int64, the first is the address of the buffer.
+    `ends`: ends_of()'s; `table`: frame()'s; `spot`: int64, the first is the address of the buffer.
     """
     kind = group.kind
     _place[(group.blocks,)](
@@ -106,5 +104,5 @@ def place(
         block_counts, ends, table, plan.tensors, records, values, spot, group.first, slots,
         BITS=word(kind.itemsize), ITEMSIZE=kind.itemsize, TILES=kind.tiles,
         WIDTH=_LANES // kind.tiles, ENCODING=ENCODING, COUNTS=COUNTS, PLACES=PLACES, VALUES=VALUES,
-        num_warps=2,
+        num_warps=1,
     )  # fmt: skip

@@ -25,10 +25,8 @@ def _scatter(
         count = tl.load(counts + block).to(tl.int32)
         address = tl.load(weights + tensor)
         if (count > 0) & (address != 0):
-            first_here = tl.load(first_block + tensor)
             before = tl.load(ends + block) - count
-            before -= tl.load(ends + first_here) - tl.load(counts + first_here)
-            start = (block - first_here).to(tl.int64) * 65536
+            start = (block - tl.load(first_block + tensor)).to(tl.int64) * 65536
             limit = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
             patch = tl.load(spot)
             places = patch + tl.load(table + PLACES * tensors + tensor)
@@ -83,10 +81,8 @@ def _scatter_parts(
         region = regions + tl.load(task_region + task).to(tl.int64) * COLUMNS
         address = tl.load(weights + tl.load(region + LOCAL))
         if (count > 0) & (address != 0):
-            first_here = tl.load(first_block + tensor)
             before = tl.load(ends + block) - count
-            before -= tl.load(ends + first_here) - tl.load(counts + first_here)
-            start = (block - first_here).to(tl.int64) * 65536
+            start = (block - tl.load(first_block + tensor)).to(tl.int64) * 65536
             patch = tl.load(spot)
             places = patch + tl.load(table + PLACES * tensors + tensor)
             positions = places.to(tl.pointer_type(tl.uint16)) + before

@@ -56,18 +56,22 @@ def columns_of(table: Table, tensors: int) -> np.ndarray:
 
 
 def framed(
-    numels: list[int], itemsizes: list[int], counts: list[int], room: int
+    numels: list[int], itemsizes: list[int], counts: list[int], room: int, over: int = 0
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """What the kernel writes of a patch, over 0xA5: buffer, table, facts."""
+    """What the kernel writes of a patch, over 0xA5: buffer, table, facts. `over`: how often a tile
+    of some group had too many changes."""
     from sparsecast.pipeline.delta.kernels.frame import FACTS, frame
+    from sparsecast.pipeline.delta.kernels.plan import KINDS
 
     plan = planned(numels, itemsizes)
     totals = torch.tensor(counts, dtype=torch.int64, device=DEVICE)
     table = torch.full((5 * len(numels),), -1, dtype=torch.int64, device=DEVICE)
     facts = torch.full((FACTS,), -1, dtype=torch.int64, device=DEVICE)
+    overs = torch.zeros(KINDS, dtype=torch.int64, device=DEVICE)
+    overs[-1] = over
     buffer = torch.full((room,), 0xA5, dtype=torch.uint8, device=DEVICE)
     frame(
-        plan, totals, table, facts, table_of([buffer.data_ptr(), room, 6, 1 << 40], DEVICE),
+        plan, totals, overs, table, facts, table_of([buffer.data_ptr(), room, 6, 1 << 40], DEVICE),
         manifest_hash=HASH, numel=sum(numels), dense_nbytes=dense(numels, itemsizes),
     )  # fmt: skip
     return buffer, table.view(5, -1), facts.tolist()
@@ -121,6 +125,8 @@ def test_it_is_laid_out_as_by_layout(tensors: list[tuple[int, int, float]]) -> N
         assert bool((buffer == 0xA5).all())
         return
     assert facts[fact.WRITTEN] == expected.nbytes
+    whole = not (expected.encoding == 3).any()
+    assert facts[fact.WHOLE] == expected.nbytes * whole
     assert table.cpu().numpy().tolist() == columns_of(expected, len(numels)).tolist()
     for encoding in (1, 2, 3):
         members = int((expected.encoding == encoding).sum())
@@ -169,9 +175,19 @@ def test_a_buffer_that_does_not_fit_is_left_alone(room: int, written: int) -> No
     nbytes = laid_out(*sizes).nbytes
     buffer, table, facts = framed(*sizes, nbytes + room - (0 if written else room == 0))
     assert facts[fact.NBYTES] == nbytes
-    assert facts[fact.WRITTEN] == written * nbytes
+    assert facts[fact.WRITTEN] == facts[fact.WHOLE] == written * nbytes
     assert bool((buffer != 0xA5).any()) == bool(written)
     assert bool(table.any()) == bool(written)
+
+
+def test_tiles_that_are_looked_at_again_are_not_summed_up_before() -> None:
+    """Where any tile had too many changes the patch is not whole yet, and the facts say so."""
+    from sparsecast.pipeline.delta.kernels import frame as fact
+
+    sizes = [70_000, 9], [2, 4], [700, 1]
+    nbytes = laid_out(*sizes).nbytes
+    _, _, facts = framed(*sizes, nbytes, over=2)
+    assert (facts[fact.WRITTEN], facts[fact.WHOLE]) == (nbytes, 0)
 
 
 def test_more_tensors_than_are_taken_at_a_time() -> None:

@@ -150,14 +150,18 @@ def test_checksum_adds_up() -> None:
     assert total(sums) == first & MASK
 
 
-def test_ends_are_the_running_sum() -> None:
-    """More counts than are taken at a time, a sum beyond 32 bits, and counts of either width by
-    turns: what is compiled for one must not be launched for the other."""
+def test_ends_are_the_running_sum_of_each_tensor() -> None:
+    """More blocks than are taken at a time, none at all, a sum beyond 32 bits, and counts of either
+    width by turns: what is compiled for one must not be launched for the other."""
     from sparsecast.pipeline.delta.kernels.ends import ends_of
+    from sparsecast.pipeline.delta.kernels.plan import Kind, Plan
 
-    counts = torch.randint(0, 2**20, (9_001,), generator=torch.Generator().manual_seed(1))
+    blocks = [3, 0, 9_001, 1]
+    plan = Plan([each << 16 for each in blocks], [0] * 4, [Kind(2)] * 4, DEVICE)
+    counts = torch.randint(0, 2**20, (sum(blocks),), generator=torch.Generator().manual_seed(1))
+    expected = torch.cat([part.cumsum(0) for part in counts.split(blocks)])
     for dtype in (torch.int32, torch.int64, torch.int32, torch.int64):
-        ends = torch.full((9_001,), -1, device=DEVICE)
-        ends_of(counts.to(dtype).to(DEVICE), ends)
-        assert torch.equal(ends.cpu(), counts.cumsum(0))
-    assert int(ends[-1]) > 1 << 32
+        ends = torch.full((sum(blocks),), -1, device=DEVICE)
+        ends_of(plan, counts.to(dtype).to(DEVICE), ends)
+        assert torch.equal(ends.cpu(), expected)
+    assert int(ends[-2]) > 1 << 32

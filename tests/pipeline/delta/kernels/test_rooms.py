@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from sparsecast.pipeline.delta import (
     Patch,
     Payload,
+    Shadow,
     apply_checked,
     check,
     diff,
@@ -18,6 +20,7 @@ from sparsecast.pipeline.delta import (
     ready,
 )
 from sparsecast.pipeline.delta.timing import Mark
+from spawn import Context, spawn
 from states import bits
 from twins import DEVICE, by_kernels, by_torch, copied, model, require_same
 
@@ -117,6 +120,29 @@ class _Slow(Mark):
         assert self.let_go.wait(10)
 
 
+def test_graphs_go_with_what_they_are_of() -> None:
+    """A shadow and a check that nobody needs any more, with the garbage collector off: that might
+    come while a thread captures a graph of its own, and to let go of one then breaks it off."""
+    old = model(torch.bfloat16, w=(2_100,))
+    new = copied(old)
+    bits(new["w"])[::7] ^= 3
+    gc.disable()
+    try:
+        with by_kernels():
+            shadow = Shadow(old)
+            patch = shadow.diff(new, base_version=0, version=1).patch
+            checked = check(Patch.from_buffer(patch.buffer), shadow.manifest)
+            assert shadow._fused is not None
+            assert checked.readied is not None
+            held = weakref.ref(shadow._fused._work), weakref.ref(checked.readied.checking.room)
+            assert all(each() is not None for each in held)
+            del shadow, checked
+            rooms().clear()
+        assert all(each() is None for each in held)
+    finally:
+        gc.enable()
+
+
 class _Work:
     """Sums that are another diff's once they were taken."""
 
@@ -171,3 +197,46 @@ def test_a_room_is_read_before_it_is_used_again() -> None:
     torch.cuda.synchronize()
     for tensors, new in zip(mine, news, strict=True):
         assert digest(tensors) == digest(new)
+
+
+def _let_go_while_capturing(context: Context) -> None:
+    """A process's part: of two rooms that it has used another thread lets one go while it captures
+    a graph, and one is garbage by then."""
+    from sparsecast.pipeline.delta.graphs import Repeated
+
+    device = torch.device("cuda:0")
+    manifest = manifest_of(model(torch.bfloat16, w=(70_000,)))
+    ready([manifest, manifest], device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def work() -> None:
+        count.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            garbage: list[Any] = [rooms()[manifest.hash, device].pop()]
+            garbage.append(garbage)
+            del garbage
+            thread = threading.Thread(target=rooms().clear)
+            thread.start()
+            thread.join()
+            for _ in range(100):
+                _ = [[] for _ in range(100)]  # a collection is due
+            count.add_(1)
+
+    repeated = Repeated(device)
+    gc.set_threshold(1, 1, 1)
+    for _ in range(3):
+        repeated.queue(work)
+    assert gc.isenabled()
+    # Torch now asks if the device is through with the memory that came back.
+    for power in range(20):
+        torch.empty(1 << power, dtype=torch.uint8, pin_memory=True)
+    assert repeated._graph is not None
+    assert count.item() == 1 + 2 * 2
+    ready([manifest], device)
+
+
+@pytest.mark.gpu(1)
+def test_rooms_go_while_a_graph_is_captured() -> None:
+    """Torch lets go of pinned memory by an event on every stream that was told to have used it;
+    were one of them the stream of captures, the process would end here. Hence one of its own."""
+    spawn(1, _let_go_while_capturing, timeout_s=60)
