@@ -24,8 +24,9 @@ _NAP_S = 0.00003
 _PR_SET_TIMERSLACK = 29
 
 
-#: How long the interpreter's end waits for what still runs: as long as a window may take to open.
-_END_S = 10.0
+#: How long the interpreter's end waits for what still runs: where ranks are gone, gloo gives up on
+#: one after the other, on each after the time that a window has to open.
+_END_S = 30.0
 #: What runs on some lane.
 _at_work: set[Callable[[], bool]] = set()
 
