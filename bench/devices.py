@@ -34,6 +34,8 @@ class Device:
             else None
         )
 
+        self._product = torch.empty_like(self._busy) if self._busy is not None else None
+
     def synchronize(self) -> None:
         """Wait until all that was enqueued is done."""
         if self.is_cuda:
@@ -70,9 +72,9 @@ class Device:
 
     def occupy(self) -> None:
         """Enqueue some milliseconds of work: what is enqueued next comes behind it."""
-        if self._busy is not None:
+        if self._busy is not None and self._product is not None:
             for _ in range(_OCCUPIED):
-                torch.mm(self._busy, self._busy)
+                torch.mm(self._busy, self._busy, out=self._product)
 
     def flush(self) -> None:
         """Enqueue a write that leaves nothing of before in the L2."""

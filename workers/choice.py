@@ -16,21 +16,26 @@ from .views import View
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """As it is said to an AsyncPublisher or a Contributor, which see.
+    """As it is said to an AsyncPublisher or a Contributor.
 
     SettingsError if both `view` and `dtype` say in which dtypes tensors are published.
     """
 
     model: Model
+    """A Module, or a mapping of names to tensors."""
     _: KW_ONLY
     include: Sequence[str] | None = None
+    """Patterns of the names that are meant; None: all."""
     exclude: Sequence[str] | None = None
+    """Patterns of names that are not."""
     rename: Callable[[str], str] | Mapping[str, str] | None = None
+    """From a name in the model to the one that is published."""
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
-    #: What this makes of the tensors is published in their place.
+    """As what floating tensors are published, all or by name."""
     view: View | None = None
-    #: Of one rank among several: what its plain tensors are of the published ones.
+    """What this makes of the tensors is published in their place."""
     layout: Layout | None = None
+    """Of one rank among several: what its plain tensors are of the published ones."""
 
     def __post_init__(self) -> None:
         if self.view is not None and self.dtype is not None:
@@ -46,5 +51,5 @@ class Choice:
         )
 
     def lookup(self) -> Lookup:
-        """The same again and again."""
+        """For the same again and again, and their manifest as it is published."""
         return Lookup(self.model, self.include, self.exclude, self.rename, self.dtype)

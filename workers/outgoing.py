@@ -58,8 +58,9 @@ class Past:
 class Outgoing:
     """The weights as published (the shadow), and the patches that lead there.
 
-    With a `share` these are what this rank has of the tensors that several ranks publish together,
-    and digests are shares then. Made on the torch thread, to which it gives streams of its own.
+    With a `share` what is published is what this rank has of the tensors that several ranks publish
+    together, and digests are shares then. Made on the torch thread, to which it gives streams of
+    its own.
     """
 
     def __init__(

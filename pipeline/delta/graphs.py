@@ -118,7 +118,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Let nothing be collected: the destructors of garbage would run on this thread, and one that
-    lets go of a graph breaks the capture off."""
+    lets go of a graph breaks the capture off. (Whoever switches collection off on another thread
+    within this millisecond finds it on again.)"""
     collecting = gc.isenabled()
     gc.disable()
     try:

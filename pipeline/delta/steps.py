@@ -73,9 +73,9 @@ class Work:
     """What a diff reads, what it writes to, and the queueing of its steps.
 
     Made for tensors that lie where they lie, and slots that suffice; from one diff to the next only
-    `spot` changes, and with it nothing that the host has to say. `slots` of each group's tiles have
-    room in `records` and `values`; `counts` int32 [tiles], `block_counts` int32 and `ends` int64
-    [blocks]; `table`: where each tensor's section lies, as kernels/places.py has it.
+    `spot` changes, and with it nothing that the host has to say. So many `slots` has each tile of a
+    group in its scratch; `counts` int32 [tiles], `block_counts` int32 and `ends` int64 [blocks];
+    `table`: where each tensor's section lies, as kernels/places.py has it.
     """
 
     def __init__(
@@ -111,16 +111,25 @@ class Work:
         self._facts, self._changed, self._over, self._totals = torch.split(self._numbers, sizes)
         self._told = host_numbers(sum(sizes), device)
         self._host_sums = host_numbers(2 * SUMS, device)
+        self._device = device
+        self._stream = _current_stream(device)
         self._finding = Repeated(device)
         self._writing = Repeated(device)
 
     def prepare(self) -> None:
-        """Have scratch, if it was let go."""
+        """Have scratch, if it was let go, and all memory for use on the current stream."""
         if not self._scratch:
             self._scratch = [
-                _Scratch(group, each, self.plan.device)
+                _Scratch(group, each, self._device)
                 for group, each in zip(self.plan.groups, self.slots, strict=True)
             ]
+        stream = _current_stream(self._device)
+        if stream is not None and stream != self._stream:
+            self._stream = stream
+            parts = self._counts, self._block_counts, self._ends, self.table, self.spot
+            kept = (each for room in self._scratch for each in (room.records, room.values))
+            for tensor in (*parts, self._numbers, *kept):
+                tensor.record_stream(stream)  # or it would be given away with work queued there
 
     def direct(self, buffer: Tensor, base_version: int, version: int) -> None:
         """Say where the patch goes, and what it is; the device is through with the last one."""
@@ -250,6 +259,10 @@ class Work:
             own = replace(group, kind=kind)
             digest(self.plan, own, counted, changes, first=0, blocks=group.blocks)
         changes[:1].sub_(held - (1 << 64) if held >> 63 else held)
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 class _Scratch:

@@ -30,11 +30,17 @@ def _part(
     base = tl.arange(0, PART // 32) * 32
     lane = tl.arange(0, 32)
     cell = inside + base[:, None] + lane[None, :]
-    live = cell < limit
-    before = tl.load(old + cell, mask=live, other=0)
-    value = published(tl.load(new + cell, mask=live, other=0), CAST, NATIVE)
-    if UPDATE:
-        tl.store(old + cell, value, mask=live)
+    if inside + PART <= limit:
+        before = tl.load(old + cell)
+        value = published(tl.load(new + cell), CAST, NATIVE)
+        if UPDATE:
+            tl.store(old + cell, value)
+    else:
+        live = cell < limit
+        before = tl.load(old + cell, mask=live, other=0)
+        value = published(tl.load(new + cell, mask=live, other=0), CAST, NATIVE)
+        if UPDATE:
+            tl.store(old + cell, value, mask=live)
     total = 0
     if encoding != 3:
         differ = before != value
@@ -105,6 +111,10 @@ def _emit(
         limit = tl.minimum(tl.load(numels + tensor) - start, 65536).to(tl.int32)
         old = tl.load(olds + tensor).to(tl.pointer_type(BITS)) + start
         new = tl.load(news + tensor).to(tl.pointer_type(RAW)) + start
+        # Of fours one is to go to a thread: what is known of the address would make it two.
+        if ALIGNED and not FOURS:
+            old = tl.multiple_of(old, 16)
+            new = tl.multiple_of(new, 16)
         patch = tl.load(spot)
         encoding = tl.load(table + ENCODING * tensors + tensor)
         at = tl.load(ends + block) - tl.load(block_counts + block)

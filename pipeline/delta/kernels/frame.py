@@ -165,9 +165,9 @@ def frame(
     `spot`: int64 [4], the address of its buffer, the bytes that are there, the version that it
     applies to and the one that it makes.
 
-    `totals`, `over`: tally()'s. Written are `facts` (int64 [FACTS]) and `table` (int64 [ROWS ·
-    tensors], see places.py). Where the patch does not fit, or takes the full form, nothing of it is
-    written, and `table` says that no tensor has a section.
+    `totals`, `over`: tally()'s, 0 where it added nothing. Written are `facts` (int64 [FACTS]) and
+    `table` (int64 [ROWS · tensors], see places.py). Where the patch does not fit, or takes the full
+    form, nothing of it is written, and `table` says that no tensor has a section.
     """
     low, high = (
         int.from_bytes(bytes.fromhex(half), "little", signed=True)

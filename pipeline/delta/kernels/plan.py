@@ -16,7 +16,7 @@ from ..bits import quiet
 from ..digest import tables
 from ..layout import blocks_of
 
-#: More kinds of tensors than a plan can have: sizes, casts, alignments.
+#: More kinds of tensors than a plan can have: sizes, casts, alignments. A power of two.
 KINDS = 16
 _WORDS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 _CASTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -46,8 +46,8 @@ def tally(
     """From counts of tiles (int32) to those of blocks and tensors, and of the whole group.
 
     `block_counts`: int32 [blocks of the plan], written. Added to are `totals`, int64 [tensors],
-    `changed`, int64 [groups of the plan], and `over`, the same: programs that met a tile with more
-    than `slots` changes.
+    `changed`, int64 [KINDS], by the number of the group, and `over`, the same: programs that met a
+    tile with more than `slots` changes.
     """
     _tally[(triton.cdiv(group.blocks, _ROWS),)](
         plan.block_tensor, counts[group.first_tile :], block_counts, totals, changed, over,

@@ -195,20 +195,46 @@ def test_a_lookup_sees_what_moves() -> None:
     assert not torch.equal(stale_served, served.weight)
 
 
-def test_memory_runs_out_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_lets_go_of_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its diffs, of a few elements and of many: what else they take is kept while slots
+    are as many as before, and made anew where they are not."""
+    monkeypatch.setattr(module("fused"), "_SMALL", 0)
+    twins = Twins(model(torch.bfloat16, w=(70_001,), b=(9,)))
+    works = []
+    for seed, share in enumerate([0.001, 0.001, 0.2, 0.9, 0.001, 0.001, 0.001]):
+        step(twins.state, share, seed)
+        twins.deliver(twins.publish())
+        work = twins.shadow._fused._work
+        assert work._scratch == []
+        works.append(work)
+    assert works[-1] is works[-2]
+    assert len(set(map(id, works))) > 2
+    step(twins.state, 0.001, 7)
+    with monkeypatch.context() as patched, by_kernels():
+        patched.setattr(module("steps"), "frame", _fails)
+        with pytest.raises(MemoryError):
+            twins.shadow.diff(twins.state, base_version=7, version=8)
+    assert twins.shadow._fused._work._scratch == []
+
+
+def _fails(*args: object, **kwargs: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("small", [1 << 14, 0])
+def test_memory_runs_out_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
     """Scratch cannot be allocated: the diff fails, nothing was taken over, and the same one works
     later, with the right digest."""
+    monkeypatch.setattr(module("fused"), "_SMALL", small)
     twins = Twins(model(torch.bfloat16, w=(2_050,)))
     step(twins.state, 0.02, 1)
     twins.publish()
     step(twins.state, 0.02, 2)
     before = twins.shadow.digest
-
-    def fails(*args: object) -> None:
-        raise MemoryError
-
     with monkeypatch.context() as patched, by_kernels():
-        patched.setattr(module("steps"), "_Scratch", fails)
+        patched.setattr(module("steps"), "_Scratch", _fails)
         with pytest.raises(MemoryError):
             twins.shadow.diff(twins.state, base_version=1, version=2)
     assert twins.shadow.digest == before
