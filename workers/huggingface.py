@@ -359,7 +359,9 @@ class _Decoding:
             self._mask_BT = self._mask_BT[index_B]
 
     def _forward(self, ids_BT: torch.Tensor, position_BT: torch.Tensor) -> torch.Tensor:
-        more: dict[str, Any] = {}
+        # Renamed by transformers 5.24; by its former name it would be refused some day.
+        cache = "cache" if "cache" in self._accepts else "past_key_values"
+        more: dict[str, Any] = {cache: self._cache}
         if "position_ids" in self._accepts:
             more["position_ids"] = position_BT
         if "logits_to_keep" in self._accepts:
@@ -367,7 +369,6 @@ class _Decoding:
         output = self._model(
             input_ids=ids_BT,
             attention_mask=self._mask_BT,
-            past_key_values=self._cache,
             use_cache=True,
             **more,
         )

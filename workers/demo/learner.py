@@ -147,7 +147,8 @@ class Learner:
         return logprob_BTV.gather(-1, token_BT[..., None]).squeeze(-1), mask_BT
 
     def _hidden(self, token_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        output = self.model.model(input_ids=token_BT, past_key_values=cache, use_cache=True)
+        # The cache by its place: transformers 5.24 has given it another name.
+        output = self.model.model(token_BT, None, None, cache, use_cache=True)
         hidden_BTH: torch.Tensor = output.last_hidden_state
         return hidden_BTH
 
