@@ -76,11 +76,6 @@ class _Bus:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bus, name)
 
-    @property
-    def url(self) -> str:
-        """Gloo asks for it by a protocol, which from Python 3.12 on sees no __getattr__."""
-        return str(self._bus.url)
-
     async def publish(self, subject: str, data: bytes, **options: Any) -> None:
         await self._bus.publish(subject, data, **options)
         if subject != self._subject:

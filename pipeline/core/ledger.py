@@ -59,6 +59,10 @@ class Ledger:
     #: Names that an open record still waits for.
     _awaited: dict[int, set[str]] = field(default_factory=dict)
     _settled: OrderedDict[int, RoundRecord] = field(default_factory=OrderedDict)
+    #: The version of the newest record, and who holds and has proven a later one already: its round
+    #: may end when they have left.
+    _newest: int = -1
+    _early: dict[str, tuple[int, int | None]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many rounds have not settled."""
@@ -68,6 +72,10 @@ class Ledger:
         """A round is over; these names have still to verify it."""
         self._open[record.version] = record
         self._awaited[record.version] = set(awaited)
+        self._newest = record.version
+        early, self._early = self._early, {}
+        for name, (version, verified) in early.items():
+            self.advanced(name, version, verified, record.received_at)
 
     def at(self, version: int) -> RoundRecord | None:
         """The round that ended in `version`, while remembered."""
@@ -83,6 +91,8 @@ class Ledger:
 
     def advanced(self, name: str, version: int, verified: int | None, now: float) -> None:
         """A member holds `version`, and has proven `verified`. The first time counts."""
+        if version > self._newest:
+            self._early[name] = version, verified
         for record in self._open.values():
             if record.version <= version:
                 record.applied.setdefault(name, now)

@@ -9,7 +9,6 @@ import socket
 import struct
 import sys
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from ...messages.errors import WindowUnavailable
@@ -21,17 +20,9 @@ _DEFAULT_PORT = 4222
 _SIOCGIFADDR = 0x8915
 
 
-@runtime_checkable
-class Located(Protocol):
-    """A courier that knows where its broker is."""
-
-    @property
-    def url(self) -> str:
-        """The broker's URL; several, separated by commas: the first counts."""
-
-
 def choose_address(label: str, courier: object, address: str | None, interface: str | None) -> str:
-    """The address of `interface`, else `address`, else that by which the broker is reached.
+    """The address of `interface`, else `address`, else that by which the broker is reached, if the
+    courier has its `url` (several, separated by commas: the first counts).
 
     WindowUnavailable, in the name of the window `label`, if there is none.
     """
@@ -40,8 +31,9 @@ def choose_address(label: str, courier: object, address: str | None, interface: 
             return interface_address(interface)
         if address is not None:
             return address
-        if isinstance(courier, Located):
-            return broker_address(courier.url)
+        url = getattr(courier, "url", None)
+        if isinstance(url, str):
+            return broker_address(url)
     except (OSError, ValueError) as exc:
         where = f"interface {interface}" if interface else "the broker's network"
         raise WindowUnavailable(

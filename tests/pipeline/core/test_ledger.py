@@ -64,6 +64,24 @@ def test_a_later_version_counts_for_the_earlier_ones_and_the_first_time_stays() 
     assert (three.applied, three.verified) == ({}, {})
 
 
+def test_who_applied_before_the_round_was_over_and_left_has_applied_it() -> None:
+    """A worker is quicker than the trainer's own end of the window, says that it holds and has
+    proven the version, and leaves; another one is two versions ahead. Both count once the rounds
+    are over, and nobody waits for the first."""
+    rounds = ledger(1)
+    rounds.advanced("a", 2, 2, 100.1)
+    rounds.advanced("b", 3, None, 100.1)
+    rounds.gone("a")
+    rounds.add(record(2, received_at=100.2), "b")
+    rounds.add(record(3, received_at=100.3), "b")
+    two, three = rounds.at(2), rounds.at(3)
+    assert two is not None
+    assert three is not None
+    assert (two.applied, two.verified) == ({"a": 100.2, "b": 100.2}, {"a": 100.2})
+    assert (three.applied, three.verified) == ({"b": 100.3}, {})
+    assert rounds._early == {}
+
+
 def test_a_merged_version_is_found_by_each_of_its_numbers() -> None:
     """1 was merged with 2 and 3: whoever waits for 2 finds the round of 3, open or settled."""
     rounds = Ledger(settle_s=3.0)
