@@ -125,9 +125,7 @@ def launch_all(kind: Kind) -> None:
     for into in (True, False):
         launch(dense.dense, into=into)
     if kind.aligned:
-        # What differs with the dims, locate(), knows of no elements: one itemsize meets them all.
-        fewest = 1 if kind.itemsize == 2 else regions.MOST_DIMS
-        for dims in range(fewest, regions.MOST_DIMS + 1):
+        for dims in range(1, regions.MOST_DIMS + 1):
             of_parts = {"regions": tables_of(plan), "tasks": 2}
             of_parts["group"] = regions.RegionGroup(kind.itemsize, dims, 0, 2, 2)
             launch(digest.digest_parts, **of_parts)

@@ -88,19 +88,15 @@ def addends(bits_N: Tensor) -> Tensor:
 
 def block_factors(name: str, first: int, count: int, device: torch.device) -> Tensor:
     """G(name, b) for the blocks b = first … first + count - 1: int64 [count] on `device`."""
+    seed = seed_of(name)
     if count <= 4:
         return torch.tensor(
-            [_block_factor(name, b) for b in range(first, first + count)],
+            [_signed(splitmix64(seed + b * GAMMA) | 1) for b in range(first, first + count)],
             dtype=torch.int64,
             device=device,
         )
     b_K = torch.arange(first, first + count, dtype=torch.int64, device=device)
     return _factors_of(name, b_K)
-
-
-def _block_factor(name: str, b: int) -> int:
-    """G(name, b), as a signed 64-bit integer."""
-    return _signed(splitmix64(seed_of(name) + b * GAMMA) | 1)
 
 
 def _factors_of(name: str, block_B: Tensor) -> Tensor:
@@ -114,13 +110,7 @@ def dense_sum(bits_N: Tensor, name: str, start: int) -> Tensor:
     Returns a 0-d int64 tensor on its device, without waiting for the device.
     """
     device = bits_N.device
-    a, b, table = tables(device)
-    numel = bits_N.numel()
-    first = start >> 16
-    if numel and (start + numel - 1) >> 16 == first:
-        # Within one block: what many tensors of a model are.
-        factors_N = table.narrow(0, start & (BLOCK - 1), numel)
-        return addends(bits_N).mul_(factors_N).sum().mul_(_block_factor(name, first))
+    a, b, _ = tables(device)
     total = torch.zeros((), dtype=torch.int64, device=device)
     wide = bits_N.dtype == torch.int64
     source = unsigned(bits_N)

@@ -16,7 +16,7 @@ from sparsecast.messages.metrics import Event, TrainerMetrics, WorkerMetrics
 from sparsecast.pipeline.delta import named_tensors
 from trainers import Trainers
 
-UPDATES = 5
+UPDATES = 10
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ async def test_ranks_hold_what_they_would_load(
     site: Site, ear: Ear, which: str, trainers: int
 ) -> None:
     """A trainer of one, two and four ranks, which share its rows; workers of one, two and four
-    ranks, each fused and not, experts cut or whole, are in one window and take five updates of a
+    ranks, each fused and not, experts cut or whole, are in one window and take ten updates of a
     training, from a few changed elements to nearly all, of two ranks each what it holds. Then each
     rank has bit for bit what it would load of a checkpoint of the trainer's weights, padding and
     copies of heads too, and each worker has proven the trainer's digest. The first one began with
@@ -130,7 +130,7 @@ async def test_ranks_hold_what_they_would_load(
 
     await eventually(all_in)
     for version in range(1, UPDATES + 1):
-        learner.step(10 ** (1.4 * version - 7))
+        learner.step(10 ** (0.7 * version - 7))
         if trainers == 1:
             update = await publisher.publish()
         else:

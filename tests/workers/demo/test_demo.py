@@ -98,11 +98,11 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_short_demo_is_proven_and_leaves_nothing(home: Path, run: str) -> None:
-    """Four warm-up and four RL updates, two workers: exit code 0, the JSON as promised, every
+    """Four warm-up and six RL updates, two workers: exit code 0, the JSON as promised, every
     version proven on both workers, no process and no file left."""
     outcome = home / "outcome.json"
     result = subprocess.run(
-        command(run, "--updates", "4", "--warmup", "4", "--device", "cpu", "--json", str(outcome)),
+        command(run, "--updates", "6", "--warmup", "4", "--device", "cpu", "--json", str(outcome)),
         env=environment(home),
         capture_output=True,
         text=True,
@@ -117,15 +117,15 @@ def test_a_short_demo_is_proven_and_leaves_nothing(home: Path, run: str) -> None
         "run", "updates", "rl_updates", "window", "devices", "workers", "density", "nbytes",
         "round_ms", "reward",
     }  # fmt: skip
-    assert (told["run"], told["updates"], told["rl_updates"]) == (run, 8, 4)
+    assert (told["run"], told["updates"], told["rl_updates"]) == (run, 10, 6)
     assert told["window"] == "gloo"
     assert told["devices"] == {"trainer": "cpu", "worker-0": "cpu", "worker-1": "cpu"}
     assert told["workers"].keys() == {"worker-0", "worker-1"}
     for worker in told["workers"].values():
         assert worker.keys() == WORKER_KEYS
         # Rounds of the warm-up may be merged; on-policy RL waits for each.
-        assert 5 <= worker["applied"] <= 8
-        assert (worker["verified"], worker["version"]) == (worker["applied"], 8)
+        assert 7 <= worker["applied"] <= 10
+        assert (worker["verified"], worker["version"]) == (worker["applied"], 10)
         assert worker["mismatches"] == 0
     assert told["density"].keys() == {"warmup_p50", "rl_p50"}
     assert told["density"]["warmup_p50"] > 0.3 > told["density"]["rl_p50"]
@@ -137,21 +137,21 @@ def test_a_short_demo_is_proven_and_leaves_nothing(home: Path, run: str) -> None
     assert f"top --run {run} --bus nats://127.0.0.1:" in result.stdout
     assert "devices: trainer and 2 workers on cpu (as asked)" in result.stdout
     assert "updates went by gloo; trainer and 2 workers on cpu" in result.stdout
-    assert "proven: 2 workers ended at version 8" in result.stdout
+    assert "proven: 2 workers ended at version 10" in result.stdout
     assert list(home.glob("sparsecast*")) == []
 
 
 def test_a_worker_that_dies_is_named_and_the_others_go_on(home: Path, run: str) -> None:
     """Updates travel over the bus, one worker is killed in the RL phase: training goes on with
     the other, the demo says who died and how, and does not call itself proven."""
-    demo = Running(run, home, "--updates", "4", "--warmup", "2", "--window", "bus")
+    demo = Running(run, home, "--updates", "8", "--warmup", "2", "--window", "bus")
     pid = int(demo.read_until(r"worker-0 \(pid (\d+)\)")[1])
-    demo.read_until(r"RL 1/4")
+    demo.read_until(r"RL 1/8")
     os.kill(pid, signal.SIGKILL)
     code, said = demo.end(100)
     assert code == 1, said
     assert "worker-0 ended with SIGKILL" in said
-    assert "RL 4/4" in said
+    assert "RL 8/8" in said
     assert "window bus" in said
     assert "NOT PROVEN: worker-0" in said
     assert "NOT PROVEN: worker-1" not in said
@@ -167,45 +167,40 @@ def test_a_live_demo_answers_and_is_not_disturbed(home: Path, run: str) -> None:
     url = demo.read_until(r"(nats://127\.0\.0\.1:\d+)")[1]
     demo.read_until(r"warm-up 1/500")
 
-    def other(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def other(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [sys.executable, "-m", "sparsecast.workers.cli", *arguments, "--bus", url],
             env=environment(home),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
+            timeout=60,
+            check=False,
         )
 
-    (model,) = home.glob("sparsecast-demo-*/model")
-    # At once: the demo trains, and takes what it can get of the cores, until all have ended.
-    others = [
-        other("ask", "5 2 9 1 3", "--run", run, "--json"),
-        other("demo", "--plain", "--run", run, "--updates", "1"),
-        other("worker", "--run", run, "--name", "worker-0", "--model", str(model)),
-    ]
-    said = [one.communicate(timeout=60) for one in others]
-
-    asked, second, namesake = others
-    assert asked.returncode == 0, said[0]
-    reply = json.loads(said[0][0])
+    asked = other("ask", "5 2 9 1 3", "--run", run, "--json")
+    assert asked.returncode == 0, asked.stderr
+    reply = json.loads(asked.stdout)
     assert reply.keys() == {
         "text", "tokens", "logprobs", "spans", "worker", "version", "finish",
     }  # fmt: skip
     assert (reply["worker"], len(reply["logprobs"])) == ("worker-0", len(reply["tokens"]))
     assert reply["spans"][-1][1:] == [len(reply["tokens"]), reply["version"]]
 
-    assert second.returncode == 4, said[1]
-    assert f"run {run!r} is held by trainer" in said[1][1]
-    assert "starting the workers" not in said[1][0]
+    second = other("demo", "--plain", "--run", run, "--updates", "1")
+    assert second.returncode == 4, second.stdout + second.stderr
+    assert f"run {run!r} is held by trainer" in second.stderr
+    assert "starting the workers" not in second.stdout
 
-    assert namesake.returncode == 4, said[2]
-    assert f"worker name 'worker-0' is in use in run {run!r}" in said[2][1]
+    (model,) = home.glob("sparsecast-demo-*/model")
+    namesake = other("worker", "--run", run, "--name", "worker-0", "--model", str(model))
+    assert namesake.returncode == 4, namesake.stderr
+    assert f"worker name 'worker-0' is in use in run {run!r}" in namesake.stderr
 
     demo.process.send_signal(signal.SIGINT)
-    code, told = demo.end(30)
-    assert code == 130, told
-    assert "interrupted" in told
-    assert "Traceback" not in told
+    code, said = demo.end(30)
+    assert code == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
     assert none_left(run, home, within_s=2.0)
     assert list(home.glob("sparsecast*")) == []
 
