@@ -28,13 +28,12 @@ class Device:
             torch.cuda.set_device(self.torch)
         self._flush: Tensor | None = None
         self._watched = 0
-        self._busy = (
-            torch.ones(_BUSY_SIZE, _BUSY_SIZE, dtype=torch.bfloat16, device=self.torch)
-            if self.is_cuda
-            else None
-        )
-
-        self._product = torch.empty_like(self._busy) if self._busy is not None else None
+        #: What keeps a GPU busy: a matrix, and room for its square.
+        self._busy: list[Tensor] = []
+        if self.is_cuda:
+            size = (_BUSY_SIZE, _BUSY_SIZE)
+            matrix = torch.ones(size, dtype=torch.bfloat16, device=self.torch)
+            self._busy = [matrix, torch.empty_like(matrix)]
 
     def synchronize(self) -> None:
         """Wait until all that was enqueued is done."""
@@ -62,19 +61,20 @@ class Device:
     def wake(self, seconds: float = 0.02) -> None:
         """Keep the device busy for a moment and wait for it: one that idled runs at lower clocks,
         while those of a trainer and its workers come from their work."""
-        if self._busy is None:
-            return
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for _ in range(8):
-                torch.mm(self._busy, self._busy)
+        while self.is_cuda and time.perf_counter() < end:
+            self._multiply(8)
             self.synchronize()
 
     def occupy(self) -> None:
         """Enqueue some milliseconds of work: what is enqueued next comes behind it."""
-        if self._busy is not None and self._product is not None:
-            for _ in range(_OCCUPIED):
-                torch.mm(self._busy, self._busy, out=self._product)
+        if self.is_cuda:
+            self._multiply(_OCCUPIED)
+
+    def _multiply(self, times: int) -> None:
+        matrix, square = self._busy
+        for _ in range(times):
+            torch.mm(matrix, matrix, out=square)
 
     def flush(self) -> None:
         """Enqueue a write that leaves nothing of before in the L2."""

@@ -51,6 +51,13 @@ def of_kernels(document: dict[str, Any]) -> list[Target]:
     def most(what: str, seen: float, bound: float) -> None:
         found.append(target(f"7B, {what}", round(seen, 3), bound, least=False))
 
+    def diffs(section: dict[str, Any], copy: float, bound: float) -> None:
+        for work, what in (
+            ("diff", "diff + encode to a copy"),
+            ("diff_behind", "the same behind queued work"),
+        ):
+            most(f"{section['density']:.3%}: {what}", p50(section["works"][work]) / copy, bound)
+
     for model in document["models"]:
         if model["name"] != "7b":
             continue
@@ -64,16 +71,12 @@ def of_kernels(document: dict[str, Any]) -> list[Target]:
             if "failed" in section:
                 continue
             if abs(section["density"] - 0.01) < 1e-6:
-                most(f"{share}: diff + encode to a copy", p50(works["diff"]) / copy, 1.25)
-                behind = p50(works["diff_behind"]) / copy
-                most(f"{share}: the same behind queued work", behind, 1.25)
+                diffs(section, copy, 1.25)
                 most(f"{share}: bytes a changed element", section["bytes_per_changed"], 4.1)
                 put = p50(works["index_put"])
                 most(f"{share}: check + apply to index_put", p50(works["check_apply"]) / put, 1.1)
             if abs(section["density"] - 0.00005) < 1e-8:
-                most(f"{share}: diff + encode to a copy", p50(works["diff"]) / copy, 1.05)
-                behind = p50(works["diff_behind"]) / copy
-                most(f"{share}: the same behind queued work", behind, 1.05)
+                diffs(section, copy, 1.05)
     return found
 
 

@@ -111,7 +111,6 @@ class Work:
         self._facts, self._changed, self._over, self._totals = torch.split(self._numbers, sizes)
         self._told = host_numbers(sum(sizes), device)
         self._host_sums = host_numbers(2 * SUMS, device)
-        self._device = device
         self._stream = _current_stream(device)
         self._finding = Repeated(device)
         self._writing = Repeated(device)
@@ -120,10 +119,10 @@ class Work:
         """Have scratch, if it was let go, and all memory for use on the current stream."""
         if not self._scratch:
             self._scratch = [
-                _Scratch(group, each, self._device)
+                _Scratch(group, each, self.plan.device)
                 for group, each in zip(self.plan.groups, self.slots, strict=True)
             ]
-        stream = _current_stream(self._device)
+        stream = _current_stream(self.plan.device)
         if stream is not None and stream != self._stream:
             self._stream = stream
             parts = self._counts, self._block_counts, self._ends, self.table, self.spot
