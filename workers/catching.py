@@ -142,7 +142,7 @@ class Catching:
     def _perhaps_tell(self) -> None:
         now = self.progress
         assert now is not None
-        if now.notable and self._clock() - self._told_at >= self._policy.tell_s:
+        if now.notable and self._since + now.elapsed_s - self._told_at >= self._policy.tell_s:
             self._say("under way", now)
 
     def _end(self, state: State, reason: str) -> None:
@@ -151,7 +151,8 @@ class Catching:
             self._say(state, now, reason)
 
     def _say(self, state: State, now: Progress, reason: str = "") -> None:
-        self._told, self._told_at = True, self._clock()
+        # At the moment that is told: what is told next is so much later by its own words, too.
+        self._told, self._told_at = True, self._since + now.elapsed_s
         details = asdict(now) | {"state": state}
         del details["notable"]
         self._tell(sentence(state, now, reason), details)
